@@ -1,0 +1,52 @@
+"""granet_jax: sparse training for JAX as one optax transformation.
+
+The way of the data, which is also the order of the modules: ``params, grads -> scores ->
+selection -> masks -> updates``. Modules import only from those before them::
+
+    types          the vocabulary
+    trees          paths, what is prunable, leaves as stacks of layers
+    scores         magnitude, gradient, saliency, random
+    distributions  how a sparsity is spread over layers: uniform, ERK, global ranking
+    schedules      cubic, cosine, every; counts to keep at a step
+    selection      exact top-k masks without sorting
+    masks          prune_to, regenerate, compose
+    methods        granet, gmp, rigl, set_, static, magnitude
+    transform      sparsify: a method around any optax optimizer
+    metrics, report, testing   numbers, a table, and the conformance kit for methods
+"""
+
+from granet_jax import metrics as metrics
+from granet_jax import report as report
+from granet_jax import scores as scores
+from granet_jax import testing as testing
+from granet_jax import trees as trees
+from granet_jax.distributions import erk as erk
+from granet_jax.distributions import global_ranking as global_ranking
+from granet_jax.distributions import uniform as uniform
+from granet_jax.masks import apply_masks as apply_masks
+from granet_jax.masks import compose as compose
+from granet_jax.masks import ones as ones
+from granet_jax.masks import prune_to as prune_to
+from granet_jax.masks import random_masks as random_masks
+from granet_jax.masks import regenerate as regenerate
+from granet_jax.masks import start_from as start_from
+from granet_jax.methods import gmp as gmp
+from granet_jax.methods import granet as granet
+from granet_jax.methods import magnitude as magnitude
+from granet_jax.methods import rigl as rigl
+from granet_jax.methods import set_ as set_
+from granet_jax.methods import static as static
+from granet_jax.schedules import cosine as cosine
+from granet_jax.schedules import cubic as cubic
+from granet_jax.schedules import every as every
+from granet_jax.schedules import gradual_num_keep as gradual_num_keep
+from granet_jax.selection import top_k as top_k
+from granet_jax.selection import top_k_mask as top_k_mask
+from granet_jax.transform import get_masks as get_masks
+from granet_jax.transform import sparsify as sparsify
+from granet_jax.trees import Stacked as Stacked
+from granet_jax.types import MaskState as MaskState
+from granet_jax.types import Method as Method
+from granet_jax.types import SparseState as SparseState
+
+__version__ = "0.1.0"

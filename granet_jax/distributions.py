@@ -1,0 +1,155 @@
+"""How one sparsity is spread over the layers of a network.
+
+Each function takes ``(shapes, sparsity)``, the shapes of the layers and the fraction of zeros
+asked for over all of them together, and returns how many weights to keep: a tuple of ints, one a
+layer, or one int for the whole tree; see :class:`granet_jax.types.Distribution`. The counts add up
+to exactly ``round(N * (1 - sparsity))`` for N weights (halves round to even, as Python does).
+
+A *traced* sparsity (``vmap``, ``optax.inject_hyperparams``) is computed in float32, which may be
+off by a few weights in 10^8; ``uniform`` then rounds each layer for itself, and ``erk``, which
+decides in Python which layers stay dense, refuses.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from granet_jax.types import Counts, Shapes
+
+
+def check_sparsity(name: str, sparsity: Any) -> None:
+    """Raises a ValueError unless ``0 <= sparsity < 1``; a traced value passes unseen."""
+    if not isinstance(sparsity, jax.core.Tracer) and not 0.0 <= float(sparsity) < 1.0:
+        raise ValueError(
+            f"{name} must be in [0, 1), the fraction of zeros; got {float(sparsity)}. "
+            "Nine weights out of ten removed is 0.9."
+        )
+
+
+def uniform(shapes: Shapes, sparsity: Any) -> Counts:
+    """The same sparsity in each layer.
+
+    Weights that do not divide evenly go to the layers with the largest fractions, so that the
+    total is exact. (RigL's uniform runs also keep the first convolution dense: use a rule.)
+
+    Raises:
+      ValueError: sparsity outside [0, 1), or so high that a layer would lose all its weights; the
+        message names the maximum.
+
+    Example:
+      >>> uniform([(4, 5), (5, 2)], 0.9)
+      (2, 1)
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    if isinstance(sparsity, jax.core.Tracer):
+        return jnp.round(np.asarray(sizes, np.float32) * (1.0 - sparsity)).astype(jnp.int32)
+    return _feasible("uniform", _uniform_counts, shapes, sparsity)
+
+
+def erk(shapes: Shapes, sparsity: Any) -> Counts:
+    """Erdos-Renyi-Kernel: density proportional to (sum of dimensions) / (product of dimensions).
+
+    Layers whose density would exceed 1 are kept dense and the rest is computed again, until none
+    does. Kernels may be laid out in any order; ``(kh, kw, in, out)`` and ``(out, in, kh, kw)`` give
+    the same. A kernel of rank 3 or 4 that is a matrix in disguise (attention heads) is taken as it
+    is shaped.
+
+    Source: Mocanu et al. 2018 (ER) and Evci et al. 2020, "Rigging the Lottery", section 3 (ERK).
+    Differs from the reference code in that the counts are exact: each layer is rounded down and
+    the weights left over go to the largest fractions.
+
+    Raises:
+      ValueError: sparsity outside [0, 1) or traced, or so high that a layer would lose all its
+        weights; the message names the maximum.
+
+    Example: the small layer stays dense.
+      >>> erk([(100, 100), (4, 2)], 0.9)
+      (993, 8)
+    """
+    if isinstance(sparsity, jax.core.Tracer):
+        raise ValueError(
+            "erk needs a number for the sparsity, got a traced value: it decides in Python which "
+            "layers stay dense. Compute it outside jit/vmap, or use uniform or global_ranking."
+        )
+    return _feasible("erk", _erk_counts, shapes, sparsity)
+
+
+def global_ranking(shapes: Shapes, sparsity: Any) -> Counts:
+    """One budget for all layers together: the whole tree is ranked as one.
+
+    A layer may lose all its weights (layer collapse); :func:`granet_jax.report` warns of it. On
+    transformers a budget for each layer is often better.
+
+    Raises:
+      ValueError: sparsity outside [0, 1), or so high that nothing would be left.
+
+    Example:
+      >>> global_ranking([(4, 5), (5, 2)], 0.9)
+      3
+    """
+    total = sum(math.prod(shape) for shape in shapes)
+    if isinstance(sparsity, jax.core.Tracer):
+        return jnp.round(total * (1.0 - sparsity)).astype(jnp.int32)
+    return _feasible("global_ranking", lambda shapes, num_keep: num_keep, shapes, sparsity)
+
+
+def _uniform_counts(shapes: Shapes, num_keep: int) -> tuple[int, ...]:
+    sizes = [math.prod(shape) for shape in shapes]
+    density = num_keep / sum(sizes)
+    return _apportion([density * size for size in sizes], num_keep)
+
+
+def _erk_counts(shapes: Shapes, num_keep: int) -> tuple[int, ...]:
+    sizes = [math.prod(shape) for shape in shapes]
+    # density = eps * dims / size, so the share of a layer is simply eps * dims.
+    dims = [sum(shape) for shape in shapes]
+    dense: set[int] = set()
+    while len(dense) < len(shapes):
+        sparse = [i for i in range(len(shapes)) if i not in dense]
+        eps = (num_keep - sum(sizes[i] for i in dense)) / sum(dims[i] for i in sparse)
+        highest = max(dims[i] / sizes[i] for i in sparse)
+        if eps * highest <= 1.0:
+            break
+        dense |= {i for i in sparse if dims[i] / sizes[i] == highest}
+    shares = [sizes[i] if i in dense else eps * dims[i] for i in range(len(shapes))]
+    return _apportion(shares, num_keep)
+
+
+def _apportion(shares: Sequence[float], total: int) -> tuple[int, ...]:
+    """Rounds shares down and hands what is left to the largest fractions, ties in layer order."""
+    # A share that is an integer but for rounding error counts as that integer.
+    floors = [math.floor(share + 1e-9 * max(1.0, share)) for share in shares]
+    fractions = [share - floor for share, floor in zip(shares, floors, strict=True)]
+    by_fraction = sorted(range(len(shares)), key=lambda i: -fractions[i])
+    for i in by_fraction[: total - sum(floors)]:
+        floors[i] += 1
+    return tuple(floors)
+
+
+def _feasible(name: str, counts_of: Any, shapes: Shapes, sparsity: Any) -> Counts:
+    """Turns the sparsity into a count and refuses counts that leave a layer without weights."""
+    check_sparsity("sparsity", sparsity)
+    total = sum(math.prod(shape) for shape in shapes)
+    if total == 0:
+        return tuple(0 for _ in shapes)
+
+    def is_feasible(num_keep: int) -> bool:
+        counts = counts_of(shapes, num_keep)
+        return min(counts) > 0 if isinstance(counts, tuple) else counts > 0
+
+    num_keep = round(total * (1.0 - float(sparsity)))
+    if is_feasible(num_keep):
+        return counts_of(shapes, num_keep)
+    too_few, enough = num_keep, total
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if is_feasible(middle) else (middle, enough)
+    maximum = math.floor(1e6 * (1.0 - enough / total)) / 1e6
+    raise ValueError(
+        f"{name} cannot meet sparsity {float(sparsity)}: {num_keep} of {total} weights would leave "
+        f"a layer without any. The maximum for these {len(shapes)} layers is {maximum}."
+    )

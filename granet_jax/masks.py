@@ -1,0 +1,292 @@
+"""Masks as trees: making them, applying them, and the two changes that all methods are made of.
+
+:func:`prune_to` and :func:`regenerate` build *mask steps*, pure functions
+``(masks, keep, params, grads, step, key) -> (masks, keep)``; :func:`compose` strings a start and
+mask steps together into a method.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from granet_jax import distributions, scores, selection, trees
+from granet_jax.types import (
+    Distribution,
+    MaskState,
+    MaskStep,
+    Method,
+    NumKeep,
+    PyTree,
+    ScoreFn,
+)
+
+
+def ones(params: PyTree) -> PyTree:
+    """All-True masks with the shapes, and the sharding, of ``params``."""
+    return jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
+
+
+def random_masks(
+    key: jax.Array,
+    params: PyTree,
+    sparsity: float,
+    distribution: Distribution = distributions.erk,
+    prunable: trees.Rules = (),
+) -> PyTree:
+    """Random masks with exactly the counts of ``distribution``; leaves not prunable stay True.
+
+    Args:
+      key: a typed key.
+      params: tree of arrays or ``ShapeDtypeStruct``s.
+      sparsity: fraction of zeros among the prunable weights, in [0, 1).
+      distribution: how the sparsity is spread over layers.
+      prunable: path rules, see :func:`granet_jax.trees.describe`.
+
+    Differs from the reference code of SET and GraNet, which draws each entry for itself, so that
+    counts are right on average only.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> masks = random_masks(jax.random.key(0), {"kernel": jnp.zeros((10, 10))}, 0.9)
+      >>> int(masks["kernel"].sum())
+      10
+    """
+    leaves = trees.describe(params, prunable)
+    num_keep = distribution(trees.layer_shapes(leaves), sparsity)
+    draws = trees.split(scores.random(params, None, key), leaves)
+    return trees.join(selection.top_k(draws, num_keep), ones(params), leaves)
+
+
+def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
+    """Sets the weights whose mask is False to exactly +0, whatever they are (NaN, too).
+
+    Args:
+      params: tree of arrays.
+      masks: bool tree of the same structure. Where it holds an ``optax.MaskedNode`` (a mask tree
+        from inside ``optax.partition`` or ``optax.masked``), params pass through.
+
+    Returns:
+      ``params`` with the same dtypes and structure.
+
+    Raises:
+      ValueError: the leaves differ in number or shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> apply_masks({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])})["w"].tolist()
+      [1.0, 0.0]
+    """
+    return jax.tree.map(
+        lambda m, p: p if isinstance(m, optax.MaskedNode) else jnp.where(m, p, jnp.zeros_like(p)),
+        masks,
+        params,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+
+
+def prune_to(
+    num_keep: NumKeep,
+    *,
+    score: ScoreFn = scores.magnitude,
+    prunable: trees.Rules = (),
+) -> MaskStep:
+    """Keeps the ``min(num_keep, live)`` best of the live weights; never revives one.
+
+    What it removes leaves ``keep`` as well, so that a weight which it removed and a later step of
+    the same event regrew starts again at 0 with zero moments.
+
+    Args:
+      num_keep: ``(shapes, step) -> counts``: a scalar ranks the whole tree as one, a vector each
+        layer for itself.
+      score: what is kept is what scores highest.
+      prunable: path rules.
+
+    Example: keep the two largest of the three live weights.
+      >>> import jax.numpy as jnp
+      >>> step = prune_to(lambda shapes, step: 2)
+      >>> masks = {"kernel": jnp.array([[True, True], [True, False]])}
+      >>> params = {"kernel": jnp.array([[-3.0, 1.0], [2.0, 0.0]])}
+      >>> masks, keep = step(masks, masks, params, params, 1, None)
+      >>> masks["kernel"].tolist()
+      [[True, False], [True, False]]
+    """
+
+    def mask_step(
+        masks: PyTree,
+        keep: PyTree,
+        params: PyTree,
+        grads: PyTree,
+        step: jax.Array,
+        key: jax.Array | None,
+    ) -> tuple[PyTree, PyTree]:
+        leaves = trees.describe(params, prunable)
+        kept = selection.top_k(
+            trees.split(score(params, grads, key), leaves),
+            num_keep(trees.layer_shapes(leaves), step),
+            trees.split(masks, leaves),
+        )
+        masks = trees.join(kept, masks, leaves)
+        return masks, _and(keep, masks)
+
+    return mask_step
+
+
+def regenerate(
+    fraction: optax.Schedule,
+    *,
+    drop: ScoreFn = scores.magnitude,
+    grow: ScoreFn = scores.gradient,
+    prunable: trees.Rules = (),
+) -> MaskStep:
+    """In each layer drops ``ceil(fraction * live)`` weights and grows as many.
+
+    Dropped are the live weights with the lowest ``drop`` score; grown are the highest by ``grow``
+    among all that are then off, those just dropped included. A weight dropped and regrown in one
+    event stays in ``keep``, with its value and moments. Counts of layers do not change, and in a
+    dense layer nothing does.
+
+    Args:
+      fraction: schedule of the fraction of live weights exchanged, in [0, 1]. The product with the
+        count is float32; one within 2.4e-7 (relative) above an integer counts as that integer.
+      drop: what is kept is what scores highest.
+      grow: what is grown is what scores highest.
+      prunable: path rules.
+
+    Source: Evci et al. 2020, section 3; GraNet, section 4.2 (zero-cost neuroregeneration).
+
+    Example: of the two live weights the smaller goes, and the largest gradient among the three
+    then off comes.
+      >>> import jax.numpy as jnp
+      >>> step = regenerate(lambda step: 0.5)
+      >>> masks = {"kernel": jnp.array([[True, True], [False, False]])}
+      >>> params = {"kernel": jnp.array([[-3.0, 1.0], [0.0, 0.0]])}
+      >>> grads = {"kernel": jnp.array([[9.0, 0.1], [0.2, -0.3]])}
+      >>> masks, keep = step(masks, masks, params, grads, 1, None)
+      >>> masks["kernel"].tolist(), keep["kernel"].tolist()
+      ([[True, False], [False, True]], [[True, False], [False, False]])
+    """
+
+    def mask_step(
+        masks: PyTree,
+        keep: PyTree,
+        params: PyTree,
+        grads: PyTree,
+        step: jax.Array,
+        key: jax.Array | None,
+    ) -> tuple[PyTree, PyTree]:
+        leaves = trees.describe(params, prunable)
+        live = trees.split(masks, leaves)
+        num_live = selection.count(live)
+        share = fraction(step) * num_live.astype(jnp.float32)
+        num_exchanged = jnp.ceil(share * (1 - 2.0**-22)).astype(jnp.int32)
+        num_exchanged = jnp.clip(num_exchanged, 0, num_live)
+
+        drop_scores = trees.split(drop(params, grads, key), leaves)
+        survivors = selection.top_k(drop_scores, num_live - num_exchanged, live)
+        grow_scores = trees.split(grow(params, grads, key), leaves)
+        grown = selection.top_k(grow_scores, num_exchanged, [~s for s in survivors])
+        masks = trees.join([s | g for s, g in zip(survivors, grown, strict=True)], masks, leaves)
+        return masks, _and(keep, masks)
+
+    return mask_step
+
+
+def start_from(
+    masks: PyTree | None,
+    sparsity: Any,
+    distribution: Distribution,
+    prunable: trees.Rules,
+    key: jax.Array | None,
+) -> Callable[[PyTree], PyTree]:
+    """``params -> masks`` at the start: the given masks, or random ones, or (sparsity 0) dense."""
+    distributions.check_sparsity("initial sparsity", sparsity)
+    is_dense = not isinstance(sparsity, jax.core.Tracer) and float(sparsity) == 0.0
+    if masks is None and not is_dense and key is None:
+        raise ValueError(
+            f"A start at sparsity {sparsity} draws random masks: pass key=jax.random.key(seed), "
+            "or masks=..., or start dense."
+        )
+
+    def start(params: PyTree) -> PyTree:
+        leaves = trees.describe(params, prunable)
+        if masks is not None:
+            return _checked(masks, params, leaves)
+        if is_dense or not leaves:
+            return ones(params)
+        assert key is not None
+        return random_masks(key, params, sparsity, distribution, prunable)
+
+    return start
+
+
+def compose(
+    start: Callable[[PyTree], PyTree],
+    *steps: MaskStep,
+    is_update_step: Callable[[jax.Array], Any],
+    key: jax.Array | None = None,
+) -> Method:
+    """A method that starts from ``start(params)`` and does ``steps`` in order at each event.
+
+    Args:
+      start: ``params -> masks``.
+      *steps: mask steps; each gets a key of its own, folded from ``key``, the step and its place.
+      is_update_step: which steps are events.
+      key: a typed key, needed by steps that draw. It is kept in the state, and that one is used:
+        a method made once serves many seeds under ``vmap``.
+
+    Example: a method in one line, with a rule of your own for what to grow.
+      >>> import granet_jax as gj
+      >>> import jax.numpy as jnp
+      >>> method = gj.compose(
+      ...     gj.ones,
+      ...     gj.prune_to(gj.gradual_num_keep(gj.global_ranking, 0.0, 0.5, 0, 20)),
+      ...     gj.regenerate(gj.cosine(0.3, 0.0, 40), grow=gj.scores.saliency),
+      ...     is_update_step=gj.every(10, last_step=40),
+      ... )
+      >>> state = method.init({"kernel": jnp.ones((4, 4))})
+      >>> int(state.masks["kernel"].sum())
+      16
+    """
+
+    def init(params: PyTree) -> MaskState:
+        # A key of its own, so that donating the state does not delete the caller's.
+        return MaskState(start(params), None if key is None else jax.random.clone(key))
+
+    def update(
+        state: MaskState, params: PyTree, grads: PyTree, step: jax.Array
+    ) -> tuple[MaskState, PyTree]:
+        masks = keep = state.masks
+        for i, mask_step in enumerate(steps):
+            step_key = state.key
+            if step_key is not None:
+                step_key = jax.random.fold_in(jax.random.fold_in(step_key, step), i)
+            masks, keep = mask_step(masks, keep, params, grads, step, step_key)
+        return state._replace(masks=masks), keep
+
+    return Method(init, update, is_update_step)
+
+
+def _and(a: PyTree, b: PyTree) -> PyTree:
+    return jax.tree.map(jnp.logical_and, a, b)
+
+
+def _checked(masks: PyTree, params: PyTree, leaves: tuple[trees.Leaf, ...]) -> PyTree:
+    """A copy of given masks (donating the state must not delete the caller's), once they fit."""
+    given = jax.tree.leaves(masks)
+    if len(given) != len(leaves):
+        raise ValueError(
+            f"The masks are of another tree: {len(given)} leaves, but params have {len(leaves)} "
+            f"({', '.join(x.path for x in leaves)}). Masks need a leaf for each parameter; start "
+            "from granet_jax.ones(params)."
+        )
+    for mask, leaf in zip(given, leaves, strict=True):
+        if jnp.shape(mask) != leaf.shape or jnp.result_type(mask) != jnp.bool_:
+            raise ValueError(
+                f"The mask of {leaf.path} has shape {jnp.shape(mask)} and dtype "
+                f"{jnp.result_type(mask)}; expected {leaf.shape} and bool."
+            )
+    given = jax.tree.unflatten(jax.tree.structure(params), given)
+    return jax.tree.map(lambda p, m: jnp.ones_like(p, dtype=bool) & m, params, given)

@@ -1,0 +1,8 @@
+"""Sparse-training methods, one paper a file; each returns a :class:`granet_jax.types.Method`."""
+
+from granet_jax.methods.gmp import gmp as gmp
+from granet_jax.methods.granet import granet as granet
+from granet_jax.methods.magnitude import magnitude as magnitude
+from granet_jax.methods.rigl import rigl as rigl
+from granet_jax.methods.set_ import set_ as set_
+from granet_jax.methods.static import static as static

@@ -1,0 +1,62 @@
+"""GMP: gradual magnitude pruning."""
+
+from typing import Any
+
+from granet_jax import distributions, schedules, scores, trees
+from granet_jax.masks import compose, prune_to, start_from
+from granet_jax.types import Distribution, Method, PyTree, ScoreFn
+
+
+def gmp(
+    *,
+    final_sparsity: Any,
+    end_step: int,
+    update_every: int,
+    begin_step: int = 0,
+    initial_sparsity: Any = 0.0,
+    scope: Distribution = distributions.global_ranking,
+    score: ScoreFn = scores.magnitude,
+    masks: PyTree | None = None,
+    prunable: trees.Rules = (),
+) -> Method:
+    """Prunes a dense network by magnitude on a cubic schedule; what is pruned stays pruned.
+
+    ``s_t = s_f + (s_i - s_f)(1 - (t - t_0)/(t_f - t_0))^3`` at every ``update_every``-th step from
+    ``begin_step`` on. The schedule is flat after ``end_step``: the first event at or after it
+    reaches the final sparsity, whether or not the numbers divide.
+
+    Source: Zhu & Gupta 2017, "To prune, or not to prune", section 3 (the schedule; there layer by
+    layer, ``scope=uniform``); ranked globally as in the GMP runs of the GraNet paper.
+
+    Args:
+      final_sparsity: fraction of zeros among prunable weights at the end, in [0, 1).
+      end_step: end of the cubic, in updates.
+      update_every: updates between events.
+      begin_step: start of the cubic; no event before it.
+      initial_sparsity: value of the cubic at ``begin_step``; the start itself is dense, or
+        ``masks``.
+      scope: what is ranked together: ``global_ranking``, or ``uniform`` or ``erk`` by layer.
+      score: the highest are kept.
+      masks: start from these instead of dense (bool, tree of params).
+      prunable: path rules, see :func:`granet_jax.trees.describe`.
+
+    Raises:
+      ValueError: a sparsity outside [0, 1) or falling, or a schedule without events.
+
+    Differs from Zhu & Gupta in that pruned weights cannot come back, and from the GraNet
+    repository as :func:`granet_jax.granet` does (exact counts, end reached).
+
+    Example:
+      >>> import granet_jax as gj, optax
+      >>> tx = gj.sparsify(
+      ...     optax.adam(1e-3), gj.gmp(final_sparsity=0.9, end_step=500, update_every=50)
+      ... )
+    """
+    num_keep = schedules.gradual_num_keep(
+        scope, initial_sparsity, final_sparsity, begin_step, end_step
+    )
+    return compose(
+        start_from(masks, 0.0, scope, prunable, None),
+        prune_to(num_keep, score=score, prunable=prunable),
+        is_update_step=schedules.every(update_every, begin_step),
+    )

@@ -1,0 +1,157 @@
+"""When masks change, and by how much: thin names over optax schedules.
+
+A schedule maps a step (int or int32 scalar, the first update is 1) to a float32 scalar.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from granet_jax.distributions import check_sparsity
+from granet_jax.types import Counts, Distribution, NumKeep, Shapes
+
+
+def cubic(initial: Any, final: Any, begin_step: int, end_step: int) -> optax.Schedule:
+    """``final + (initial - final) * (1 - (t - begin) / (end - begin))^3``, flat outside.
+
+    Source: Zhu & Gupta 2017, "To prune, or not to prune", section 3.
+
+    Raises:
+      ValueError: ``end_step <= begin_step``.
+
+    Example:
+      >>> sparsity = cubic(0.0, 0.9, begin_step=0, end_step=10)
+      >>> [round(float(sparsity(t)), 4) for t in (0, 5, 10, 99)]
+      [0.0, 0.7875, 0.9, 0.9]
+    """
+    if _known(begin_step, end_step) and end_step <= begin_step:
+        raise ValueError(
+            f"end_step must come after begin_step; got {begin_step=}, {end_step=} (in updates)."
+        )
+    return optax.polynomial_schedule(
+        init_value=initial,
+        end_value=final,
+        power=3,
+        transition_steps=end_step - begin_step,
+        transition_begin=begin_step,
+    )
+
+
+def cosine(initial: Any, final: Any, end_step: int) -> optax.Schedule:
+    """``final + (initial - final) * (1 + cos(pi * t / end)) / 2``, flat after ``end_step``.
+
+    Source: Dettmers & Zettlemoyer 2019 and Evci et al. 2020, section 3, for the drop fraction.
+
+    Raises:
+      ValueError: ``end_step < 1``, or a value outside [0, 1].
+
+    Example:
+      >>> fraction = cosine(0.5, 0.005, end_step=100)
+      >>> [round(float(fraction(t)), 4) for t in (0, 50, 100, 200)]
+      [0.5, 0.2525, 0.005, 0.005]
+    """
+    for value in (initial, final):
+        if _known(value) and not 0.0 <= value <= 1.0:
+            raise ValueError(f"A regeneration fraction must be in [0, 1]; got {value}.")
+    if _known(end_step) and end_step < 1:
+        raise ValueError(f"The cosine needs end_step >= 1 update; got {end_step}.")
+    unit = optax.cosine_decay_schedule(1.0, end_step)
+    return lambda step: final + (initial - final) * unit(step)
+
+
+def every(
+    update_every: int, begin_step: int = 0, last_step: int | None = None
+) -> Callable[[jax.Array], Any]:
+    """True at the multiples of ``update_every`` within ``[begin_step, last_step]``, both included.
+
+    Args:
+      update_every: updates between events, the papers' Delta T; >= 1.
+      begin_step: no event before it.
+      last_step: no event after it; None = none ends them.
+
+    Raises:
+      ValueError: ``update_every < 1``, a negative ``begin_step``, or a range without any event.
+
+    Example:
+      >>> is_update_step = every(10, begin_step=20, last_step=40)
+      >>> [t for t in range(100) if is_update_step(t)]
+      [20, 30, 40]
+    """
+    if _known(update_every) and update_every < 1:
+        raise ValueError(f"update_every must be >= 1 update; got {update_every}.")
+    if _known(begin_step) and begin_step < 0:
+        raise ValueError(f"begin_step must be >= 0; got {begin_step}.")
+    if _known(update_every, begin_step, last_step) and last_step is not None:
+        first = max(1, -(-begin_step // update_every)) * update_every
+        if first > last_step:
+            raise ValueError(
+                f"No step in [{begin_step}, {last_step}] is a multiple of {update_every=}: masks "
+                "would never change. Lower update_every."
+            )
+
+    def is_update_step(step: jax.Array) -> Any:
+        due = (step % update_every == 0) & (step >= begin_step)
+        return due if last_step is None else due & (step <= last_step)
+
+    return is_update_step
+
+
+def gradual_num_keep(
+    distribution: Distribution,
+    initial_sparsity: Any,
+    final_sparsity: Any,
+    begin_step: int,
+    end_step: int,
+) -> NumKeep:
+    """How many weights to keep at a step, on the cubic from the initial to the final sparsity.
+
+    The cubic runs on counts, ``final + round((initial - final) * cubic)``: at and after
+    ``end_step`` the count is the final integer itself, whatever float32 does on the way (there it
+    may differ by a weight in 10^7 from exact arithmetic).
+
+    Returns:
+      ``(shapes, step) -> counts`` (int32), a scalar or one a layer as ``distribution`` decides.
+
+    Raises:
+      ValueError: as ``cubic`` and ``distribution``; or sparsity would fall.
+
+    Example:
+      >>> from granet_jax.distributions import global_ranking
+      >>> num_keep = gradual_num_keep(global_ranking, 0.0, 0.9, begin_step=0, end_step=10)
+      >>> [int(num_keep([(10, 100)], t)) for t in (0, 5, 10)]
+      [1000, 212, 100]
+    """
+    check_sparsity("initial_sparsity", initial_sparsity)
+    check_sparsity("final_sparsity", final_sparsity)
+    if _known(initial_sparsity, final_sparsity) and initial_sparsity > final_sparsity:
+        raise ValueError(
+            f"Gradual pruning only removes weights: initial_sparsity {initial_sparsity} is above "
+            f"final_sparsity {final_sparsity}."
+        )
+    remaining = cubic(1.0, 0.0, begin_step, end_step)
+
+    def num_keep(shapes: Shapes, step: jax.Array) -> Counts:
+        initial = jnp.asarray(distribution(shapes, initial_sparsity), jnp.int32)
+        final = jnp.asarray(distribution(shapes, final_sparsity), jnp.int32)
+        return final + jnp.round((initial - final) * remaining(step)).astype(jnp.int32)
+
+    return num_keep
+
+
+def check_end(update_every: int, end_step: int, total_steps: int) -> None:
+    """Raises a ValueError unless some event in ``[end_step, total_steps]`` can end the pruning."""
+    if _known(update_every, end_step, total_steps):
+        last_event = total_steps // max(1, update_every) * update_every
+        if last_event < end_step:
+            raise ValueError(
+                f"Pruning would stop short of its final sparsity: {end_step=}, but with "
+                f"{update_every=} the last event within {total_steps=} is step {last_event}. "
+                f"Use end_step <= {last_event}."
+            )
+
+
+def _known(*values: Any) -> bool:
+    return not any(isinstance(value, jax.core.Tracer) for value in values)

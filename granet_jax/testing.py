@@ -1,0 +1,210 @@
+"""The conformance kit: what every sparse-training method promises, checked on yours.
+
+The methods of this library pass it; run it on your own in a test of your own::
+
+    def test_my_method():
+        granet_jax.testing.check_method(my_method(...), num_live=lambda step: ...)
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from granet_jax import trees
+from granet_jax.transform import get_masks, sparsify
+from granet_jax.types import Method, PyTree
+
+
+def example_params(dtype: Any = jnp.float32) -> PyTree:
+    """A small tree with all that a method meets: convolution, dense, bias, norm, embedding."""
+    shapes = {
+        "embed": {"embedding": (11, 6)},
+        "conv": {"kernel": (3, 3, 4, 8), "bias": (8,)},
+        "norm": {"scale": (8,), "bias": (8,)},
+        "hidden": {"kernel": (16, 12), "bias": (12,)},
+        "head": {"kernel": (12, 5), "bias": (5,)},
+    }
+    return _random_like(jax.random.key(0), shapes, dtype)
+
+
+def check_method(
+    method: Method,
+    *,
+    params: PyTree | None = None,
+    num_steps: int = 24,
+    num_live: Callable[[int], int] | None = None,
+    prunable: trees.Rules = (),
+) -> None:
+    """Trains a small tree under ``method``; an AssertionError names the first broken promise.
+
+    The promises: masks are total, bool and stable in shape, dtype and sharding; ``init`` accepts
+    abstract parameters and a tree without leaves; leaves that are not prunable stay dense; masks
+    change at events only; ``keep`` lies within the old and the new masks; pruned weights and newly
+    grown ones are exactly 0, with zero moments; eager and compiled updates agree bit for bit, and
+    so do the method alone and inside ``sparsify``; one trace serves all steps; NaN in gradients
+    and weights changes no total; the total is what ``num_live`` says.
+
+    Args:
+      method: the method to check.
+      params: a tree of float arrays to train; None = :func:`example_params`.
+      num_steps: updates to run; choose your schedule so that it ends within them.
+      num_live: ``step -> weights kept in all prunable leaves`` after that step (0 = at the start);
+        None = not checked.
+      prunable: the path rules that the method was given.
+
+    Raises:
+      AssertionError: naming the promise, the step and the leaf.
+
+    Example:
+      >>> import granet_jax as gj, jax
+      >>> method = gj.rigl(sparsity=0.5, update_every=4, total_steps=16, key=jax.random.key(0))
+      >>> gj.testing.check_method(method)
+    """
+    params = example_params() if params is None else params
+    leaves = trees.describe(params, prunable)
+    _check_init(method, params)
+
+    traces: list[None] = []
+    # Powers of two, so that no rounding depends on how the compiler fuses the arithmetic.
+    tx = sparsify(optax.sgd(0.125, momentum=0.5), method)
+
+    @jax.jit
+    def train_step(params: PyTree, state: Any, grads: PyTree) -> tuple[PyTree, Any]:
+        traces.append(None)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled_update = jax.jit(method.update)
+    state = tx.init(params)
+    avals = jax.tree.map(jax.typeof, state)
+    method_state = method.init(params)
+    _check_count(0, state, leaves, num_live)
+    weights = params
+    events = 0
+    for step in range(1, num_steps + 1):
+        grads = _random_like(jax.random.fold_in(jax.random.key(1), step), params, jnp.float32)
+        before = jax.tree.map(jnp.copy, method_state[0])
+        keep = before
+        if method.observe is not None:
+            method_state = method.observe(method_state, grads)
+        if bool(method.is_update_step(jnp.int32(step))):
+            provisional = _provisional(weights, get_masks(state), _trace(state), grads)
+            args = (method_state, provisional, grads, jnp.int32(step))
+            if events == 0:
+                same = jax.tree.map(
+                    np.array_equal, *_without_keys(method.update(*args), compiled_update(*args))
+                )
+                _check(
+                    all(jax.tree.leaves(same)), "eager and compiled updates agree", f"step {step}"
+                )
+            if events < 2:
+                _check_nan(step, compiled_update, args, leaves)
+            method_state, keep = compiled_update(*args)
+            events += 1
+        weights, state = train_step(weights, state, grads)
+        masks = get_masks(state)
+        trees_now = (before, masks, keep, method_state[0], weights, _trace(state))
+        for leaf, *arrays in zip(leaves, *map(jax.tree.leaves, trees_now), strict=True):
+            old, new, kept, same, weight, moment = map(np.asarray, arrays)
+            where = f"step {step}, {leaf.path}"
+            _check(np.array_equal(new, same), "the same scores give the same masks", where)
+            _check(not np.any(kept & ~(old & new)), "keep lies within both masks", where)
+            _check(leaf.prunable or np.all(kept & new), "dense leaves stay dense", where)
+            _check(not np.any(weight[~kept]), "grown and pruned weights are 0", where)
+            _check(not np.any(moment[~kept]), "their moments are 0", where)
+        _check_count(step, state, leaves, num_live)
+        _check(jax.tree.map(jax.typeof, state) == avals, "shape, dtype, sharding stay", str(step))
+    _check(len(traces) == 1, "one trace serves all steps", f"{len(traces)} traces")
+
+
+def _check_init(method: Method, params: PyTree) -> None:
+    masks = method.init(params)[0]
+    structures: list[Any] = [jax.tree.structure(masks), jax.tree.structure(params)]
+    _check(structures[0] == structures[1], "masks have the structure of params", str(structures[0]))
+    for (path, mask), param in zip(
+        jax.tree_util.tree_leaves_with_path(masks), jax.tree.leaves(params), strict=True
+    ):
+        _check(
+            mask.shape == param.shape and mask.dtype == bool,
+            "a mask is bool and shaped as its parameter",
+            f"{trees.path_name(path)}: {mask.dtype}{mask.shape}",
+        )
+    abstract = jax.eval_shape(method.init, params)
+    _check(
+        jax.tree.map(lambda x: (x.shape, x.dtype), method.init(jax.eval_shape(lambda: params)))
+        == jax.tree.map(lambda x: (x.shape, x.dtype), abstract),
+        "init accepts abstract parameters",
+        str(abstract),
+    )
+    method.init({})  # optax probes with a tree without leaves
+
+
+def _check_count(
+    step: int, state: Any, leaves: tuple[trees.Leaf, ...], num_live: Callable[[int], int] | None
+) -> None:
+    if num_live is not None:
+        _check(
+            _total(get_masks(state), leaves) == num_live(step),
+            "as many weights are live as the schedule says",
+            f"step {step}: {_total(get_masks(state), leaves)}, expected {num_live(step)}",
+        )
+
+
+def _check_nan(step: int, update: Any, args: Any, leaves: tuple[trees.Leaf, ...]) -> None:
+    method_state, weights, grads, t = args
+    expected = _total(update(*args)[0][0], leaves)
+    broken_grads = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), grads)
+    some_nan = jax.tree.map(lambda w: w.at[..., ::3].set(jnp.nan), weights)
+    for name, broken in (
+        ("gradients", (method_state, weights, broken_grads, t)),
+        ("weights", (method_state, some_nan, grads, t)),
+    ):
+        got = _total(update(*broken)[0][0], leaves)
+        _check(got == expected, f"NaN {name} change no count", f"step {step}: {got}, {expected}")
+
+
+def _without_keys(*trees_with_keys: PyTree) -> list[PyTree]:
+    """Trees with typed keys replaced by their data, so that numpy can compare them."""
+    return [
+        jax.tree.map(
+            lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x,
+            tree,
+        )
+        for tree in trees_with_keys
+    ]
+
+
+@jax.jit
+def _provisional(weights: PyTree, masks: PyTree, trace: PyTree, grads: PyTree) -> PyTree:
+    """The weights that ``sparsify(sgd)`` shows the method, computed independently of it."""
+
+    def step(w: jax.Array, m: jax.Array, t: jax.Array, g: jax.Array) -> jax.Array:
+        return jnp.where(m, w - 0.125 * (0.5 * t + jnp.where(m, g, 0)), 0).astype(w.dtype)
+
+    return jax.tree.map(step, weights, masks, trace, grads)
+
+
+def _trace(state: Any) -> PyTree:
+    return optax.tree.get(state.inner, "trace")
+
+
+def _total(masks: PyTree, leaves: tuple[trees.Leaf, ...]) -> int:
+    flat = jax.tree.leaves(masks)
+    return sum(int(np.sum(m)) for m, x in zip(flat, leaves, strict=True) if x.prunable)
+
+
+def _random_like(key: jax.Array, tree: PyTree, dtype: Any) -> PyTree:
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, tuple))
+    shapes = [x if isinstance(x, tuple) else x.shape for x in leaves]
+    keys = jax.random.split(key, len(shapes))
+    draws = [jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes, strict=True)]
+    return jax.tree.unflatten(treedef, draws)
+
+
+def _check(holds: Any, promise: str, where: str) -> None:
+    if not holds:
+        raise AssertionError(f"Broken promise: {promise} ({where}).")

@@ -1,0 +1,225 @@
+"""``sparsify``: any optax optimizer, training sparse. The only file that knows optimizer state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from granet_jax import trees
+from granet_jax.types import Method, PyTree, SparseState
+
+# Buffers of optax that are shaped like the parameters but are no moments: the base iterate of
+# schedule-free; the starting points of prodigy, madgrad, mechanic, DoG and COCOB; the running mean
+# of gradients of MultiSteps, which growth needs.
+_NOT_MOMENTS = frozenset({"z", "params0", "x0", "init_params", "init_particles", "acc_grads"})
+
+
+def sparsify(
+    inner: optax.GradientTransformation, method: Method
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that it trains sparse, as ``method`` says.
+
+    One ``update``, in order, where t is the step now being taken (the first is 1):
+
+    1. The gradients are masked and handed to ``inner``, which gives provisional updates ``u``.
+    2. Where t is an event, the method sees the weights after this step, ``where(mask, p + u, 0)``,
+       and the raw gradients of this batch, and returns new masks and ``keep``, the weights that
+       live through the event. At other steps ``keep`` is the masks.
+    3. The optimizer's moments become ``where(keep, s, 0)``.
+    4. The updates returned are ``where(keep, u, -p)``: plain ``optax.apply_updates`` leaves exact
+       zeros where weights are masked, and newly grown weights start at exactly 0.
+
+    The result is an optax transformation like any other. Put gradient clipping *inside*, so that
+    the norm counts live weights only; put ``optax.MultiSteps`` and ``optax.apply_if_finite``
+    *outside*; nothing after it in a chain may touch the updates. For a sparse start also mask the
+    initial parameters once, ``apply_masks(params, get_masks(opt_state))``; without that the first
+    forward pass is dense and the first update sets the zeros.
+
+    Moments are the leaves of the inner state that end in a parameter's path and have its shape.
+    Factored moments (adafactor) have other shapes and stay as they are, and so do buffers that are
+    no moments (schedule-free's ``z``, prodigy's ``params0``, accumulated gradients).
+
+    Args:
+      inner: any optax transformation that ends in parameter updates.
+      method: what :func:`granet_jax.granet` and its kin return.
+
+    Returns:
+      A ``GradientTransformationExtraArgs`` whose state is :class:`granet_jax.types.SparseState`.
+      Updates have the dtype of ``inner``'s, or the parameters' where that is wider (``-p`` has to
+      be exact).
+
+    Raises:
+      TypeError: ``inner`` or ``method`` is something else.
+      ValueError: in ``init``, where the inner state holds large buffers that cannot be matched
+        with parameters (flattened or limited-memory optimizers); in ``update``, without
+        ``params``.
+
+    Note:
+      A parameter that is NaN or infinite cannot be brought to 0 by adding to it. Counts and masks
+      stay right; ``apply_masks`` cleans such weights, ``optax.apply_if_finite`` keeps them out.
+
+    Example:
+      >>> import granet_jax as gj, jax, jax.numpy as jnp, optax
+      >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+      >>> method = gj.static(sparsity=0.75, key=jax.random.key(0))
+      >>> tx = gj.sparsify(optax.adam(1e-3), method)
+      >>> state = tx.init(params)
+      >>> params = gj.apply_masks(params, gj.get_masks(state))
+      >>> updates, state = tx.update(params, state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> int((params["kernel"] != 0).sum()), int((params["bias"] != 0).sum())
+      (4, 4)
+    """
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            f"sparsify wraps an optax transformation, got {type(inner).__name__}. "
+            "Call it as sparsify(optax.sgd(0.1), method)."
+        )
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"sparsify needs a Method, got {type(method).__name__}. "
+            "Call the method first: sparsify(inner, granet_jax.granet(...))."
+        )
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: PyTree) -> SparseState:
+        inner_state = inner.init(params)
+        _check_maskable(inner_state, params)
+        return SparseState(jnp.zeros([], jnp.int32), method.init(params), inner_state)
+
+    def update(
+        grads: PyTree, state: SparseState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, SparseState]:
+        if params is None:
+            raise ValueError(
+                "sparsify needs the parameters: call tx.update(grads, opt_state, params)."
+            )
+        step = optax.safe_increment(state.mask_step)
+        method_state = state.method
+        if method.observe is not None:
+            method_state = method.observe(method_state, grads)
+
+        def inner_update(masks: PyTree) -> tuple[PyTree, Any]:
+            live_grads = _where(masks, grads)
+            return inner.update(live_grads, state.inner, params, **extra_args)
+
+        def event(method_state: Any) -> tuple[Any, PyTree]:
+            # XLA materialises the operands of a conditional: computing the provisional update
+            # again in this rare branch is cheaper than handing it in at every step.
+            updates, _ = inner_update(method_state[0])
+            weights = _where(method_state[0], optax.apply_updates(params, updates))
+            return method.update(method_state, weights, grads, step)
+
+        def no_event(method_state: Any) -> tuple[Any, PyTree]:
+            return method_state, method_state[0]
+
+        updates, inner_state = inner_update(method_state[0])
+        method_state, keep = jax.lax.cond(
+            method.is_update_step(step), event, no_event, method_state
+        )
+        return (
+            jax.tree.map(_to_zero, keep, updates, params),
+            SparseState(step, method_state, _mask_moments(inner_state, params, keep)),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def get_masks(opt_state: Any) -> PyTree:
+    """The masks inside an optimizer state, however deep ``sparsify`` is nested in it.
+
+    Args:
+      opt_state: state of a transformation that contains one ``sparsify``.
+
+    Returns:
+      bool tree with the structure of params.
+
+    Raises:
+      ValueError: there is no ``sparsify`` inside, or more than one.
+    """
+    states = [
+        x
+        for x in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, SparseState))
+        if isinstance(x, SparseState)
+    ]
+    if len(states) != 1:
+        raise ValueError(
+            f"Expected one sparsify state in the optimizer state, found {len(states)} in a "
+            f"{type(opt_state).__name__}. Pass the state that tx.init returned; of several "
+            "(optax.partition), pass the one you mean."
+        )
+    return states[0].method[0]
+
+
+def _where(masks: PyTree, tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros_like(x)), masks, tree)
+
+
+def _to_zero(keep: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
+    """The update where a weight is kept; elsewhere the one that brings it to 0."""
+    dtype = jnp.promote_types(update.dtype, param.dtype)
+    return jnp.where(keep, update.astype(dtype), -param.astype(dtype))
+
+
+def _mask_moments(inner_state: Any, params: PyTree, keep: PyTree) -> Any:
+    """``where(keep, s, 0)`` for the leaves of the inner state that are moments of a parameter."""
+    owners = _by_path(params)
+    masks = _by_path(keep)
+
+    def mask(path: tuple[Any, ...], leaf: Any) -> Any:
+        names = _names(path)
+        start = _owner_start(names, owners)
+        if start is None or _NOT_MOMENTS.intersection(names[:start]):
+            return leaf
+        if leaf.shape != owners[names[start:]].shape:
+            return leaf
+        return jnp.where(masks[names[start:]], leaf, jnp.zeros_like(leaf))
+
+    return jax.tree_util.tree_map_with_path(mask, inner_state)
+
+
+def _check_maskable(inner_state: Any, params: PyTree) -> None:
+    """Refuses a state with buffers of a parameter's size that mirror no parameter."""
+    owners = _by_path(params)
+    largest = max((x.size for x in owners.values() if len(x.shape) >= 2), default=None)
+    if largest is None:
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(inner_state):
+        names = _names(path)
+        start = _owner_start(names, owners)
+        owner = None if start is None else owners[names[start:]]
+        if owner is not None and (leaf.shape == owner.shape or leaf.size < owner.size):
+            continue  # a moment, or a factored one
+        if leaf.size >= largest:
+            raise ValueError(
+                f"The state of this optimizer cannot be masked: {_type_on_path(inner_state, path)}"
+                f" holds {'/'.join(names)} of shape {leaf.shape}, which mirrors no parameter. "
+                "Use an optimizer whose moments have the parameters' shapes (not flattened, no "
+                "limited-memory history)."
+            )
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """A key path as names alone: Flax NNX keys the same tree differently in init and update."""
+    return tuple(trees.path_name((key,)) for key in trees.strip_value(path))
+
+
+def _by_path(tree: PyTree) -> dict[tuple[str, ...], Any]:
+    return {_names(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _owner_start(names: tuple[str, ...], owners: dict[tuple[str, ...], Any]) -> int | None:
+    """Where the longest suffix of a state's path that is the path of a parameter begins."""
+    return next((i for i in range(len(names) + 1) if names[i:] in owners), None)
+
+
+def _type_on_path(state: Any, path: tuple[Any, ...]) -> str:
+    """The name of the innermost NamedTuple on the way to a leaf."""
+    name = type(state).__name__
+    for key in path:
+        if not isinstance(key, jax.tree_util.GetAttrKey | jax.tree_util.SequenceKey):
+            break
+        state = getattr(state, key.name) if hasattr(key, "name") else state[key.idx]
+        name = type(state).__name__ if hasattr(state, "_fields") else name
+    return name

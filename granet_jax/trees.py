@@ -1,0 +1,158 @@
+"""Paths of leaves, which leaves are prunable, and leaves seen as stacks of layers.
+
+What is prunable is *static*: it follows from paths, shapes and rules alone, so that it is known
+while tracing and never has to be stored beside the masks.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from granet_jax.types import PyTree, Shapes
+
+
+class Stacked(NamedTuple):
+    """Decision of a rule: the first ``axes`` axes stack layers; otherwise the default decides.
+
+    For models whose layers are stacked by ``jax.lax.scan``: a ``(24, 512, 512)`` kernel then
+    counts as 24 layers of ``(512, 512)`` in scores, counts and selection.
+    """
+
+    axes: int = 1
+
+
+Rules: TypeAlias = Sequence[tuple[str, bool | Stacked]]
+
+
+class Leaf(NamedTuple):
+    """What is known of one leaf of ``params`` without looking at its values."""
+
+    path: str  # e.g. "conv1/kernel"
+    shape: tuple[int, ...]
+    prunable: bool
+    stack_axes: int  # how many leading axes stack layers; 0 for most
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers that the leaf stacks; 1 for most."""
+        return math.prod(self.shape[: self.stack_axes])
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        """Shape of each of its layers."""
+        return self.shape[self.stack_axes :]
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Writes a key path as ``"block/0/kernel"``; a trailing ``.value`` (Flax NNX) is left out."""
+    return jax.tree_util.keystr(strip_value(path), simple=True, separator="/")
+
+
+def strip_value(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Drops the trailing ``.value`` that Flax NNX gives to the path of a variable."""
+    return path[:-1] if path and getattr(path[-1], "name", None) == "value" else path
+
+
+def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
+    """Tells of each leaf, in the tree's leaf order, whether it is prunable.
+
+    By default a leaf is prunable when it holds floats of rank >= 2 (without stack axes), its name
+    is neither ``bias`` nor ``scale``, and no part of its path contains ``embed``. So kernels of
+    dense and convolution layers are; biases, norm scales and embeddings are not.
+
+    Args:
+      params: tree of arrays or ``ShapeDtypeStruct``s.
+      rules: ``(pattern, decision)`` pairs; the first pattern that ``re.search`` finds in a leaf's
+        path decides. ``True`` = prunable, ``False`` = dense, ``Stacked(n)`` = the leading ``n``
+        axes stack layers and the default decides on the rest.
+
+    Raises:
+      ValueError: a rule matches no leaf, a leaf has fewer axes than its rule stacks, or nothing is
+        prunable. (A tree without leaves passes: optax probes optimizers with one.)
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"fc": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)},
+      ...           "head": {"kernel": jnp.ones((3, 2))}}
+      >>> [(leaf.path, leaf.prunable) for leaf in describe(params, [("head", False)])]
+      [('fc/bias', False), ('fc/kernel', True), ('head/kernel', False)]
+    """
+    paths_and_leaves = jax.tree_util.tree_leaves_with_path(params)
+    names = [path_name(path) for path, _ in paths_and_leaves]
+    if not names:
+        return ()
+    for pattern, _ in rules:
+        if not any(re.search(pattern, name) for name in names):
+            raise ValueError(
+                f"The rule {pattern!r} matches no parameter; the paths are: {', '.join(names)}."
+            )
+    leaves = tuple(
+        _decide(name, leaf, rules) for name, (_, leaf) in zip(names, paths_and_leaves, strict=True)
+    )
+    if not any(leaf.prunable for leaf in leaves):
+        raise ValueError(
+            "No parameter is prunable: by default that takes floats of rank >= 2 not named bias, "
+            f"scale or embed*; got {', '.join(f'{x.path} {x.shape}' for x in leaves)}. "
+            "Name what to prune with a rule, e.g. prunable=[('kernel', True)]."
+        )
+    return leaves
+
+
+def _decide(name: str, leaf: Any, rules: Rules) -> Leaf:
+    decision = next((d for pattern, d in rules if re.search(pattern, name)), Stacked(0))
+    shape = tuple(leaf.shape)
+    if isinstance(decision, bool):
+        return Leaf(name, shape, decision, 0)
+    if not isinstance(decision, Stacked):
+        raise ValueError(
+            f"The rule for {name} decides {decision!r}; expected True, False or Stacked(axes)."
+        )
+    if not 0 <= decision.axes <= len(shape):
+        raise ValueError(f"A rule stacks {decision.axes} axes of {name}, which has shape {shape}.")
+    parts = name.lower().split("/")
+    prunable = (
+        len(shape) - decision.axes >= 2
+        and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        and parts[-1] not in ("bias", "scale")
+        and not any("embed" in part for part in parts)
+    )
+    return Leaf(name, shape, bool(prunable), decision.axes)
+
+
+def layer_shapes(leaves: Sequence[Leaf]) -> Shapes:
+    """One shape for each layer, in layer order: leaf order, then position in the stack."""
+    return [x.layer_shape for x in leaves if x.prunable for _ in range(x.num_layers)]
+
+
+def num_prunable(leaves: Sequence[Leaf]) -> int:
+    """How many weights are prunable."""
+    return sum(x.size for x in leaves if x.prunable)
+
+
+def split(tree: PyTree, leaves: Sequence[Leaf]) -> list[jax.Array]:
+    """The prunable leaves of a tree, each as an array ``(num_layers, *layer_shape)``."""
+    arrays = jax.tree.leaves(tree)
+    return [
+        a.reshape(x.num_layers, *x.layer_shape)
+        for a, x in zip(arrays, leaves, strict=True)
+        if x.prunable
+    ]
+
+
+def join(stacks: Sequence[jax.Array], tree: PyTree, leaves: Sequence[Leaf]) -> PyTree:
+    """Undoes :func:`split`: ``tree`` with its prunable leaves replaced by ``stacks``."""
+    arrays, treedef = jax.tree.flatten(tree)
+    new = iter(stacks)
+    joined = [
+        next(new).reshape(x.shape) if x.prunable else a for a, x in zip(arrays, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, joined)

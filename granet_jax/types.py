@@ -1,0 +1,94 @@
+"""The words of the library, each said once.
+
+* **mask**: a bool array of its parameter's shape; ``True`` = kept. Masks are *total*: every leaf
+  of ``params`` has one. Leaves that are never pruned have an all-``True`` mask; which leaves those
+  are is told by :func:`granet_jax.trees.describe`, never by a mask's ones.
+* **sparsity**: the fraction of zeros among the *prunable* weights, the number that papers quote.
+  Inside, code works with ``num_keep``, an integer count, so that counts are exact.
+* **layer**: what a layerwise method treats as one unit: a prunable leaf, or one slice of a leaf
+  whose leading axes are stacked layers.
+* **score**: larger = more worth keeping, or growing. May be signed. The total order is
+  ineligible < NaN < -inf < ... < -0 = +0 < ... < +inf. Scores are compared in float32.
+* **step**: the number of optimizer updates done; the first ``tx.update`` is step 1.
+* **event**: a step at which masks may change.
+* **prune** = switch off; **regrow** (regenerate) = switch on; **neuroregeneration** = prune and
+  regrow the same number in one event.
+* **keep**: the weights whose value and optimizer moments live through a step; a subset of the new
+  masks. A weight in the new masks that is not in ``keep`` starts at exactly 0 with zero moments.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import jax
+
+PyTree: TypeAlias = Any
+Counts: TypeAlias = Any  # an int (whole tree), ints in layer order, or such an int32 array
+Shapes: TypeAlias = Sequence[tuple[int, ...]]  # one shape for each layer, in layer order
+NumKeep: TypeAlias = Callable[[Shapes, jax.Array], Counts]  # (shapes, step) -> Counts
+
+
+class ScoreFn(Protocol):
+    """Scores every weight: ``(params, grads, key) -> tree`` of arrays of the params' shapes.
+
+    ``params`` are the weights after this step with zeros where masked, ``grads`` the raw gradients
+    of this batch (defined where masked, too), ``key`` a key for this step, or None where the
+    method was given none.
+    """
+
+    def __call__(self, params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree: ...
+
+
+class Distribution(Protocol):
+    """Spreads a sparsity over layers: ``(shapes, sparsity) -> counts`` of weights to keep.
+
+    One count for each layer makes a method layerwise; a single int is a budget for the whole tree.
+    """
+
+    def __call__(self, shapes: Shapes, sparsity: Any) -> Counts: ...
+
+
+class MaskStep(Protocol):
+    """One pure change of masks: ``(masks, keep, params, grads, step, key) -> (masks, keep)``."""
+
+    def __call__(
+        self,
+        masks: PyTree,
+        keep: PyTree,
+        params: PyTree,
+        grads: PyTree,
+        step: jax.Array,
+        key: jax.Array | None,
+    ) -> tuple[PyTree, PyTree]: ...
+
+
+class MaskState(NamedTuple):
+    """State of the methods in this library; a method's own state may hold more after ``masks``."""
+
+    masks: PyTree  # bool, shapes of params
+    key: jax.Array | None  # typed key that every event folds its step into; None = draws nothing
+
+
+class Method(NamedTuple):
+    """A sparse-training method: pure functions, safe under ``jit``, ``cond`` and ``vmap``.
+
+    Attributes:
+      init: ``params -> state``, whose first field is ``masks``. Accepts ``ShapeDtypeStruct`` leaves
+        and a tree without leaves.
+      update: ``(state, params, grads, step) -> (state, keep)``, called at events only.
+      is_update_step: ``step -> bool`` scalar: is this step an event?
+      observe: ``(state, grads) -> state``, called at every step; None for methods that need none.
+    """
+
+    init: Callable[[PyTree], Any]
+    update: Callable[[Any, PyTree, PyTree, jax.Array], tuple[Any, PyTree]]
+    is_update_step: Callable[[jax.Array], Any]
+    observe: Callable[[Any, PyTree], Any] | None = None
+
+
+class SparseState(NamedTuple):
+    """State of :func:`granet_jax.sparsify`."""
+
+    mask_step: jax.Array  # int32 scalar, updates done ("count" would collide with optax's own)
+    method: Any  # the method's state; its first field is masks
+    inner: Any  # the wrapped optimizer's state
