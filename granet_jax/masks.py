@@ -65,26 +65,35 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
 
     Args:
       params: tree of arrays.
-      masks: bool tree of the same structure. Where it holds an ``optax.MaskedNode`` (a mask tree
-        from inside ``optax.partition`` or ``optax.masked``), params pass through.
+      masks: bool tree; its leaves find their parameters by path, so that a pure dict and a Flax
+        ``nnx.State`` may be mixed. Parameters without a mask (those that ``optax.partition`` or
+        ``optax.masked`` kept from ``sparsify``) pass through.
 
     Returns:
-      ``params`` with the same dtypes and structure.
+      ``params`` with the same structure and dtypes.
 
     Raises:
-      ValueError: the leaves differ in number or shape.
+      ValueError: a mask has no parameter, or one of another shape.
 
     Example:
       >>> import jax.numpy as jnp
       >>> apply_masks({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([True, False])})["w"].tolist()
       [1.0, 0.0]
     """
-    return jax.tree.map(
-        lambda m, p: p if isinstance(m, optax.MaskedNode) else jnp.where(m, p, jnp.zeros_like(p)),
-        masks,
-        params,
-        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
-    )
+    flat_params, flat_masks = trees.by_path(params), trees.by_path(masks)
+    for path, mask in flat_masks.items():
+        if path not in flat_params or flat_params[path].shape != mask.shape:
+            shape = flat_params[path].shape if path in flat_params else "none"
+            raise ValueError(
+                f"The masks are of another tree: the mask of {'/'.join(path)} has shape "
+                f"{mask.shape}, its parameter {shape}. Take them from the optimizer state of this "
+                "model, granet_jax.get_masks(opt_state)."
+            )
+    new = [
+        jnp.where(flat_masks[path], p, jnp.zeros_like(p)) if path in flat_masks else p
+        for path, p in flat_params.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), new)
 
 
 def prune_to(

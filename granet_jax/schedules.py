@@ -1,8 +1,10 @@
 """When masks change, and by how much: thin names over optax schedules.
 
-A schedule maps a step (int or int32 scalar, the first update is 1) to a float32 scalar.
+A schedule maps a step (int or int32 scalar, the first update is 1) to a float32 scalar. The numbers
+of steps that schedules are made from are Python ints; sparsities and fractions may be traced.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +29,8 @@ def cubic(initial: Any, final: Any, begin_step: int, end_step: int) -> optax.Sch
       >>> [round(float(sparsity(t)), 4) for t in (0, 5, 10, 99)]
       [0.0, 0.7875, 0.9, 0.9]
     """
-    if _known(begin_step, end_step) and end_step <= begin_step:
+    check_steps(begin_step=begin_step, end_step=end_step)
+    if end_step <= begin_step:
         raise ValueError(
             f"end_step must come after begin_step; got {begin_step=}, {end_step=} (in updates)."
         )
@@ -56,7 +59,8 @@ def cosine(initial: Any, final: Any, end_step: int) -> optax.Schedule:
     for value in (initial, final):
         if _known(value) and not 0.0 <= value <= 1.0:
             raise ValueError(f"A regeneration fraction must be in [0, 1]; got {value}.")
-    if _known(end_step) and end_step < 1:
+    check_steps(end_step=end_step)
+    if end_step < 1:
         raise ValueError(f"The cosine needs end_step >= 1 update; got {end_step}.")
     unit = optax.cosine_decay_schedule(1.0, end_step)
     return lambda step: final + (initial - final) * unit(step)
@@ -80,11 +84,13 @@ def every(
       >>> [t for t in range(100) if is_update_step(t)]
       [20, 30, 40]
     """
-    if _known(update_every) and update_every < 1:
+    check_steps(update_every=update_every, begin_step=begin_step)
+    if update_every < 1:
         raise ValueError(f"update_every must be >= 1 update; got {update_every}.")
-    if _known(begin_step) and begin_step < 0:
+    if begin_step < 0:
         raise ValueError(f"begin_step must be >= 0; got {begin_step}.")
-    if _known(update_every, begin_step, last_step) and last_step is not None:
+    if last_step is not None:
+        check_steps(last_step=last_step)
         first = max(1, -(-begin_step // update_every)) * update_every
         if first > last_step:
             raise ValueError(
@@ -143,14 +149,26 @@ def gradual_num_keep(
 
 def check_end(update_every: int, end_step: int, total_steps: int) -> None:
     """Raises a ValueError unless some event in ``[end_step, total_steps]`` can end the pruning."""
-    if _known(update_every, end_step, total_steps):
-        last_event = total_steps // max(1, update_every) * update_every
-        if last_event < end_step:
+    check_steps(total_steps=total_steps)
+    last_event = total_steps // update_every * update_every
+    if last_event < end_step:
+        raise ValueError(
+            f"Pruning would stop short of its final sparsity: {end_step=}, but with "
+            f"{update_every=} the last event within {total_steps=} is step {last_event}. "
+            f"Use end_step <= {last_event}."
+        )
+
+
+def check_steps(**steps: Any) -> None:
+    """Raises a ValueError for a number of steps that is not an int."""
+    for name, value in steps.items():
+        try:
+            operator.index(value)
+        except (TypeError, jax.errors.TracerIntegerConversionError):
             raise ValueError(
-                f"Pruning would stop short of its final sparsity: {end_step=}, but with "
-                f"{update_every=} the last event within {total_steps=} is step {last_event}. "
-                f"Use end_step <= {last_event}."
-            )
+                f"{name} must be an int, a number of updates; got {value!r}. (Traced steps do not "
+                f"work: with optax.inject_hyperparams name {name} in static_args.)"
+            ) from None
 
 
 def _known(*values: Any) -> bool:

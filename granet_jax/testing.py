@@ -28,7 +28,11 @@ def example_params(dtype: Any = jnp.float32) -> PyTree:
         "hidden": {"kernel": (16, 12), "bias": (12,)},
         "head": {"kernel": (12, 5), "bias": (5,)},
     }
-    return _random_like(jax.random.key(0), shapes, dtype)
+    abstract = {
+        layer: {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in leaves.items()}
+        for layer, leaves in shapes.items()
+    }
+    return _random_like(jax.random.key(0), abstract)
 
 
 def check_method(
@@ -86,7 +90,7 @@ def check_method(
     weights = params
     events = 0
     for step in range(1, num_steps + 1):
-        grads = _random_like(jax.random.fold_in(jax.random.key(1), step), params, jnp.float32)
+        grads = _random_like(jax.random.fold_in(jax.random.key(1), step), params)
         before = jax.tree.map(jnp.copy, method_state[0])
         keep = before
         if method.observe is not None:
@@ -126,12 +130,12 @@ def _check_init(method: Method, params: PyTree) -> None:
     structures: list[Any] = [jax.tree.structure(masks), jax.tree.structure(params)]
     _check(structures[0] == structures[1], "masks have the structure of params", str(structures[0]))
     for (path, mask), param in zip(
-        jax.tree_util.tree_leaves_with_path(masks), jax.tree.leaves(params), strict=True
+        trees.by_path(masks).items(), jax.tree.leaves(params), strict=True
     ):
         _check(
             mask.shape == param.shape and mask.dtype == bool,
             "a mask is bool and shaped as its parameter",
-            f"{trees.path_name(path)}: {mask.dtype}{mask.shape}",
+            f"{'/'.join(path)}: {mask.dtype}{mask.shape}",
         )
     abstract = jax.eval_shape(method.init, params)
     _check(
@@ -197,11 +201,10 @@ def _total(masks: PyTree, leaves: tuple[trees.Leaf, ...]) -> int:
     return sum(int(np.sum(m)) for m, x in zip(flat, leaves, strict=True) if x.prunable)
 
 
-def _random_like(key: jax.Array, tree: PyTree, dtype: Any) -> PyTree:
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, tuple))
-    shapes = [x if isinstance(x, tuple) else x.shape for x in leaves]
-    keys = jax.random.split(key, len(shapes))
-    draws = [jax.random.normal(k, s).astype(dtype) for k, s in zip(keys, shapes, strict=True)]
+def _random_like(key: jax.Array, tree: PyTree) -> PyTree:
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    draws = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(treedef, draws)
 
 

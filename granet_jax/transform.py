@@ -164,11 +164,11 @@ def _to_zero(keep: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
 
 def _mask_moments(inner_state: Any, params: PyTree, keep: PyTree) -> Any:
     """``where(keep, s, 0)`` for the leaves of the inner state that are moments of a parameter."""
-    owners = _by_path(params)
-    masks = _by_path(keep)
+    owners = trees.by_path(params)
+    masks = trees.by_path(keep)
 
     def mask(path: tuple[Any, ...], leaf: Any) -> Any:
-        names = _names(path)
+        names = trees.names(path)
         start = _owner_start(names, owners)
         if start is None or _NOT_MOMENTS.intersection(names[:start]):
             return leaf
@@ -181,12 +181,12 @@ def _mask_moments(inner_state: Any, params: PyTree, keep: PyTree) -> Any:
 
 def _check_maskable(inner_state: Any, params: PyTree) -> None:
     """Refuses a state with buffers of a parameter's size that mirror no parameter."""
-    owners = _by_path(params)
+    owners = trees.by_path(params)
     largest = max((x.size for x in owners.values() if len(x.shape) >= 2), default=None)
     if largest is None:
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(inner_state):
-        names = _names(path)
+        names = trees.names(path)
         start = _owner_start(names, owners)
         owner = None if start is None else owners[names[start:]]
         if owner is not None and (leaf.shape == owner.shape or leaf.size < owner.size):
@@ -198,15 +198,6 @@ def _check_maskable(inner_state: Any, params: PyTree) -> None:
                 "Use an optimizer whose moments have the parameters' shapes (not flattened, no "
                 "limited-memory history)."
             )
-
-
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """A key path as names alone: Flax NNX keys the same tree differently in init and update."""
-    return tuple(trees.path_name((key,)) for key in trees.strip_value(path))
-
-
-def _by_path(tree: PyTree) -> dict[tuple[str, ...], Any]:
-    return {_names(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _owner_start(names: tuple[str, ...], owners: dict[tuple[str, ...], Any]) -> int | None:

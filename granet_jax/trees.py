@@ -52,14 +52,19 @@ class Leaf(NamedTuple):
         return self.shape[self.stack_axes :]
 
 
-def path_name(path: tuple[Any, ...]) -> str:
-    """Writes a key path as ``"block/0/kernel"``; a trailing ``.value`` (Flax NNX) is left out."""
-    return jax.tree_util.keystr(strip_value(path), simple=True, separator="/")
+def names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """A key path as words; the trailing ``.value`` of a Flax NNX variable is left out."""
+    if path and getattr(path[-1], "name", None) == "value":
+        path = path[:-1]
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def strip_value(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Drops the trailing ``.value`` that Flax NNX gives to the path of a variable."""
-    return path[:-1] if path and getattr(path[-1], "name", None) == "value" else path
+def by_path(tree: PyTree) -> dict[tuple[str, ...], Any]:
+    """The leaves of a tree by their :func:`names`, in leaf order.
+
+    Trees of one model in different clothes (``nnx.State``, pure dict) agree on names.
+    """
+    return {names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
@@ -86,18 +91,15 @@ def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
       >>> [(leaf.path, leaf.prunable) for leaf in describe(params, [("head", False)])]
       [('fc/bias', False), ('fc/kernel', True), ('head/kernel', False)]
     """
-    paths_and_leaves = jax.tree_util.tree_leaves_with_path(params)
-    names = [path_name(path) for path, _ in paths_and_leaves]
-    if not names:
+    by_name = {"/".join(words): leaf for words, leaf in by_path(params).items()}
+    if not by_name:
         return ()
     for pattern, _ in rules:
-        if not any(re.search(pattern, name) for name in names):
+        if not any(re.search(pattern, name) for name in by_name):
             raise ValueError(
-                f"The rule {pattern!r} matches no parameter; the paths are: {', '.join(names)}."
+                f"The rule {pattern!r} matches no parameter; the paths are: {', '.join(by_name)}."
             )
-    leaves = tuple(
-        _decide(name, leaf, rules) for name, (_, leaf) in zip(names, paths_and_leaves, strict=True)
-    )
+    leaves = tuple(_decide(name, leaf, rules) for name, leaf in by_name.items())
     if not any(leaf.prunable for leaf in leaves):
         raise ValueError(
             "No parameter is prunable: by default that takes floats of rank >= 2 not named bias, "

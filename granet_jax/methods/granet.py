@@ -78,6 +78,7 @@ def granet(
       ...               total_steps=1000, key=jax.random.key(0)),
       ... )
     """
+    is_update_step = schedules.every(update_every, begin_step, total_steps)
     num_keep = schedules.gradual_num_keep(
         scope, initial_sparsity, final_sparsity, begin_step, end_step
     )
@@ -91,6 +92,6 @@ def granet(
             grow=grow,
             prunable=prunable,
         ),
-        is_update_step=schedules.every(update_every, begin_step, total_steps),
+        is_update_step=is_update_step,
         key=key,
     )

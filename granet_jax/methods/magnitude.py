@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from granet_jax import distributions, scores, trees
+from granet_jax import distributions, schedules, scores, trees
 from granet_jax.masks import compose, prune_to, start_from
 from granet_jax.types import Distribution, Method, PyTree, ScoreFn
 
@@ -37,6 +37,7 @@ def magnitude(
       >>> tx = gj.sparsify(optax.sgd(0.1), gj.magnitude(sparsity=0.9, at=500))
     """
     distributions.check_sparsity("sparsity", sparsity)
+    schedules.check_steps(at=at)
     if at < 1:
         raise ValueError(f"The prune happens at step at >= 1; got {at=}. Steps count from 1.")
     return compose(

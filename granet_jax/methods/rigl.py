@@ -64,6 +64,7 @@ def rigl(
       ...     gj.rigl(sparsity=0.9, update_every=100, total_steps=1000, key=jax.random.key(0)),
       ... )
     """
+    schedules.check_steps(total_steps=total_steps)
     last = 3 * total_steps // 4 if last_step is None else last_step
     return compose(
         start_from(masks, sparsity, start, prunable, key),

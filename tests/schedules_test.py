@@ -1,0 +1,80 @@
+"""Schedules against the values that follow from the papers' formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import granet_jax as gj
+
+LENET_300_100 = [(784, 300), (300, 100), (100, 10)]
+N = 266_200
+
+
+@pytest.mark.parametrize(
+    ("initial", "final", "events", "values"),
+    [  # sparsity after event 1, 2, 5, 10 of the GraNet paper's CIFAR-10 and ImageNet schedules
+        (0.0, 0.90, 28, (0.0930, 0.1794, 0.4012, 0.6609)),
+        (0.0, 0.98, 28, (0.1013, 0.1954, 0.4368, 0.7196)),
+        (0.5, 0.95, 28, (0.5465, 0.5897, 0.7006, 0.8304)),
+        (0.0, 0.80, 75, (0.0316, 0.0623, 0.1496, 0.2792)),
+        (0.5, 0.90, 75, (0.5158, 0.5312, 0.5748, 0.6396)),
+    ],
+)
+def test_cubic_of_the_paper(initial, final, events, values):
+    sparsity = gj.cubic(initial, final, 0, events * 1000)
+    got = [float(sparsity(k * 1000)) for k in (1, 2, 5, 10)]
+    np.testing.assert_allclose(got, values, atol=5.1e-5)
+    assert float(sparsity(events * 1000)) == np.float32(final)
+
+
+def test_regeneration_fraction_of_the_paper():
+    granet = gj.cosine(0.5, 0.005, 160 * 352)
+    got = [float(granet(k * 1000)) for k in (1, 14, 28, 56)]
+    np.testing.assert_allclose(got, (0.49962, 0.42829, 0.25471, 0.00504), atol=5e-6)
+    rigl = gj.cosine(0.3, 0.0, 75_000)
+    np.testing.assert_allclose([float(rigl(t)) for t in (0, 37_500, 75_000)], (0.3, 0.15, 0.0))
+
+
+@pytest.mark.parametrize("initial", [0.0, 0.5])
+@pytest.mark.parametrize("final", [0.8, 0.98])
+@pytest.mark.parametrize(("begin", "end", "every"), [(0, 6000, 200), (100, 1111, 50)])
+def test_counts_at_events_are_the_formula_rounded(initial, final, begin, end, every):
+    num_keep = jax.jit(
+        lambda t: gj.gradual_num_keep(gj.global_ranking, initial, final, begin, end)(
+            LENET_300_100, t
+        )
+    )
+    for t in range(every, end + 3 * every, every):
+        left = min(1.0, max(0.0, 1 - (t - begin) / (end - begin)))
+        sparsity = final + (initial - final) * left**3
+        assert abs(int(num_keep(t)) - N * (1 - sparsity)) <= 0.5 + 1e-2, t
+    assert int(num_keep(end)) == round(N * (1 - final))
+
+
+def test_the_end_is_exact_where_float32_is_not():
+    shapes = [(2**15, 2**15)]  # 2^30 weights
+    for sparsity in (0.1, 0.3, 0.7, 0.9, 0.99, 0.999):
+        exact = round(2**30 * (1 - sparsity))
+        num_keep = gj.gradual_num_keep(gj.global_ranking, 0.0, sparsity, 0, 10)
+        assert int(jax.jit(lambda t, f=num_keep: f(shapes, t))(10)) == exact
+
+
+def test_counts_by_layer():
+    num_keep = gj.gradual_num_keep(gj.erk, 0.5, 0.9, 0, 10)
+    np.testing.assert_array_equal(num_keep(LENET_300_100, 10), gj.erk(LENET_300_100, 0.9))
+    np.testing.assert_array_equal(num_keep(LENET_300_100, 0), gj.erk(LENET_300_100, 0.5))
+
+
+def test_every_includes_both_ends():
+    is_update_step = gj.every(5, begin_step=10, last_step=20)
+    assert [t for t in range(1, 40) if is_update_step(t)] == [10, 15, 20]
+    assert [t for t in range(1, 21) if gj.every(6)(t)] == [6, 12, 18]
+
+
+def test_sparsity_and_fraction_may_be_traced():
+    final = jnp.array([0.8, 0.4])
+    got = jax.vmap(lambda f: gj.cubic(0.0, f, 0, 20)(jnp.int32(10)))(final)
+    np.testing.assert_allclose(got, [0.7, 0.35], rtol=1e-6)
+    got = jax.vmap(lambda f: gj.cosine(f, 0.0, 20)(jnp.int32(10)))(final)
+    np.testing.assert_allclose(got, [0.4, 0.2], rtol=1e-6)
