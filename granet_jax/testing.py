@@ -21,7 +21,7 @@ from granet_jax.types import Method, PyTree
 
 def example_params(dtype: Any = jnp.float32) -> PyTree:
     """A small tree with all that a method meets: convolution, dense, bias, norm, embedding."""
-    shapes = {
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
         "embed": {"embedding": (11, 6)},
         "conv": {"kernel": (3, 3, 4, 8), "bias": (8,)},
         "norm": {"scale": (8,), "bias": (8,)},

@@ -84,10 +84,13 @@ def test_totals_are_exact(shapes, sparsity):
     total = round(sum(sizes) * (1 - sparsity))
     assert gj.global_ranking(shapes, sparsity) == total
     for distribution in (gj.uniform, gj.erk):
+        if total < len(shapes):
+            with pytest.raises(ValueError, match="The maximum"):
+                distribution(shapes, sparsity)
+            continue
         try:
             counts = distribution(shapes, sparsity)
-        except ValueError as error:
-            assert "The maximum" in str(error)
+        except ValueError:  # a small layer would be emptied
             continue
         assert sum(counts) == total
         assert all(0 < c <= n for c, n in zip(counts, sizes, strict=True))
@@ -111,7 +114,7 @@ def test_uniform_is_uniform(shapes, sparsity):
 
 @pytest.mark.parametrize("distribution", [gj.uniform, gj.erk])
 def test_the_maximum_in_the_message_is_true(distribution):
-    with pytest.raises(ValueError, match="cannot meet sparsity 0.999995") as error:
+    with pytest.raises(ValueError, match=r"cannot meet sparsity 0\.999995") as error:
         distribution(LENET_300_100, 0.999995)
     maximum = float(str(error.value).rsplit(" ", 1)[1].rstrip("."))
     assert min(distribution(LENET_300_100, maximum)) >= 1

@@ -1,0 +1,1 @@
+"""Experiments with granet_jax: run ``python -m experiments.train --help``."""

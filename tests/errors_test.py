@@ -1,0 +1,176 @@
+"""Wrong calls: each raises early, in one line, with what was got and what to do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import granet_jax as gj
+
+KEY = jax.random.key(0)
+PARAMS = {"fc": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}}
+GMP = {"final_sparsity": 0.5, "end_step": 10, "update_every": 2}
+RIGL = {"sparsity": 0.5, "update_every": 2, "total_steps": 20, "key": KEY}
+GRANET = {"final_sparsity": 0.5, "end_step": 10, "update_every": 2, "total_steps": 20}
+
+
+def changed(base, **changes):
+    return {**base, **changes}
+
+
+def start(method, params=PARAMS):
+    return gj.sparsify(optax.sgd(0.1), method).init(params)
+
+
+WRONG_CALLS = {
+    "sparsity as percent": (
+        lambda: gj.rigl(**changed(RIGL, sparsity=90)),
+        r"sparsity must be in \[0, 1\), the fraction of zeros; got 90.0. .* is 0.9",
+    ),
+    "negative sparsity": (
+        lambda: gj.gmp(**changed(GMP, final_sparsity=-0.1)),
+        r"final_sparsity must be in \[0, 1\).*got -0.1",
+    ),
+    "sparsity of one": (
+        lambda: gj.magnitude(sparsity=1.0, at=5),
+        r"sparsity must be in \[0, 1\).*got 1.0",
+    ),
+    "sparsity that falls": (
+        lambda: gj.granet(**GRANET, initial_sparsity=0.8, key=KEY),
+        "initial_sparsity 0.8 is above final_sparsity 0.5",
+    ),
+    "sparse start without key": (
+        lambda: gj.granet(**GRANET, initial_sparsity=0.4),
+        r"draws random masks: pass key=jax.random.key\(seed\), or masks=",
+    ),
+    "schedule that ends before it begins": (
+        lambda: gj.gmp(**GMP, begin_step=10),
+        "end_step must come after begin_step; got begin_step=10, end_step=10",
+    ),
+    "schedule cut off by the end of training": (
+        lambda: gj.granet(**changed(GRANET, end_step=19, update_every=6)),
+        "short of its final sparsity: end_step=19.*Use end_step <= 18",
+    ),
+    "no event at all": (
+        lambda: gj.rigl(**changed(RIGL, update_every=100)),
+        "No step in .0, 15. is a multiple of update_every=100.*Lower update_every",
+    ),
+    "update_every of zero": (
+        lambda: gj.rigl(**changed(RIGL, update_every=0)),
+        "update_every must be >= 1 update; got 0",
+    ),
+    "steps as a float": (
+        lambda: gj.gmp(**changed(GMP, end_step=0.5 * 21)),
+        "end_step must be an int, a number of updates; got 10.5",
+    ),
+    "fraction above one": (
+        lambda: gj.rigl(**RIGL, initial_fraction=30),
+        r"fraction must be in \[0, 1\]; got 30",
+    ),
+    "one-shot at step zero": (
+        lambda: gj.magnitude(sparsity=0.5, at=0),
+        "at >= 1; got at=0. Steps count from 1",
+    ),
+    "infeasible ERK": (
+        lambda: start(gj.rigl(**changed(RIGL, sparsity=0.99)), {"a": jnp.ones((9, 9)), **PARAMS}),
+        "erk cannot meet sparsity 0.99: 1 of 129 weights .* The maximum .* is 0.98",
+    ),
+    "nothing prunable": (
+        lambda: start(gj.gmp(**GMP), {"scale": jnp.ones(3), "bias": jnp.ones((2, 2))}),
+        r"No parameter is prunable: .*bias \(2, 2\).*prunable=\[\('kernel', True\)\]",
+    ),
+    "rule that matches nothing": (
+        lambda: start(gj.gmp(**GMP, prunable=[("conv", True)])),
+        "rule 'conv' matches no parameter; the paths are: fc/bias, fc/kernel",
+    ),
+    "masks of another tree": (
+        lambda: start(gj.static(masks={"kernel": jnp.ones((8, 6), bool)})),
+        "another tree: 1 leaves, but params have 2 .fc/bias, fc/kernel.",
+    ),
+    "masks of another shape": (
+        lambda: start(gj.static(masks={"fc": {"kernel": jnp.ones((6, 8), bool), "bias": ONES_6}})),
+        r"mask of fc/kernel has shape \(6, 8\) and dtype bool; expected \(8, 6\) and bool",
+    ),
+    "masks that are floats": (
+        lambda: start(gj.static(masks=PARAMS)),
+        "mask of fc/bias has shape .* and dtype float32; expected .* and bool",
+    ),
+    "masks applied to another model": (
+        lambda: gj.apply_masks({"fc": {"kernel": jnp.ones((8, 6))}}, gj.ones(PARAMS)),
+        "another tree: the mask of fc/bias has shape .6,., its parameter none",
+    ),
+    "update without params": (
+        lambda: gj.sparsify(optax.sgd(0.1), gj.gmp(**GMP)).update(
+            PARAMS, start(gj.gmp(**GMP)), None
+        ),
+        r"needs the parameters: call tx.update\(grads, opt_state, params\)",
+    ),
+    "optimizer that flattens": (
+        lambda: gj.sparsify(optax.flatten(optax.adam(1e-3)), gj.gmp(**GMP)).init(PARAMS),
+        r"cannot be masked: ScaleByAdamState holds 0/mu of shape \(54,\)",
+    ),
+    "optimizer with a history": (
+        lambda: gj.sparsify(optax.scale_by_lbfgs(4), gj.gmp(**GMP)).init(PARAMS),
+        "cannot be masked: ScaleByLBFGSState holds diff_params_memory/fc/kernel",
+    ),
+    "method not called": (
+        lambda: gj.sparsify(optax.sgd(0.1), gj.granet),
+        r"needs a Method, got function. Call the method first",
+    ),
+    "arguments swapped": (
+        lambda: gj.sparsify(gj.gmp(**GMP), optax.sgd(0.1)),
+        "wraps an optax transformation, got Method",
+    ),
+    "no masks in the state": (
+        lambda: gj.get_masks(optax.adam(1e-3).init(PARAMS)),
+        "Expected one sparsify state in the optimizer state, found 0 in a tuple",
+    ),
+    "random growth without key": (
+        lambda: gj.granet(**GRANET, grow=gj.scores.random).update(
+            gj.granet(**GRANET).init(PARAMS), PARAMS, PARAMS, jnp.int32(2)
+        ),
+        r"Random scores need a key: give the method key=jax.random.key\(seed\)",
+    ),
+}
+ONES_6 = jnp.ones(6, bool)
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_wrong_call(name):
+    call, message = WRONG_CALLS[name]
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["gradients", "weights", "both"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nonfinite_values_change_no_count_and_are_reported(where, value):
+    method = gj.granet(**GRANET, initial_sparsity=0.25, key=KEY)
+    tx = gj.sparsify(optax.sgd(0.1, momentum=0.9), method)
+    params = {"kernel": jax.random.normal(KEY, (10, 10)), "bias": jnp.zeros(10)}
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    expected = [75] + [round(100 - 50 + 25 * (1 - t / 10) ** 3) for t in (2, 4, 6, 8, 10)]
+    for t in range(1, 21):
+        grads = jax.tree.map(lambda p, t=t: jnp.cos(p + t), params)
+        if where != "weights":
+            grads["kernel"] = grads["kernel"].at[::2].set(value)
+        if where != "gradients":
+            params["kernel"] = params["kernel"].at[:, ::3].set(value)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        assert gj.get_masks(state)["kernel"].sum() == expected[min(t // 2, 5)]
+        assert gj.metrics.num_nonfinite(params) > 0
+    assert gj.metrics.num_nonfinite({"a": jnp.array([1.0, np.nan, -np.inf])}) == 2
+
+
+def test_apply_if_finite_outside_skips_the_step_whole():
+    tx = optax.apply_if_finite(gj.sparsify(optax.adam(0.1), gj.gmp(**GMP)), 5)
+    state = tx.init(PARAMS)
+    nan = jax.tree.map(lambda p: p * jnp.nan, PARAMS)
+    for _ in range(3):
+        updates, state = jax.jit(tx.update)(nan, state, PARAMS)
+    assert state.inner_state.mask_step == 0
+    assert gj.metrics.num_nonfinite(updates) == 0
