@@ -1,5 +1,6 @@
 """``sparsify``: any optax optimizer, training sparse. The only file that knows optimizer state."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,12 +23,15 @@ def sparsify(
 
     One ``update``, in order, where t is the step now being taken (the first is 1):
 
-    1. The gradients are masked and handed to ``inner``, which gives provisional updates ``u``.
-    2. Where t is an event, the method sees the weights after this step, ``where(mask, p + u, 0)``,
-       and the raw gradients of this batch, and returns new masks and ``keep``, the weights that
-       live through the event. At other steps ``keep`` is the masks.
-    3. The optimizer's moments become ``where(keep, s, 0)``.
-    4. The updates returned are ``where(keep, u, -p)``: plain ``optax.apply_updates`` leaves exact
+    1. Where t is an event, ``inner`` takes a provisional step on masked gradients. The method sees
+       the weights after it, ``where(mask, p + u, 0)``, and the raw gradients of this batch, and
+       returns new masks and ``keep``, the weights that live through the event. At other steps
+       ``keep`` is the masks.
+    2. ``inner`` takes the step, on gradients, moments and weights that are 0 outside ``keep``. Any
+       optimizer that turns zeros into zeros (all of optax but ``add_noise``) so leaves moments of
+       exactly 0 there, and does to the weights in ``keep`` what the provisional step did; where
+       an update depends on other weights (norms, factored moments), those in ``keep`` count.
+    3. The updates returned are ``where(keep, u, -p)``: plain ``optax.apply_updates`` leaves exact
        zeros where weights are masked, and newly grown weights start at exactly 0.
 
     The result is an optax transformation like any other. Put gradient clipping *inside*, so that
@@ -100,28 +104,26 @@ def sparsify(
         if method.observe is not None:
             method_state = method.observe(method_state, grads)
 
-        def inner_update(masks: PyTree) -> tuple[PyTree, Any]:
+        def event(method_state: Any, _: PyTree) -> tuple[Any, PyTree]:
+            # Computed here, in the rare branch: XLA would materialise it as an operand. And the
+            # masks come from the operand: their other uses would have them copied at every step.
+            masks = method_state[0]
             live_grads = _where(masks, grads)
-            return inner.update(live_grads, state.inner, params, **extra_args)
-
-        def event(method_state: Any) -> tuple[Any, PyTree]:
-            # XLA materialises the operands of a conditional: computing the provisional update
-            # again in this rare branch is cheaper than handing it in at every step.
-            updates, _ = inner_update(method_state[0])
-            weights = _where(method_state[0], optax.apply_updates(params, updates))
+            provisional, _ = inner.update(live_grads, state.inner, params, **extra_args)
+            weights = _where(masks, optax.apply_updates(params, provisional))
             return method.update(method_state, weights, grads, step)
 
-        def no_event(method_state: Any) -> tuple[Any, PyTree]:
-            return method_state, method_state[0]
-
-        updates, inner_state = inner_update(method_state[0])
-        method_state, keep = jax.lax.cond(
-            method.is_update_step(step), event, no_event, method_state
+        method_state, keep = _do_if(
+            method.is_update_step(step), event, (method_state, method_state[0])
         )
-        return (
-            jax.tree.map(_to_zero, keep, updates, params),
-            SparseState(step, method_state, _mask_moments(inner_state, params, keep)),
+        updates, inner_state = inner.update(
+            _where(keep, grads),
+            _mask_moments(state.inner, params, keep),
+            _where(keep, params),
+            **extra_args,
         )
+        updates = jax.tree.map(_to_zero, keep, updates, params)
+        return updates, SparseState(step, method_state, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -160,6 +162,24 @@ def _to_zero(keep: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
     """The update where a weight is kept; elsewhere the one that brings it to 0."""
     dtype = jnp.promote_types(update.dtype, param.dtype)
     return jnp.where(keep, update.astype(dtype), -param.astype(dtype))
+
+
+def _do_if(
+    predicate: Any, f: Callable[..., tuple[Any, PyTree]], operands: tuple[Any, PyTree]
+) -> tuple[Any, PyTree]:
+    """``f(*operands)`` where the predicate holds; else the operands, left in their place.
+
+    A conditional copies what it merely passes on; a loop of no trips does not. From a loop, XLA
+    moves what does not change to where every step would pay for it; a conditional holds it back.
+    """
+
+    def once(carry: Any) -> Any:
+        pending, operands = carry
+        changed = jax.lax.cond(pending, lambda x: f(*x), lambda x: x, operands)
+        return jnp.zeros_like(pending), changed
+
+    start = (jnp.asarray(predicate), operands)
+    return jax.lax.while_loop(lambda carry: carry[0], once, start)[1]
 
 
 def _mask_moments(inner_state: Any, params: PyTree, keep: PyTree) -> Any:
