@@ -121,7 +121,10 @@ def plot_runs(path: pathlib.Path, title: str, runs: Mapping[str, Sequence[Histor
         values = _series(histories, "test_accuracy")
         accuracies.append(values.mean(0))
         _line_with_band(top, steps, values, color, label)
-        _line_with_band(middle, steps, 100 * _series(histories, "sparsity"), color, label)
+        # Wider lines below, for many methods follow the same schedule.
+        _line_with_band(
+            middle, steps, 100 * _series(histories, "sparsity"), color, label, 2.0 * (len(runs) - i)
+        )
         final = [np.mean([h[-1][f"density/{layer}"] for h in histories]) for layer in layers]
         x = np.arange(len(layers)) + (i - (len(runs) - 1) / 2) * bar_width
         bottom.bar(x, 100 * np.array(final), bar_width, color=color, label=label)
@@ -156,7 +159,9 @@ def _series(histories: Sequence[History], name: str) -> np.ndarray:
     return np.array([[record[name] for record in history] for history in histories])
 
 
-def _line_with_band(axes: Any, steps: Any, values: np.ndarray, color: str, label: str) -> None:
-    axes.plot(steps, values.mean(0), color=color, label=label, linewidth=1.6)
+def _line_with_band(
+    axes: Any, steps: Any, values: np.ndarray, color: str, label: str, width: float = 1.6
+) -> None:
+    axes.plot(steps, values.mean(0), color=color, label=label, linewidth=width)
     if len(values) > 1:
         axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)

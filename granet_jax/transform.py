@@ -27,10 +27,11 @@ def sparsify(
        the weights after it, ``where(mask, p + u, 0)``, and the raw gradients of this batch, and
        returns new masks and ``keep``, the weights that live through the event. At other steps
        ``keep`` is the masks.
-    2. ``inner`` takes the step, on gradients, moments and weights that are 0 outside ``keep``. Any
-       optimizer that turns zeros into zeros (all of optax but ``add_noise``) so leaves moments of
-       exactly 0 there, and does to the weights in ``keep`` what the provisional step did; where
-       an update depends on other weights (norms, factored moments), those in ``keep`` count.
+    2. ``inner`` takes the step, on gradients, moments and weights that are 0 outside ``keep``. An
+       optimizer that turns zeros into zeros so leaves moments of exactly 0 there (adafactor leaves
+       its epsilon of 1e-30, ``add_noise`` its noise, until the next step). To the weights in
+       ``keep`` it does what the provisional step did; where an update depends on other weights
+       (norms, factored moments), those in ``keep`` count.
     3. The updates returned are ``where(keep, u, -p)``: plain ``optax.apply_updates`` leaves exact
        zeros where weights are masked, and newly grown weights start at exactly 0.
 

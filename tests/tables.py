@@ -103,6 +103,7 @@ INNERS = {
 
 # Moments that must be exactly 0 wherever the mask is off, by the name of their state's field.
 MOMENTS = ("trace", "mu", "nu", "m", "v")
+EPSILON = {"adafactor": 1e-30}  # which it adds to squared gradients, zeros too
 
 
 def _multi_steps(tx):
