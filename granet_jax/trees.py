@@ -72,7 +72,8 @@ def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
 
     By default a leaf is prunable when it holds floats of rank >= 2 (without stack axes), its name
     is neither ``bias`` nor ``scale``, and no part of its path contains ``embed``. So kernels of
-    dense and convolution layers are; biases, norm scales and embeddings are not.
+    dense and convolution layers are; biases, norm scales and embeddings are not. A leaf without
+    elements never is.
 
     Args:
       params: tree of arrays or ``ShapeDtypeStruct``s.
@@ -113,7 +114,7 @@ def _decide(name: str, leaf: Any, rules: Rules) -> Leaf:
     decision = next((d for pattern, d in rules if re.search(pattern, name)), Stacked(0))
     shape = tuple(leaf.shape)
     if isinstance(decision, bool):
-        return Leaf(name, shape, decision, 0)
+        return Leaf(name, shape, decision and 0 not in shape, 0)
     if not isinstance(decision, Stacked):
         raise ValueError(
             f"The rule for {name} decides {decision!r}; expected True, False or Stacked(axes)."
@@ -123,6 +124,7 @@ def _decide(name: str, leaf: Any, rules: Rules) -> Leaf:
     parts = name.lower().split("/")
     prunable = (
         len(shape) - decision.axes >= 2
+        and 0 not in shape
         and jnp.issubdtype(leaf.dtype, jnp.inexact)
         and parts[-1] not in ("bias", "scale")
         and not any("embed" in part for part in parts)

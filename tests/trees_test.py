@@ -18,6 +18,7 @@ PARAMS = {
     },
     "heads": {"bias": jnp.zeros((2, 4))},
     "ids": jnp.zeros((4, 4), jnp.int32),
+    "empty": {"kernel": jnp.zeros((0, 4))},
 }
 
 
