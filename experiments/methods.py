@@ -30,6 +30,7 @@ def _granet(plan: Plan, initial_sparsity: float) -> gj.Method:
 
 
 def _gmp(plan: Plan) -> gj.Method:
+    gj.schedules.check_end(plan.update_every, plan.prune_end_step, plan.total_steps)
     return gj.gmp(
         final_sparsity=plan.sparsity,
         end_step=plan.prune_end_step,

@@ -45,7 +45,9 @@ class Settings:
     momentum: float = _flag(0.9, "Nesterov momentum of SGD", low=0)
     weight_decay: float = _flag(5e-4, "L2, added to the gradients of all parameters", low=0)
     update_every: int = _flag(0, "steps between mask updates (Delta T)", low=1)
-    prune_until: float = _flag(0.5, "gradual pruning ends at this fraction of training", low=0)
+    prune_until: float = _flag(
+        0.5, "gradual pruning ends at this fraction of training", low=0, high=1
+    )
     data_dir: str | None = _flag(None, "folder with TFDS data sets in array_record form")
     seed: int = _flag(0, "of the initial weights, the masks and the order of the data", low=0)
 
@@ -67,7 +69,9 @@ def define_flags(leave_out: tuple[str, ...] = ()) -> None:
         elif field.type is int:
             flags.DEFINE_integer(field.name, default, text, lower_bound=meta["low"])
         elif field.type is float:
-            flags.DEFINE_float(field.name, default, text, lower_bound=meta.get("low"))
+            flags.DEFINE_float(
+                field.name, default, text, lower_bound=meta.get("low"), upper_bound=meta.get("high")
+            )
         else:
             flags.DEFINE_string(field.name, default, text)
 

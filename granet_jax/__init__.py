@@ -17,6 +17,7 @@ selection -> masks -> updates``. Modules import only from those before them::
 
 from granet_jax import metrics as metrics
 from granet_jax import report as report
+from granet_jax import schedules as schedules
 from granet_jax import scores as scores
 from granet_jax import testing as testing
 from granet_jax import trees as trees

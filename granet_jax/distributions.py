@@ -12,6 +12,7 @@ decides in Python which layers stay dense, refuses.
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -85,13 +86,19 @@ def global_ranking(shapes: Shapes, sparsity: Any) -> Counts:
     transformers a budget for each layer is often better.
 
     Raises:
-      ValueError: sparsity outside [0, 1), or so high that nothing would be left.
+      ValueError: sparsity outside [0, 1), or so high that nothing would be left; or 2^31 weights
+        or more, which int32 counts cannot hold.
 
     Example:
       >>> global_ranking([(4, 5), (5, 2)], 0.9)
       3
     """
     total = sum(math.prod(shape) for shape in shapes)
+    if total >= 2**31:
+        raise ValueError(
+            f"One ranking over {total} weights does not fit int32 counts (at most 2^31 - 1); "
+            "give each layer its own count with uniform or erk."
+        )
     if isinstance(sparsity, jax.core.Tracer):
         return jnp.round(total * (1.0 - sparsity)).astype(jnp.int32)
     return _feasible("global_ranking", lambda shapes, num_keep: num_keep, shapes, sparsity)
@@ -99,8 +106,7 @@ def global_ranking(shapes: Shapes, sparsity: Any) -> Counts:
 
 def _uniform_counts(shapes: Shapes, num_keep: int) -> tuple[int, ...]:
     sizes = [math.prod(shape) for shape in shapes]
-    density = num_keep / sum(sizes)
-    return _apportion([density * size for size in sizes], num_keep)
+    return _apportion([Fraction(num_keep * size, sum(sizes)) for size in sizes], num_keep)
 
 
 def _erk_counts(shapes: Shapes, num_keep: int) -> tuple[int, ...]:
@@ -110,19 +116,18 @@ def _erk_counts(shapes: Shapes, num_keep: int) -> tuple[int, ...]:
     dense: set[int] = set()
     while len(dense) < len(shapes):
         sparse = [i for i in range(len(shapes)) if i not in dense]
-        eps = (num_keep - sum(sizes[i] for i in dense)) / sum(dims[i] for i in sparse)
-        highest = max(dims[i] / sizes[i] for i in sparse)
-        if eps * highest <= 1.0:
+        eps = Fraction(num_keep - sum(sizes[i] for i in dense), sum(dims[i] for i in sparse))
+        highest = max(Fraction(dims[i], sizes[i]) for i in sparse)
+        if eps * highest <= 1:
             break
-        dense |= {i for i in sparse if dims[i] / sizes[i] == highest}
-    shares = [sizes[i] if i in dense else eps * dims[i] for i in range(len(shapes))]
+        dense |= {i for i in sparse if Fraction(dims[i], sizes[i]) == highest}
+    shares = [Fraction(sizes[i]) if i in dense else eps * dims[i] for i in range(len(shapes))]
     return _apportion(shares, num_keep)
 
 
-def _apportion(shares: Sequence[float], total: int) -> tuple[int, ...]:
+def _apportion(shares: Sequence[Fraction], total: int) -> tuple[int, ...]:
     """Rounds shares down and hands what is left to the largest fractions, ties in layer order."""
-    # A share that is an integer but for rounding error counts as that integer.
-    floors = [math.floor(share + 1e-9 * max(1.0, share)) for share in shares]
+    floors = [math.floor(share) for share in shares]
     fractions = [share - floor for share, floor in zip(shares, floors, strict=True)]
     by_fraction = sorted(range(len(shares)), key=lambda i: -fractions[i])
     for i in by_fraction[: total - sum(floors)]:

@@ -57,7 +57,8 @@ def random_masks(
     leaves = trees.describe(params, prunable)
     num_keep = distribution(trees.layer_shapes(leaves), sparsity)
     draws = trees.split(scores.random(params, None, key), leaves)
-    return trees.join(selection.top_k(draws, num_keep), ones(params), leaves)
+    dense = ones(params)  # has the sharding of params, which the draws have not
+    return _and(dense, trees.join(selection.top_k(draws, num_keep), dense, leaves))
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
@@ -228,9 +229,11 @@ def start_from(
 
     def start(params: PyTree) -> PyTree:
         leaves = trees.describe(params, prunable)
+        if not leaves:
+            return ones(params)
         if masks is not None:
-            return _checked(masks, params, leaves)
-        if is_dense or not leaves:
+            return _checked(masks, params)
+        if is_dense:
             return ones(params)
         assert key is not None
         return random_masks(key, params, sparsity, distribution, prunable)
@@ -289,20 +292,22 @@ def _and(a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(jnp.logical_and, a, b)
 
 
-def _checked(masks: PyTree, params: PyTree, leaves: tuple[trees.Leaf, ...]) -> PyTree:
+def _checked(masks: PyTree, params: PyTree) -> PyTree:
     """A copy of given masks (donating the state must not delete the caller's), once they fit."""
-    given = jax.tree.leaves(masks)
-    if len(given) != len(leaves):
+    given, wanted = trees.by_path(masks), trees.by_path(params)
+    if given.keys() != wanted.keys():
+        odd = sorted("/".join(path) for path in given.keys() ^ wanted.keys())
         raise ValueError(
-            f"The masks are of another tree: {len(given)} leaves, but params have {len(leaves)} "
-            f"({', '.join(x.path for x in leaves)}). Masks need a leaf for each parameter; start "
-            "from granet_jax.ones(params)."
+            f"The masks are of another tree: {len(given)} leaves, but params have {len(wanted)}; "
+            f"only one of the two has {', '.join(odd)}. Masks need a leaf for each parameter; "
+            "start from granet_jax.ones(params)."
         )
-    for mask, leaf in zip(given, leaves, strict=True):
-        if jnp.shape(mask) != leaf.shape or jnp.result_type(mask) != jnp.bool_:
+    for path, p in wanted.items():
+        mask = given[path]
+        if jnp.shape(mask) != p.shape or jnp.result_type(mask) != jnp.bool_:
             raise ValueError(
-                f"The mask of {leaf.path} has shape {jnp.shape(mask)} and dtype "
-                f"{jnp.result_type(mask)}; expected {leaf.shape} and bool."
+                f"The mask of {'/'.join(path)} has shape {jnp.shape(mask)} and dtype "
+                f"{jnp.result_type(mask)}; expected {p.shape} and bool."
             )
-    given = jax.tree.unflatten(jax.tree.structure(params), given)
-    return jax.tree.map(lambda p, m: jnp.ones_like(p, dtype=bool) & m, params, given)
+    in_order = jax.tree.unflatten(jax.tree.structure(params), [given[path] for path in wanted])
+    return _and(ones(params), in_order)

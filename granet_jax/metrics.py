@@ -4,10 +4,12 @@ All take the same static ``prunable`` rules as the method did, so that sparsity 
 weights alone.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from granet_jax import selection, trees
 from granet_jax.types import PyTree
@@ -27,9 +29,10 @@ def sparsity(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> jax.A
       >>> float(sparsity(masks, {"kernel": jnp.zeros((2, 2))}))
       0.75
     """
-    total = trees.num_prunable(trees.describe(params, prunable))
-    removed = total - jnp.sum(num_live(masks, params, prunable))
-    return removed.astype(jnp.float32) / total
+    shapes = trees.layer_shapes(trees.describe(params, prunable))
+    sizes = np.array([math.prod(shape) for shape in shapes])
+    removed = sizes.astype(np.float32) - num_live(masks, params, prunable).astype(jnp.float32)
+    return jnp.sum(removed) / float(sizes.sum())
 
 
 def densities(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> dict[str, Any]:

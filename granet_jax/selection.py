@@ -88,8 +88,8 @@ def top_k(
     if eligible is not None:
         keys = [jnp.where(e, x, _INELIGIBLE) for e, x in zip(eligible, keys, strict=True)]
 
-    # Stacks of one layer shape become one stack: fewer loops to compile. From here on, whatever
-    # holds one entry for each layer is in the order of the groups.
+    # Stacks of one layer shape (and one sharding) become one stack: fewer loops to compile. From
+    # here on, whatever holds one entry for each layer is in the order of the groups.
     groups = _by_layer_shape(scores)
     stacks = [jnp.concatenate([keys[i] for i in group]) for group in groups]
     first = np.cumsum([0] + [len(x) for x in scores])
@@ -206,9 +206,9 @@ def _count_true(x: jax.Array) -> jax.Array:
 
 
 def _by_layer_shape(scores: Sequence[jax.Array]) -> list[list[int]]:
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[Any, list[int]] = {}
     for i, x in enumerate(scores):
-        groups.setdefault(x.shape[1:], []).append(i)
+        groups.setdefault((x.shape[1:], jax.typeof(x).sharding), []).append(i)
     return list(groups.values())
 
 

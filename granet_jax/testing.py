@@ -162,7 +162,7 @@ def _check_nan(step: int, update: Any, args: Any, leaves: tuple[trees.Leaf, ...]
     method_state, weights, grads, t = args
     expected = _total(update(*args)[0][0], leaves)
     broken_grads = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), grads)
-    some_nan = jax.tree.map(lambda w: w.at[..., ::3].set(jnp.nan), weights)
+    some_nan = jax.tree.map(lambda w: w.at[::3].set(jnp.nan) if w.ndim else w, weights)
     for name, broken in (
         ("gradients", (method_state, weights, broken_grads, t)),
         ("weights", (method_state, some_nan, grads, t)),

@@ -1,5 +1,6 @@
 """``sparsify``: any optax optimizer, training sparse. The only file that knows optimizer state."""
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,9 @@ def sparsify(
 
     Moments are the leaves of the inner state that end in a parameter's path and have its shape.
     Factored moments (adafactor) have other shapes and stay as they are, and so do buffers that are
-    no moments (schedule-free's ``z``, prodigy's ``params0``, accumulated gradients).
+    no moments (schedule-free's ``z``, prodigy's ``params0``, accumulated gradients). So
+    initialise schedule-free on masked parameters, and ``apply_masks`` what its
+    ``schedule_free_eval_params`` returns.
 
     Args:
       inner: any optax transformation that ends in parameter updates.
@@ -114,9 +117,10 @@ def sparsify(
             weights = _where(masks, optax.apply_updates(params, provisional))
             return method.update(method_state, weights, grads, step)
 
-        method_state, keep = _do_if(
-            method.is_update_step(step), event, (method_state, method_state[0])
-        )
+        is_event = jnp.asarray(method.is_update_step(step))
+        # At ordinary steps keep is a copy of the masks, made this way by all threads, not by one.
+        keep = jax.tree.map(lambda mask: mask & ~is_event, method_state[0])
+        method_state, keep = _do_if(is_event, event, (method_state, keep))
         updates, inner_state = inner.update(
             _where(keep, grads),
             _mask_moments(state.inner, params, keep),
@@ -166,7 +170,7 @@ def _to_zero(keep: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
 
 
 def _do_if(
-    predicate: Any, f: Callable[..., tuple[Any, PyTree]], operands: tuple[Any, PyTree]
+    predicate: jax.Array, f: Callable[..., tuple[Any, PyTree]], operands: tuple[Any, PyTree]
 ) -> tuple[Any, PyTree]:
     """``f(*operands)`` where the predicate holds; else the operands, left in their place.
 
@@ -179,21 +183,21 @@ def _do_if(
         changed = jax.lax.cond(pending, lambda x: f(*x), lambda x: x, operands)
         return jnp.zeros_like(pending), changed
 
-    start = (jnp.asarray(predicate), operands)
-    return jax.lax.while_loop(lambda carry: carry[0], once, start)[1]
+    return jax.lax.while_loop(lambda carry: carry[0], once, (predicate, operands))[1]
 
 
 def _mask_moments(inner_state: Any, params: PyTree, keep: PyTree) -> Any:
     """``where(keep, s, 0)`` for the leaves of the inner state that are moments of a parameter."""
     owners = trees.by_path(params)
     masks = trees.by_path(keep)
+    prefixes = _prefixes(inner_state, owners)
 
     def mask(path: tuple[Any, ...], leaf: Any) -> Any:
         names = trees.names(path)
-        start = _owner_start(names, owners)
-        if start is None or _NOT_MOMENTS.intersection(names[:start]):
+        start = _owner_start(names, owners, prefixes)
+        if start is None or leaf.shape != owners[names[start:]].shape:
             return leaf
-        if leaf.shape != owners[names[start:]].shape:
+        if names[start - 1 : start] and names[start - 1] in _NOT_MOMENTS:
             return leaf
         return jnp.where(masks[names[start:]], leaf, jnp.zeros_like(leaf))
 
@@ -206,9 +210,10 @@ def _check_maskable(inner_state: Any, params: PyTree) -> None:
     largest = max((x.size for x in owners.values() if len(x.shape) >= 2), default=None)
     if largest is None:
         return
+    prefixes = _prefixes(inner_state, owners)
     for path, leaf in jax.tree_util.tree_leaves_with_path(inner_state):
         names = trees.names(path)
-        start = _owner_start(names, owners)
+        start = _owner_start(names, owners, prefixes)
         owner = None if start is None else owners[names[start:]]
         if owner is not None and (leaf.shape == owner.shape or leaf.size < owner.size):
             continue  # a moment, or a factored one
@@ -221,9 +226,29 @@ def _check_maskable(inner_state: Any, params: PyTree) -> None:
             )
 
 
-def _owner_start(names: tuple[str, ...], owners: dict[tuple[str, ...], Any]) -> int | None:
-    """Where the longest suffix of a state's path that is the path of a parameter begins."""
-    return next((i for i in range(len(names) + 1) if names[i:] in owners), None)
+def _prefixes(
+    inner_state: Any, owners: dict[tuple[str, ...], Any]
+) -> collections.Counter[tuple[str, ...]]:
+    """How many parameters the inner state holds under each path: those are its moment trees."""
+    paths = jax.tree_util.tree_leaves_with_path(inner_state)
+    all_names = [trees.names(path) for path, _ in paths]
+    return collections.Counter(
+        names[:i] for names in all_names for i in range(len(names) + 1) if names[i:] in owners
+    )
+
+
+def _owner_start(
+    names: tuple[str, ...],
+    owners: dict[tuple[str, ...], Any],
+    prefixes: collections.Counter[tuple[str, ...]],
+) -> int | None:
+    """Where in a state's path the path of its parameter begins; None = it has none.
+
+    With a parameter called "mu", more than one split may fit: the one whose front part holds the
+    most parameters is a moment tree.
+    """
+    fits = [i for i in range(len(names) + 1) if names[i:] in owners]
+    return max(fits, key=lambda i: prefixes[names[:i]], default=None)
 
 
 def _type_on_path(state: Any, path: tuple[Any, ...]) -> str:

@@ -63,8 +63,17 @@ def by_path(tree: PyTree) -> dict[tuple[str, ...], Any]:
     """The leaves of a tree by their :func:`names`, in leaf order.
 
     Trees of one model in different clothes (``nnx.State``, pure dict) agree on names.
+
+    Raises:
+      ValueError: two leaves have the same names.
     """
-    return {names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = {names(path): leaf for path, leaf in leaves}
+    if len(found) < len(leaves):
+        paths = ["/".join(names(path)) for path, _ in leaves]
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        raise ValueError(f"Leaves need paths of their own; more than one is called {twice}.")
+    return found
 
 
 def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
@@ -92,19 +101,18 @@ def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
       >>> [(leaf.path, leaf.prunable) for leaf in describe(params, [("head", False)])]
       [('fc/bias', False), ('fc/kernel', True), ('head/kernel', False)]
     """
-    by_name = {"/".join(words): leaf for words, leaf in by_path(params).items()}
-    if not by_name:
+    named = [("/".join(words), leaf) for words, leaf in by_path(params).items()]
+    if not named:
         return ()
     for pattern, _ in rules:
-        if not any(re.search(pattern, name) for name in by_name):
-            raise ValueError(
-                f"The rule {pattern!r} matches no parameter; the paths are: {', '.join(by_name)}."
-            )
-    leaves = tuple(_decide(name, leaf, rules) for name, leaf in by_name.items())
+        if not any(re.search(pattern, name) for name, _ in named):
+            paths = ", ".join(name for name, _ in named)
+            raise ValueError(f"The rule {pattern!r} matches no parameter; the paths are: {paths}.")
+    leaves = tuple(_decide(name, leaf, rules) for name, leaf in named)
     if not any(leaf.prunable for leaf in leaves):
         raise ValueError(
             "No parameter is prunable: by default that takes floats of rank >= 2 not named bias, "
-            f"scale or embed*; got {', '.join(f'{x.path} {x.shape}' for x in leaves)}. "
+            f"scale or *embed*; got {', '.join(f'{x.path} {x.shape}' for x in leaves)}. "
             "Name what to prune with a rule, e.g. prunable=[('kernel', True)]."
         )
     return leaves

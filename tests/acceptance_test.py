@@ -191,3 +191,33 @@ def test_updates_narrower_than_parameters_still_give_zeros():
     updates, state = tx.update(tables.random_grads(params, 0), state, params)
     params = optax.apply_updates(params, updates)
     chex.assert_trees_all_equal(params, gj.apply_masks(params, gj.get_masks(state)))
+
+
+def test_moments_of_parameters_named_like_fields():
+    params = {"mu": {"w": jnp.ones((4, 4))}, "w": jnp.ones((4, 4)), "z": {"k": jnp.ones((4, 4))}}
+    off = {"mu": {"w": jnp.zeros((4, 4), bool)}, "w": jnp.ones((4, 4), bool)}
+    masks = {**off, "z": {"k": jnp.zeros((4, 4), bool)}}
+    tx = gj.sparsify(optax.adam(0.1), gj.static(masks=masks))
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(params, state, params)
+    mu = optax.tree.get(state.inner[0], "mu", filtering=lambda path, _: len(path) == 1)
+    np.testing.assert_allclose(mu["w"], 0.19, rtol=1e-6)
+    assert not mu["mu"]["w"].any()
+    assert not mu["z"]["k"].any()
+    inner = optax.partition({"z": optax.sgd(0.1, momentum=0.9)}, {"a": "z"})
+    tx = gj.sparsify(inner, gj.magnitude(sparsity=0.5, at=2))
+    params = {"a": jnp.arange(16.0).reshape(4, 4)}
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+    assert sum((x != 0).sum() for x in jax.tree.leaves(state.inner)) == 8
+
+
+def test_given_masks_probe_with_an_empty_tree_and_match_by_path():
+    masks = gj.ones(gj.testing.example_params())
+    gj.testing.check_method(gj.static(masks=masks))
+    with pytest.raises(ValueError, match="only one of the two has a, b, x, y"):
+        gj.static(masks={"x": masks["norm"]["bias"], "y": masks["norm"]["bias"]}).init(
+            {"a": jnp.ones((2, 4)), "b": jnp.ones((2, 4))}
+        )

@@ -96,6 +96,15 @@ def test_totals_are_exact(shapes, sparsity):
         assert all(0 < c <= n for c, n in zip(counts, sizes, strict=True))
 
 
+def test_totals_are_exact_for_billions():
+    shapes = [(40_000, 50_000)] * 3 + [(7, 3)]
+    for sparsity in (0.0, 0.25, 0.9):
+        total = round((6 * 10**9 + 21) * (1 - sparsity))
+        assert sum(gj.uniform(shapes, sparsity)) == sum(gj.erk(shapes, sparsity)) == total
+    with pytest.raises(ValueError, match="does not fit int32 counts"):
+        gj.global_ranking(shapes, 0.5)
+
+
 @given(shape_lists)
 def test_zero_sparsity_is_dense(shapes):
     dense = tuple(math.prod(s) for s in shapes)

@@ -86,7 +86,7 @@ WRONG_CALLS = {
     ),
     "masks of another tree": (
         lambda: start(gj.static(masks={"kernel": jnp.ones((8, 6), bool)})),
-        "another tree: 1 leaves, but params have 2 .fc/bias, fc/kernel.",
+        "another tree: 1 leaves, .* 2; only one of the two has fc/bias, fc/kernel, kernel",
     ),
     "masks of another shape": (
         lambda: start(gj.static(masks={"fc": {"kernel": jnp.ones((6, 8), bool), "bias": ONES_6}})),

@@ -227,15 +227,22 @@ def test_inject_hyperparams_schedules_the_sparsity():
     np.testing.assert_allclose(got, np.arange(9) / 16, atol=0.5 / 192)
 
 
+SHARDED = {
+    "gmp": lambda: gj.gmp(final_sparsity=0.75, end_step=4, update_every=2),
+    "rigl": lambda: gj.rigl(sparsity=0.75, update_every=2, total_steps=8, key=KEY),
+}
+
+
+@pytest.mark.parametrize("name", SHARDED)
 @pytest.mark.parametrize("axis_type", list(jax.sharding.AxisType)[:2])
-def test_masks_follow_the_sharding_of_params(axis_type):
+def test_masks_follow_the_sharding_of_params(axis_type, name):
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
     shard = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", "model"))
     with jax.set_mesh(mesh):
         params = jax.tree.map(
             lambda p: jax.device_put(p, shard) if p.ndim == 2 else p, bare_params()
         )
-        tx = gj.sparsify(optax.adam(1e-2), gj.gmp(final_sparsity=0.75, end_step=4, update_every=2))
+        tx = gj.sparsify(optax.adam(1e-2), SHARDED[name]())
         state = tx.init(params)
         assert gj.get_masks(state)["w1"].sharding == shard
         grads = jax.tree.map(lambda p: jnp.sin(50 * p), params)

@@ -41,7 +41,9 @@ def gmp(
       prunable: path rules, see :func:`granet_jax.trees.describe`.
 
     Raises:
-      ValueError: a sparsity outside [0, 1) or falling, or a schedule without events.
+      ValueError: a sparsity outside [0, 1) or falling, ``end_step <= begin_step``, or
+        ``update_every < 1``. (How long you train it does not know: see that an event falls into
+        ``[end_step, your last step]``.)
 
     Differs from Zhu & Gupta in that pruned weights cannot come back, and from the GraNet
     repository as :func:`granet_jax.granet` does (exact counts, end reached).
