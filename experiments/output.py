@@ -123,7 +123,12 @@ def plot_runs(path: pathlib.Path, title: str, runs: Mapping[str, Sequence[Histor
         _line_with_band(top, steps, values, color, label)
         # Wider lines below, for many methods follow the same schedule.
         _line_with_band(
-            middle, steps, 100 * _series(histories, "sparsity"), color, label, 2.0 * (len(runs) - i)
+            middle,
+            steps,
+            100 * _series(histories, "sparsity"),
+            color,
+            label,
+            1.5 + 0.9 * (len(runs) - 1 - i),
         )
         final = [np.mean([h[-1][f"density/{layer}"] for h in histories]) for layer in layers]
         x = np.arange(len(layers)) + (i - (len(runs) - 1) / 2) * bar_width

@@ -95,3 +95,10 @@ def test_wrong_rules(rules, message):
 
 def test_a_tree_without_leaves_passes():
     assert trees.describe({}, [("kernel", True)]) == ()
+
+
+def test_paths_that_read_alike_are_two_leaves():
+    params = {"a": {"1": jnp.zeros((4, 4))}, "a/1": jnp.zeros((3, 3))}  # as Haiku names modules
+    assert [leaf.shape for leaf in trees.describe(params)] == [(4, 4), (3, 3)]
+    masks = gj.static(sparsity=0.2, key=jax.random.key(0)).init(params).masks
+    assert sum(int(m.sum()) for m in jax.tree.leaves(masks)) == 20
