@@ -1,6 +1,6 @@
 """Whole runs beside an independent numpy model of the reference code's order of operations.
 
-The reference (REFERENCES of the GraNet repository's CIFAR code) works after each optimizer step:
+The reference (the CIFAR code of the GraNet repository) works after each optimizer step:
 masks weights and momentum; at every multiple of Delta T first prunes globally, ``|w| > theta`` with
 theta the K-th largest of all weights; then in each layer removes the ``ceil(p * live)`` smallest
 live weights and grows as many of the largest gradients among all that are off.
