@@ -2,5 +2,8 @@
 
 import logging
 
-# JAX tells of each backend that it looks for and does not find.
+from absl import logging as absl_logging
+
+# JAX tells of each backend that it looks for and does not find; Orbax of each file.
 logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+absl_logging.set_verbosity(absl_logging.ERROR)

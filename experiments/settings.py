@@ -8,64 +8,110 @@ from typing import Any
 
 from absl import flags
 
-from experiments import data, methods, models
+from experiments import augment, data, methods, models
 
 flags.disclaim_key_flags()  # --help of the program that defines the flags shows them
 
-# Where a flag is not given, its value comes from here: what suits the size of the data.
-BY_DATASET = {
-    "digits": {"epochs": 60, "batch_size": 32, "update_every": 40},
-    "mnist": {"epochs": 20, "batch_size": 100, "update_every": 200},
+# Where a flag is not given, its value comes from here: what suits the data.
+_CIFAR = {"model": "resnet20", "epochs": 160, "batch_size": 128, "update_every": 1000}
+BY_DATASET: dict[str, dict[str, Any]] = {
+    "digits": {"model": "lenet_300_100", "epochs": 60, "batch_size": 32, "update_every": 40},
+    "mnist": {"model": "lenet_300_100", "epochs": 20, "batch_size": 100, "update_every": 200},
+    "cifar10": {**_CIFAR, "augment": "reflect"},
+    "cifar100": {**_CIFAR, "augment": "zero"},
+    "imagenet2012": {
+        "model": "resnet50",
+        "epochs": 100,
+        "batch_size": 128,
+        "update_every": 4000,
+        "chunk_steps": 500,
+    },
 }
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("steps", "cosine")
 
 
-def _flag(default: Any, text: str, **kwargs: Any) -> Any:
+def _flag(text: str, default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, **kwargs})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All that a run depends on; equal settings and seeds give equal results."""
+    """All that a run depends on; equal settings on as many devices give equal results, bit by bit.
+
+    Made from flags, ``dataset`` and ``model`` are names of tables; made by hand, any names.
+    """
 
     dataset: str = _flag(
-        "digits",
-        "what to train on; digits ships with scikit-learn, mnist is read from --data_dir",
+        "what to train on; digits ships with scikit-learn, others are read from --data_dir",
         choices=list(data.DATASETS),
     )
-    model: str = _flag("lenet_300_100", "the network", choices=list(models.MODELS))
+    model: str = _flag("the network", choices=list(models.MODELS))
     method: str = _flag(
-        "granet",
         "how to train sparse; granet starts dense, granet_st starts from half of the weights",
+        "granet",
         choices=list(methods.METHODS),
     )
-    sparsity: float = _flag(0.98, "fraction of zeros among prunable weights at the end, in [0, 1)")
-    epochs: int = _flag(0, "passes over the training data", low=1)
-    batch_size: int = _flag(0, "images in a step", low=1)
-    learning_rate: float = _flag(0.1, "of SGD; dropped x0.1 at 1/2 and at 3/4 of training", low=0)
-    momentum: float = _flag(0.9, "Nesterov momentum of SGD", low=0)
-    weight_decay: float = _flag(5e-4, "L2, added to the gradients of all parameters", low=0)
-    update_every: int = _flag(0, "steps between mask updates (Delta T)", low=1)
+    sparsity: float = _flag("fraction of zeros among prunable weights at the end, in [0, 1)", 0.98)
+    epochs: int = _flag("passes over the training data", low=1)
+    batch_size: int = _flag("images in a step, over all devices", low=1)
+    update_every: int = _flag("steps between mask updates (Delta T)", low=1)
     prune_until: float = _flag(
-        0.5, "gradual pruning ends at this fraction of training", low=0, high=1
+        "gradual pruning ends at this fraction of training", 0.5, low=0, high=1
     )
-    data_dir: str | None = _flag(None, "folder with TFDS data sets in array_record form")
-    seed: int = _flag(0, "of the initial weights, the masks and the order of the data", low=0)
+    optimizer: str = _flag("the optimizer inside", "sgd", choices=list(OPTIMIZERS))
+    learning_rate: float = _flag("peak learning rate", 0.1, low=0)
+    schedule: str = _flag(
+        "the learning rate falls in steps, or as a cosine to 0", "steps", choices=list(SCHEDULES)
+    )
+    drop_at: tuple[float, ...] = _flag(
+        "with --schedule=steps: fractions of training after which the learning rate drops",
+        (0.5, 0.75),
+    )
+    drop_factor: float = _flag("what a drop multiplies the learning rate with", 0.1, low=0)
+    warmup_epochs: float = _flag("epochs in which the learning rate rises from 0", 0.0, low=0)
+    momentum: float = _flag("of SGD", 0.9, low=0)
+    nesterov: bool = _flag("whether the momentum of SGD is Nesterov's", True)
+    weight_decay: float = _flag("of SGD: L2 in the gradients; of AdamW: decoupled", 5e-4, low=0)
+    decay_all: bool = _flag("whether biases and batch norm decay as well", True)
+    label_smoothing: float = _flag("share of the label spread over all classes", 0.0, low=0, high=1)
+    augment: str = _flag(
+        "pad by 4 pixels (reflect or zero), crop at random and mirror; or none",
+        "none",
+        choices=list(augment.AUGMENTATIONS),
+    )
+    validation: int = _flag(
+        "training images held out; with them the best epoch is chosen on these", 0, low=0
+    )
+    precision: str = _flag(
+        "of the arithmetic in the model; parameters, moments and scores are f32 in both",
+        "f32",
+        choices=["f32", "bf16"],
+    )
+    chunk_steps: int = _flag(
+        "steps run at once, after which a checkpoint can be written (0: an epoch)", 0, low=0
+    )
+    seed: int = _flag("of the initial weights, the masks and the order of the data", 0, low=0)
 
 
 def define_flags(leave_out: tuple[str, ...] = ()) -> None:
-    """Defines one absl flag for each setting."""
+    """Defines one absl flag for each setting, and --data_dir."""
     for field in dataclasses.fields(Settings):
         if field.name in leave_out:
             continue
         meta = dict(field.metadata)
         text = meta.pop("help")
-        default: Any = field.default
-        if field.name in BY_DATASET["digits"]:
+        default = _default(field)
+        if by_dataset := {k: v[field.name] for k, v in BY_DATASET.items() if field.name in v}:
             default = None
-            by_dataset = ", ".join(f"{v[field.name]} for {k}" for k, v in BY_DATASET.items())
-            text = f"{text} (default: {by_dataset})"
+            listed = ", ".join(f"{v} for {k}" for k, v in by_dataset.items())
+            text = f"{text} (default: {listed})"
+        if field.name == "dataset":
+            default = "digits"
         if "choices" in meta:
             flags.DEFINE_enum(field.name, default, meta["choices"], text)
+        elif field.type is bool:
+            flags.DEFINE_boolean(field.name, default, text)
         elif field.type is int:
             flags.DEFINE_integer(field.name, default, text, lower_bound=meta["low"])
         elif field.type is float:
@@ -73,19 +119,35 @@ def define_flags(leave_out: tuple[str, ...] = ()) -> None:
                 field.name, default, text, lower_bound=meta.get("low"), upper_bound=meta.get("high")
             )
         else:
-            flags.DEFINE_string(field.name, default, text)
+            flags.DEFINE_list(field.name, [str(x) for x in default], text)
+    flags.DEFINE_string(
+        "data_dir", None, f"folder with TFDS data sets (default: {data.DEFAULT_DATA_DIR})"
+    )
 
 
 def from_flags(**given: Any) -> Settings:
-    """Settings from the parsed flags; ``given`` stands in for flags left out."""
+    """Settings from the parsed flags; ``given`` stands in for flags left out.
+
+    Raises:
+      ValueError: a list of numbers holds something else.
+    """
     values = dict(given)
     for field in dataclasses.fields(Settings):
-        if field.name not in values:
-            value = flags.FLAGS[field.name].value
-            if value is None:
-                value = BY_DATASET[flags.FLAGS.dataset].get(field.name)
-            values[field.name] = value
+        if field.name in values:
+            continue
+        value = flags.FLAGS[field.name].value
+        if value is None:
+            value = BY_DATASET[flags.FLAGS.dataset].get(field.name, _default(field))
+        values[field.name] = value
+    try:
+        values["drop_at"] = tuple(float(x) for x in values["drop_at"])
+    except ValueError as error:
+        raise ValueError(f"--drop_at takes numbers, as in 0.5,0.75: {error}.") from error
     return Settings(**values)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 @contextlib.contextmanager

@@ -2,24 +2,25 @@
 
 Example:
   python -m experiments.train --method=granet --sparsity=0.98
-  python -m experiments.train --dataset=mnist --data_dir=~/tensorflow_datasets --method=rigl
+  python -m experiments.train --dataset=cifar10 --data_dir=FOLDER --method=rigl --sparsity=0.9
+  python -m experiments.train --flagfile=experiments/recipes/cifar10-vgg19-granet.flags
 
-Leaves in --out_dir: settings.json, metrics.jsonl (a line for each epoch) and curves.png.
+Leaves in --out_dir what experiments/run.py tells, above all report.html. Stopped at any moment, the
+same command goes on.
 """
 
-import dataclasses
 import pathlib
 import sys
 
-import jax
 from absl import app, flags
 from rich.console import Console
 
 import granet_jax as gj
-from experiments import data, output, settings, training
+from experiments import data, files, output, run, settings
 
 settings.define_flags()
 flags.DEFINE_string("out_dir", None, "where to write (default: runs/DATASET-MODEL-METHOD-...)")
+run.define_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -29,33 +30,23 @@ def main(argv: list[str]) -> None:
     console = Console()
     with settings.errors_in_one_line():
         config = settings.from_flags()
-        trainer = training.make_trainer(config, data.load(config.dataset, config.data_dir))
-        start = trainer.init(jax.random.key(config.seed))
-        name = f"{config.dataset}-{config.model}-{config.method}-{config.sparsity}-{config.seed}"
+        name = f"{config.dataset}-{config.model}-{config.method}-{config.sparsity:g}-{config.seed}"
         out_dir = pathlib.Path(flags.FLAGS.out_dir or f"runs/{name}")
-        metrics = output.open_run(out_dir, dataclasses.asdict(config))
-    print(gj.report.table(start.params, gj.get_masks(start.opt_state)))
+        dataset = data.load(config.dataset, flags.FLAGS.data_dir, config.validation)
+        plain_every = max(1, config.epochs // 20)
+        with output.progress(console, config.method, config.epochs, plain_every) as show:
+            result = run.run(config, dataset, out_dir, show=show, **run.from_flags())
 
-    plain_every = max(1, config.epochs // 20)
-    with (
-        settings.errors_in_one_line(),
-        output.progress(console, config.method, config.epochs, plain_every) as show,
-    ):
-
-        def on_epoch(record: dict[str, float]) -> None:
-            output.append_jsonl(metrics, record)
-            show(record)
-
-        result = training.train(trainer, config.seed, on_epoch)
-
-    output.plot_runs(out_dir / "curves.png", name, {config.method: [result.history]})
     print(gj.report.table(result.state.params, gj.get_masks(result.state.opt_state)))
-    last, best = result.history[-1], max(r["test_accuracy"] for r in result.history)
+    last = result.history[-1]
+    best = max(result.history, key=lambda r: r[files.selected_by(r)])
+    chosen = files.selected_by(last).split("_")[0]
     print(
-        f"test accuracy {last['test_accuracy']:.2f} % after the last epoch "
-        f"({best:.2f} % at the best; chosen on the test set) at sparsity {last['sparsity']:.4f}"
+        f"test accuracy {last['test_accuracy']:.2f} % after the last epoch, "
+        f"{best['test_accuracy']:.2f} % after epoch {best['epoch']} "
+        f"(the best on the {chosen} images), at sparsity {last['sparsity']:.4f}"
     )
-    print(f"written: {out_dir}/curves.png, metrics.jsonl, settings.json")
+    print(f"written: {out_dir}/report.html and what it is made from")
 
 
 if __name__ == "__main__":

@@ -1,114 +1,160 @@
-"""The training loop: compiled once for a setting, run for any number of seeds."""
+"""A setting made ready for training: compiled steps on all devices."""
 
 import functools
-import time
+import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 import granet_jax as gj
-from experiments import data, methods, models, settings
+from experiments import augment, data, models, optimizers, streams
+from experiments.settings import Settings
+from experiments.streams import Batch, Stream
 
 
 class State(NamedTuple):
-    """All that changes in training."""
+    """All that training changes, and the key from which it draws."""
 
+    step: jax.Array  # int32, updates done
     params: Any
+    model_state: Any  # batch statistics
     opt_state: Any
+    key: jax.Array  # typed; what is drawn follows from it and the step
 
 
 class Trainer(NamedTuple):
-    """A setting made ready: data on the device and compiled functions."""
+    """Data on the devices and compiled functions; states are copied to all devices."""
 
-    settings: settings.Settings
+    settings: Settings
     steps_per_epoch: int
-    init: Callable[[jax.Array], State]  # key -> state
-    run_epoch: Callable[[State, jax.Array], tuple[State, jax.Array]]  # key -> state, losses
-    evaluate: Callable[[Any], jax.Array]  # params -> test accuracy in percent
+    abstract_state: State  # ShapeDtypeStructs with shardings
+    init: Callable[[], State]
+    open_stream: Callable[[], Any]  # -> an iterator of batches, or None for data in memory
+    run: Callable[[State, Any, int], tuple[State, jax.Array]]  # (.., stream, steps) -> .., losses
+    evaluate: Callable[[State], dict[str, float]]  # accuracy in percent on each held-out split
+    loss_and_grads: Callable[[State, Batch], Any]
 
 
-class Result(NamedTuple):
-    """What a run leaves behind."""
-
-    state: State
-    history: list[dict[str, float]]  # one record for each epoch
-
-
-class Diverged(ArithmeticError):
-    """The loss is NaN or infinite."""
-
-
-def make_trainer(config: settings.Settings, dataset: data.Dataset) -> Trainer:
+def make_trainer(
+    config: Settings, dataset: data.Dataset, model: nn.Module | None = None
+) -> Trainer:
     """Builds model, optimizer and compiled steps.
 
+    Args:
+      config: the settings.
+      dataset: what to train and test on.
+      model: a Flax module from float images ``(batch, height, width, channels)`` to logits; None =
+        the one that ``config.model`` names. It is told ``train`` if it takes such an argument, and
+        may keep batch statistics and use dropout.
+
     Raises:
-      ValueError: the settings do not fit the data, the model or the method.
+      ValueError: the settings do not fit the data, the model, the method or the devices.
     """
-    model = models.MODELS[config.model](num_classes=dataset.num_classes)
-    train, test = jax.tree.map(jnp.asarray, (dataset.train, dataset.test))
-    steps_per_epoch = len(train.labels) // config.batch_size
+    if model is None:
+        dtype = jnp.bfloat16 if config.precision == "bf16" else jnp.float32
+        model = models.MODELS[config.model](num_classes=dataset.num_classes, dtype=dtype)
+    num_images = data.size(dataset.train)
+    steps_per_epoch = num_images // config.batch_size
     if steps_per_epoch == 0:
         raise ValueError(
-            f"--batch_size={config.batch_size} is more than the {len(train.labels)} images of "
+            f"--batch_size={config.batch_size} is more than the {num_images} images of "
             f"{config.dataset}."
         )
-    total_steps = steps_per_epoch * config.epochs
-    make_optimizer = functools.partial(_optimizer, config, total_steps)
-    make_optimizer(jax.random.key(0))  # wrong settings are told here
-
-    def logits(params: Any, images: jax.Array) -> jax.Array:
-        x = (images.astype(jnp.float32) / 255 - dataset.mean[None, None, None]) / dataset.std[
-            None, None, None
-        ]
-        return jnp.asarray(model.apply({"params": params}, x))
-
-    def loss_fn(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels)
-        return jnp.mean(losses)
-
-    def init(key: jax.Array) -> State:
-        params = model.init(jax.random.fold_in(key, 0), train.images[:1].astype(jnp.float32))
-        params = params["params"]
-        opt_state = make_optimizer(jax.random.fold_in(key, 1)).init(params)
-        return State(gj.apply_masks(params, gj.get_masks(opt_state)), opt_state)
-
-    # The methods' keys are in the state; the one given here is not used again.
-    update = make_optimizer(jax.random.key(0)).update
-
-    def step(state: State, split: data.Split, batch: jax.Array) -> tuple[State, jax.Array]:
-        loss, grads = jax.value_and_grad(loss_fn)(
-            state.params, split.images[batch], split.labels[batch]
+    if config.batch_size % jax.device_count():
+        raise ValueError(
+            f"--batch_size={config.batch_size} is no multiple of the {jax.device_count()} devices "
+            "that share a batch."
         )
+    optimizer = functools.partial(optimizers.make_optimizer, config, steps_per_epoch)
+    # The methods' keys are in the state; the one given here is not used again.
+    update = optimizer(jax.random.key(0)).update
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    by_image = NamedSharding(mesh, PartitionSpec("data"))
+
+    def init() -> State:
+        key = jax.random.key(config.seed)
+        image = jnp.zeros((1, *data.image_shape(dataset.train)))
+        variables = dict(model.init(jax.random.fold_in(key, 0), image, **_told(model, train=False)))
+        params = variables.pop("params")
+        opt_state = optimizer(jax.random.fold_in(key, 1)).init(params)
+        params = gj.apply_masks(params, gj.get_masks(opt_state))
+        step = jnp.zeros([], jnp.int32)
+        return State(step, params, variables, opt_state, jax.random.fold_in(key, 2))
+
+    def loss_fn(params: Any, state: State, batch: Batch) -> tuple[jax.Array, Any]:
+        logits, model_state = model.apply(
+            {"params": params, **state.model_state},
+            _normalise(batch.images, dataset),
+            **_told(model, train=True),
+            rngs={"dropout": jax.random.fold_in(_key_of_step(state), 0)},
+            mutable=list(state.model_state),
+        )
+        labels = jax.nn.one_hot(batch.labels, dataset.num_classes)
+        labels = optax.smooth_labels(labels, config.label_smoothing)
+        losses = optax.softmax_cross_entropy(logits.astype(jnp.float32), labels)
+        return jnp.mean(losses), model_state
+
+    def loss_and_grads(state: State, batch: Batch) -> Any:
+        return jax.value_and_grad(loss_fn, has_aux=True)(state.params, state, batch)
+
+    def step(state: State, batch: Batch) -> tuple[State, jax.Array]:
+        key = jax.random.fold_in(_key_of_step(state), 1)
+        images = augment.AUGMENTATIONS[config.augment](key, batch.images)
+        (loss, model_state), grads = loss_and_grads(state, Batch(images, batch.labels))
         updates, opt_state = update(grads, state.opt_state, state.params)
-        return State(optax.apply_updates(state.params, updates), opt_state), loss
+        params = optax.apply_updates(state.params, updates)
+        return State(state.step + 1, params, model_state, opt_state, state.key), loss
 
     @jax.jit
-    def batches(key: jax.Array) -> jax.Array:
-        order = jax.random.permutation(key, len(train.labels))
-        return order[: steps_per_epoch * config.batch_size].reshape(steps_per_epoch, -1)
+    def num_correct(state: State, batch: Batch) -> jax.Array:
+        logits = model.apply(
+            {"params": state.params, **state.model_state},
+            _normalise(batch.images, dataset),
+            **_told(model, train=False),
+        )
+        return jnp.sum(jnp.argmax(logits, axis=-1) == batch.labels)
 
-    example = jax.eval_shape(init, jax.random.key(0)).params
-    one_batch = train.images[: config.batch_size], train.labels[: config.batch_size]
-    run_steps = _scanned(step) if scan_is_fast(loss_fn, example, *one_batch) else _looped(step)
+    def accuracy(state: State, split: Batch | Stream) -> float:
+        batches = data.host_batches(split, config.batch_size)
+        correct = [num_correct(state, _place(batch, by_image)) for batch in batches]
+        return 100 * sum(int(n) for n in correct) / data.size(split)
 
-    @jax.jit
-    def evaluate(params: Any) -> jax.Array:
-        return 100 * jnp.mean(jnp.argmax(logits(params, test.images), axis=-1) == test.labels)
-
+    abstract_state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), jax.eval_shape(init)
+    )
+    if isinstance(dataset.train, Stream):
+        open_stream = functools.partial(
+            streams.shuffled, dataset.train, config.batch_size, config.seed
+        )
+        run = _run_stream(step, replicated, by_image)
+    else:
+        example = Batch(*(array[: config.batch_size] for array in dataset.train))
+        scan = scan_is_fast(loss_and_grads, abstract_state, example)
+        open_stream = lambda: None  # noqa: E731
+        run = _run_memory(
+            step, jax.device_put(dataset.train, replicated), config.batch_size, by_image, scan
+        )
     return Trainer(
         config,
         steps_per_epoch,
-        jax.jit(init),
-        lambda state, key: run_steps(state, train, batches(key)),
-        evaluate,
+        abstract_state,
+        jax.jit(init, out_shardings=replicated),
+        open_stream,
+        run,
+        lambda state: {k: accuracy(state, split) for k, split in dataset.held_out.items()},
+        loss_and_grads,
     )
 
 
-def scan_is_fast(loss_fn: Callable[..., jax.Array], *args: Any) -> bool:
+def scan_is_fast(loss_fn: Callable[..., Any], *args: Any) -> bool:
     """Whether many steps should run as one ``lax.scan``.
 
     Yes on accelerators, and on CPU for models of matrix products; XLA:CPU compiles the gradients
@@ -118,92 +164,71 @@ def scan_is_fast(loss_fn: Callable[..., jax.Array], *args: Any) -> bool:
     return not on_cpu or "conv_general_dilated" not in str(jax.make_jaxpr(loss_fn)(*args))
 
 
-def _scanned(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs all steps in one compiled call."""
+def _run_memory(
+    step: Callable[..., Any], split: Batch, batch_size: int, by_image: NamedSharding, scan: bool
+) -> Callable[..., Any]:
+    """Steps over data that lie on the devices, in a new order in each epoch."""
+    steps_per_epoch = len(split.labels) // batch_size
+    donated = functools.partial(jax.jit, donate_argnums=0)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def run(state: State, split: data.Split, indices: jax.Array) -> tuple[State, jax.Array]:
-        return jax.lax.scan(lambda s, batch: step(s, split, batch), state, indices)
+    @jax.jit
+    def order_of_epoch(state: State) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(state.key, 0), state.step // steps_per_epoch)
+        order = jax.random.permutation(key, len(split.labels))
+        return order[: steps_per_epoch * batch_size].reshape(steps_per_epoch, -1)
 
-    return run
+    def one(state: State, split: Batch, order: jax.Array) -> tuple[State, jax.Array]:
+        indices = jax.lax.with_sharding_constraint(order[state.step % steps_per_epoch], by_image)
+        return step(state, Batch(split.images[indices], split.labels[indices]))
 
+    @functools.partial(donated, static_argnums=3)
+    def scanned(state: State, split: Batch, order: jax.Array, num_steps: int) -> Any:
+        return jax.lax.scan(lambda s, _: one(s, split, order), state, length=num_steps)
 
-def _looped(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs one compiled call for each step."""
-    compiled = jax.jit(step, donate_argnums=0)
+    jitted = donated(one)
 
-    def run(state: State, split: data.Split, indices: jax.Array) -> tuple[State, jax.Array]:
+    def looped(state: State, split: Batch, order: jax.Array, num_steps: int) -> Any:
         losses = []
-        for batch in indices:
-            state, loss = compiled(state, split, batch)
+        for _ in range(num_steps):
+            state, loss = jitted(state, split, order)
+            losses.append(loss)
+        return state, jnp.stack(losses)
+
+    steps = scanned if scan else looped
+    return lambda state, _, num_steps: steps(state, split, order_of_epoch(state), num_steps)
+
+
+def _run_stream(
+    step: Callable[..., Any], replicated: NamedSharding, by_image: NamedSharding
+) -> Callable[..., Any]:
+    """Steps over batches that come from the host."""
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=replicated)
+
+    def run(state: State, stream: Any, num_steps: int) -> tuple[State, jax.Array]:
+        losses = []
+        for batch in itertools.islice(stream, num_steps):
+            state, loss = jitted(state, _place(batch, by_image))
             losses.append(loss)
         return state, jnp.stack(losses)
 
     return run
 
 
-def _optimizer(
-    config: settings.Settings, total_steps: int, key: jax.Array
-) -> optax.GradientTransformation:
-    schedule = optax.piecewise_constant_schedule(
-        config.learning_rate, {total_steps // 2: 0.1, total_steps * 3 // 4: 0.1}
-    )
-    plan = methods.Plan(
-        sparsity=config.sparsity,
-        update_every=config.update_every,
-        prune_end_step=max(1, round(config.prune_until * total_steps)),
-        total_steps=total_steps,
-        key=key,
-    )
-    inner = optax.chain(
-        optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(schedule, momentum=config.momentum, nesterov=True),
-    )
-    return gj.sparsify(inner, methods.METHODS[config.method](plan))
+def _key_of_step(state: State) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
 
 
-def train(trainer: Trainer, seed: int, on_epoch: Callable[[dict[str, float]], None]) -> Result:
-    """Trains from scratch and calls ``on_epoch`` with a record after each epoch.
-
-    Raises:
-      Diverged: the loss became NaN or infinite; the message says in which steps.
-    """
-    key = jax.random.key(seed)
-    state = trainer.init(key)
-    history: list[dict[str, float]] = []
-    masks = jax.tree.map(jnp.copy, gj.get_masks(state.opt_state))
-    for epoch in range(1, trainer.settings.epochs + 1):
-        started = time.perf_counter()
-        epoch_key = jax.random.fold_in(jax.random.fold_in(key, 2), epoch)
-        state, device_losses = trainer.run_epoch(state, epoch_key)
-        losses = np.asarray(device_losses)
-        seconds = time.perf_counter() - started
-        if not np.all(np.isfinite(losses)):
-            first = (epoch - 1) * trainer.steps_per_epoch + int(np.argmin(np.isfinite(losses))) + 1
-            raise Diverged(
-                f"the loss is {losses[~np.isfinite(losses)][0]} at step {first} (epoch {epoch}). "
-                "Lower --learning_rate."
-            )
-        old, masks = masks, jax.tree.map(jnp.copy, gj.get_masks(state.opt_state))
-        record = {
-            "epoch": epoch,
-            "step": epoch * trainer.steps_per_epoch,
-            "loss": float(losses.mean()),
-            "test_accuracy": float(trainer.evaluate(state.params)),
-            "images_per_second": trainer.settings.batch_size * len(losses) / seconds,
-            **{k: float(v) for k, v in _mask_metrics(old, masks, state.params).items()},
-        }
-        history.append(record)
-        on_epoch(record)
-    return Result(state, history)
+def _normalise(images: jax.Array, dataset: data.Dataset) -> jax.Array:
+    """uint8 to float32 with mean 0 and deviation 1 in each channel."""
+    mean, std = (x.reshape(1, 1, 1, -1) for x in (dataset.mean, dataset.std))
+    return (images.astype(jnp.float32) / 255 - mean) / std
 
 
-@jax.jit
-def _mask_metrics(old: Any, new: Any, params: Any) -> dict[str, jax.Array]:
-    densities = gj.metrics.densities(new, params)
-    return {
-        "sparsity": gj.metrics.sparsity(new, params),
-        "grown": gj.metrics.num_grown(old, new),
-        "nonfinite": gj.metrics.num_nonfinite(params),
-        **{f"density/{path}": density for path, density in densities.items()},
-    }
+def _place(batch: Batch, sharding: NamedSharding) -> Batch:
+    """One array over all devices, from the share of each process."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def _told(model: nn.Module, train: bool) -> dict[str, bool]:
+    takes_train = "train" in inspect.signature(type(model).__call__).parameters
+    return {"train": train} if takes_train else {}

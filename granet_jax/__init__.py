@@ -12,7 +12,8 @@ selection -> masks -> updates``. Modules import only from those before them::
     masks          prune_to, regenerate, compose
     methods        granet, gmp, rigl, set_, static, magnitude
     transform      sparsify: a method around any optax optimizer
-    metrics, report, testing   numbers, a table, and the conformance kit for methods
+    metrics, report, checkpoint, testing   numbers, a table, a check of what a checkpoint gave
+                   back, and the conformance kit for methods
 """
 
 from granet_jax import metrics as metrics
@@ -21,6 +22,7 @@ from granet_jax import schedules as schedules
 from granet_jax import scores as scores
 from granet_jax import testing as testing
 from granet_jax import trees as trees
+from granet_jax.checkpoint import check_restored as check_restored
 from granet_jax.distributions import erk as erk
 from granet_jax.distributions import global_ranking as global_ranking
 from granet_jax.distributions import uniform as uniform

@@ -1,0 +1,85 @@
+"""Checkpoints of runs with Orbax: written in the background, the newest ones and the best kept."""
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+import granet_jax as gj
+
+KEEP = 2  # newest, beside the best
+
+
+
+def open_manager(folder: pathlib.Path) -> ocp.CheckpointManager:
+    """Opens or makes a folder of checkpoints; what a killed run left half-written is ignored."""
+    policy = checkpoint_managers.AnyPreservationPolicy(
+        [
+            checkpoint_managers.LatestN(KEEP),
+            checkpoint_managers.BestN(
+                get_metric_fn=lambda metrics: metrics["accuracy"],
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+    )
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policy, cleanup_tmp_directories=True, enable_async_checkpointing=True
+    )
+    return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: Any,
+    notes: dict[str, Any],
+    accuracy: float | None,
+) -> None:
+    """Begins to write a checkpoint; the state may be donated at once.
+
+    Args:
+      manager: where to.
+      step: number of updates done.
+      state: tree of arrays.
+      notes: JSON, what else is needed to go on.
+      accuracy: by which the best is kept; None within an epoch.
+    """
+    if step in manager.all_steps():
+        return  # written before the run was killed, with the same bits
+    manager.save(
+        step,
+        args=ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes)),
+        metrics=None if accuracy is None else {"accuracy": accuracy},
+        force=True,
+    )
+
+
+def restore(manager: ocp.CheckpointManager, step: int, example: Any) -> tuple[Any, dict[str, Any]]:
+    """Reads the checkpoint of a step.
+
+    Args:
+      manager: where from.
+      step: one of ``manager.all_steps()``.
+      example: tree of ``ShapeDtypeStruct``s with shardings.
+
+    Returns:
+      State and notes.
+
+    Raises:
+      ValueError: the checkpoint holds the state of another model.
+    """
+    try:
+        read = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(example), notes=ocp.args.JsonRestore()
+            ),
+        )
+    except (ValueError, KeyError) as error:
+        saved = manager.item_metadata(step)["state"]
+        gj.check_restored(jax.tree.map(lambda x: x, saved.tree), example)
+        raise ValueError(f"{manager.directory} cannot be read: {error}") from error
+    return gj.check_restored(read["state"], example), read["notes"]

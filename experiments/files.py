@@ -1,0 +1,126 @@
+"""The files of a run, for programs: settings, what it ran on, and a line for each epoch."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from granet_jax import trees
+
+Record = dict[str, float]
+
+
+@contextlib.contextmanager
+def opened(out_dir: pathlib.Path, config: dict[str, Any], resume: bool) -> Iterator[None]:
+    """Holds a run's folder, so that no second process writes there; writes its settings.
+
+    Raises:
+      ValueError: the folder holds a run of other settings, or another process is at work there.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with (out_dir / "lock").open("w") as lock:  # freed by the system however the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is training in {out_dir}.") from error
+        path = out_dir / "settings.json"
+        if path.exists():
+            _check_same(out_dir, config, resume)
+        else:
+            _write(path, json.dumps(config, indent=2) + "\n")
+        yield
+
+
+def _check_same(out_dir: pathlib.Path, config: dict[str, Any], resume: bool) -> None:
+    old, new = json.loads((out_dir / "settings.json").read_text()), json.loads(json.dumps(config))
+    differing = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    if differing:
+        changes = ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in differing)
+        raise ValueError(
+            f"{out_dir} holds a run of other settings ({changes}). "
+            "Choose another --out_dir, or remove it."
+        )
+    if not resume:
+        raise ValueError(
+            f"{out_dir} holds a run, which --noresume would overwrite. "
+            "Choose another --out_dir, or remove it."
+        )
+
+
+def write_about(out_dir: pathlib.Path, params: Any) -> None:
+    """Notes how the run was called, each time, on what, and what its layers are."""
+    if jax.process_index() != 0:
+        return
+    path = out_dir / "about.json"
+    about = json.loads(path.read_text()) if path.exists() else {"sessions": []}
+    devices = jax.devices()
+    about["sessions"].append(
+        {
+            "command": _command(),
+            "devices": f"{len(devices)} {devices[0].device_kind}",
+            "jax": jax.__version__,
+        }
+    )
+    about["layers"] = [
+        {"path": x.path, "shape": list(x.shape), "weights": x.size, "prunable": x.prunable}
+        for x in trees.describe(params, ())
+    ]
+    _write(path, json.dumps(about, indent=2) + "\n")
+
+
+def _command() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["python", "-m", spec.name] if spec else ["python", sys.argv[0]]
+    return " ".join(program + sys.argv[1:])
+
+
+def read_json(out_dir: pathlib.Path, name: str) -> Any:
+    """Reads settings.json or about.json."""
+    return json.loads((out_dir / name).read_text())
+
+
+def read_history(out_dir: pathlib.Path) -> list[Record]:
+    """The records of the epochs; a line that a killed process left unfinished is skipped."""
+    path = out_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def selected_by(record: Record) -> str:
+    """By which accuracy the best epoch is chosen: on the validation images, if any are held out."""
+    return "validation_accuracy" if "validation_accuracy" in record else "test_accuracy"
+
+
+def rewind(out_dir: pathlib.Path, step: int) -> list[Record]:
+    """Drops the records after a step, which are going to be written again."""
+    history = [record for record in read_history(out_dir) if record["step"] <= step]
+    if jax.process_index() == 0:
+        _write(out_dir / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in history))
+    return history
+
+
+def append_record(out_dir: pathlib.Path, record: Record) -> None:
+    """Adds a line to metrics.jsonl."""
+    if jax.process_index() == 0:
+        with (out_dir / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    """Whole or not at all."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    os.replace(new, path)

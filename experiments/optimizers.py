@@ -1,0 +1,72 @@
+"""The optimizer that the settings describe, made sparse by the method they name."""
+
+from typing import Any
+
+import jax
+import optax
+
+import granet_jax as gj
+from experiments import methods
+from experiments.settings import Settings
+
+
+def make_optimizer(
+    config: Settings, steps_per_epoch: int, key: jax.Array
+) -> optax.GradientTransformation:
+    """Wraps SGD or AdamW in ``gj.sparsify``.
+
+    Args:
+      config: the settings.
+      steps_per_epoch: updates in an epoch.
+      key: typed key, for methods that draw.
+
+    Raises:
+      ValueError: the settings of the method contradict each other.
+    """
+    total_steps = steps_per_epoch * config.epochs
+    plan = methods.Plan(
+        sparsity=config.sparsity,
+        update_every=config.update_every,
+        prune_end_step=max(1, round(config.prune_until * total_steps)),
+        total_steps=total_steps,
+        key=key,
+    )
+    method = methods.METHODS[config.method].make(plan)
+    schedule = learning_rate(config, steps_per_epoch)
+    decayed = None if config.decay_all else _kernels
+    if config.optimizer == "adamw":
+        inner = optax.adamw(schedule, weight_decay=config.weight_decay, mask=decayed)
+    else:
+        inner = optax.chain(
+            optax.add_decayed_weights(config.weight_decay, decayed),
+            optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
+        )
+    return gj.sparsify(inner, method)
+
+
+def learning_rate(config: Settings, steps_per_epoch: int) -> optax.Schedule:
+    """The learning rate at a step: a linear rise, then steps down or a cosine to 0."""
+    total_steps = steps_per_epoch * config.epochs
+    warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+    if warmup_steps >= total_steps:
+        raise ValueError(
+            f"--warmup_epochs={config.warmup_epochs:g} leaves nothing of {config.epochs} epochs."
+        )
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(config.learning_rate, total_steps - warmup_steps)
+    else:
+        if not all(0.0 < fraction < 1.0 for fraction in config.drop_at):
+            raise ValueError(f"--drop_at: fractions between 0 and 1, got {config.drop_at}.")
+        # Counted from the end of the warm-up, as optax does, though said from the beginning.
+        drops = [round(fraction * total_steps) - warmup_steps for fraction in config.drop_at]
+        after = optax.piecewise_constant_schedule(
+            config.learning_rate, {drop: config.drop_factor for drop in drops}
+        )
+    if warmup_steps == 0:
+        return after
+    rise = optax.linear_schedule(0.0, config.learning_rate, warmup_steps)
+    return optax.join_schedules([rise, after], [warmup_steps])
+
+
+def _kernels(params: Any) -> Any:
+    return jax.tree.map(lambda p: p.ndim >= 2, params)

@@ -1,0 +1,234 @@
+"""One self-contained page about one run or many: ``python -m experiments.report FOLDER [FOLDER]``.
+
+Made from the files of the runs alone, so it can be made at any time, also while they go on. Runs of
+one method from several seeds share a line and a band.
+"""
+
+import io
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+from absl import app, flags
+from markupsafe import Markup
+from matplotlib import pyplot as plt
+
+from experiments import files
+
+matplotlib.use("Agg")
+
+Runs = Mapping[str, Sequence[pathlib.Path]]  # label -> a folder for each seed
+
+CURVES = (  # name in the records, label, factor
+    ("test_accuracy", "test accuracy (%)", 1),
+    ("validation_accuracy", "validation accuracy (%)", 1),
+    ("loss", "training loss", 1),
+    ("sparsity", "sparsity (%)", 100),
+    ("regeneration_fraction", "regeneration fraction (%)", 100),
+    ("churn", "weights newly grown in the epoch (% of live)", 100),
+)
+
+
+def write(path: pathlib.Path, runs: Runs) -> None:
+    """Writes the page.
+
+    Args:
+      path: an .html file.
+      runs: folders of runs that have finished an epoch, by label.
+    """
+    histories = {
+        label: [files.read_history(folder) for folder in folders] for label, folders in runs.items()
+    }
+    first = next(iter(runs.values()))[0]
+    page = _TEMPLATES.get_template("report.html").render(
+        title=_title(runs),
+        summary=[summarise(label, histories[label]) for label in runs],
+        curves=Markup(_svg(_curves(histories))),  # noqa: S704
+        heatmaps=Markup(_svg(_heatmaps(histories))),  # noqa: S704
+        labels=list(runs),
+        layers=_layers(first, histories),
+        selection=selection(histories),
+        settings=_settings(runs),
+        abouts=[
+            (folder, files.read_json(folder, "about.json"))
+            for folders in runs.values()
+            for folder in folders
+        ],
+    )
+    path.write_text(page)
+
+
+def summarise(label: str, histories: Sequence[list[files.Record]]) -> dict[str, str]:
+    """What a table says of the runs of one label: last and best epoch, size and speed."""
+    last = [history[-1] for history in histories]
+    best = [max(history, key=lambda r: r[files.selected_by(r)]) for history in histories]
+    return {
+        "method": label,
+        "epochs": _span(record["epoch"] for record in last),
+        "weights kept": _span(record["live"] for record in last),
+        "sparsity": _span((record["sparsity"] for record in last), ".6f"),
+        "test accuracy, last epoch (%)": _mean_and_std([r["test_accuracy"] for r in last]),
+        "best epoch (%)": _mean_and_std([r["test_accuracy"] for r in best]),
+        "images/s": f"{np.mean([np.median([r['images_per_second'] for r in h]) for h in histories]):,.0f}",
+    }
+
+
+def selection(histories: Mapping[str, Sequence[list[files.Record]]]) -> str:
+    """Says on which images the best epoch was chosen."""
+    names = {files.selected_by(h[-1]) for group in histories.values() for h in group}
+    if names == {"validation_accuracy"}:
+        return "The best epoch is chosen on validation images held out of training."
+    return "The best epoch is chosen on the test set itself, as the GraNet paper does."
+
+
+def _title(runs: Runs) -> str:
+    config = files.read_json(next(iter(runs.values()))[0], "settings.json")
+    return f"{config['dataset']}, {config['model']}, sparsity {config['sparsity']:g}"
+
+
+def _settings(runs: Runs) -> list[tuple[str, str]]:
+    """Each setting once; where runs differ, all values."""
+    configs = [files.read_json(f, "settings.json") for fs in runs.values() for f in fs]
+    return [
+        (name, ", ".join(dict.fromkeys(str(config[name]) for config in configs)))
+        for name in configs[0]
+    ]
+
+
+def _layers(
+    folder: pathlib.Path, histories: Mapping[str, Sequence[list[files.Record]]]
+) -> list[dict[str, Any]]:
+    """For each leaf: path, shape, weights, and the kept fraction at the end under each label."""
+    return [
+        layer
+        | {
+            "kept": [
+                float(np.mean([h[-1][f"density/{layer['path']}"] for h in group]))
+                for group in histories.values()
+            ]
+            if layer["prunable"]
+            else None
+        }
+        for layer in files.read_json(folder, "about.json")["layers"]
+    ]
+
+
+def _curves(histories: Mapping[str, Sequence[list[files.Record]]]) -> Any:
+    records = next(iter(histories.values()))[0]
+    shown = [curve for curve in CURVES if curve[0] in records[0]]
+    rows = (len(shown) + 1) // 2
+    figure, grid = plt.subplots(
+        rows, 2, figsize=(11, 2.9 * rows), layout="constrained", squeeze=False
+    )
+    for axes, (name, label, factor) in zip(grid.flat, shown, strict=False):
+        for i, (method, group) in enumerate(histories.items()):
+            epochs = min(len(history) for history in group)
+            x = [record["epoch"] for record in group[0][:epochs]]
+            values = factor * np.array([[r[name] for r in h[:epochs]] for h in group])
+            # Wider lines below, for many methods follow the same schedule.
+            width = 1.5 + (0.0 if "accuracy" in name else 0.8 * (len(histories) - 1 - i))
+            axes.plot(
+                x, values.mean(0), color=f"C{i}", label=method, linewidth=width, marker=_dot(x)
+            )
+            if len(values) > 1:
+                axes.fill_between(
+                    x, values.min(0), values.max(0), color=f"C{i}", alpha=0.15, linewidth=0
+                )
+        axes.set_title(label, loc="left", fontsize=10)
+        axes.set_xlabel("epoch")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        if "accuracy" in name:
+            _zoom(axes, histories, name)
+        if name == "loss":
+            axes.set_yscale("log")
+    for axes in list(grid.flat)[len(shown) :]:
+        axes.axis("off")
+    if len(histories) > 1:
+        grid.flat[0].legend(loc="lower right", ncols=2, frameon=False, fontsize=8)
+    return figure
+
+
+def _dot(x: Sequence[float]) -> str | None:
+    return "o" if len(x) == 1 else None
+
+
+def _zoom(axes: Any, histories: Mapping[str, Sequence[list[files.Record]]], name: str) -> None:
+    """Shows what comes after the first quarter of training."""
+    settled = [r[name] for group in histories.values() for h in group for r in h[len(h) // 4 :]]
+    low, high = min(settled), max(settled)
+    axes.set_ylim(low - 0.15 * (high - low) - 0.1, high + 0.1 * (high - low) + 0.1)
+
+
+def _heatmaps(histories: Mapping[str, Sequence[list[files.Record]]]) -> Any:
+    """Density of each layer over time, of the first seed."""
+    names = [k for k in next(iter(histories.values()))[0][0] if k.startswith("density/")]
+    height = 1.1 + 0.17 * len(names)
+    figure, grid = plt.subplots(
+        len(histories),
+        1,
+        figsize=(11, height * len(histories)),
+        layout="constrained",
+        squeeze=False,
+    )
+    values = {
+        label: 100 * np.array([[record[n] for record in group[0]] for n in names])
+        for label, group in histories.items()
+    }
+    lowest = max(min(v[v > 0].min(initial=100.0) for v in values.values()), 1e-3)
+    norm = matplotlib.colors.LogNorm(min(lowest, 99.0), 100.0)
+    for axes, (label, densities) in zip(grid.flat, values.items(), strict=True):
+        epochs = np.arange(densities.shape[1] + 1) + 0.5
+        image = axes.pcolormesh(
+            epochs, np.arange(len(names) + 1), np.maximum(densities, 1e-9), norm=norm, cmap="viridis",
+            rasterized=True,
+        )  # fmt: skip
+        axes.set_yticks(
+            np.arange(len(names)) + 0.5, [n.removeprefix("density/") for n in names], fontsize=7
+        )
+        axes.invert_yaxis()
+        axes.set_title(f"{label}: weights kept in each layer (%)", loc="left", fontsize=10)
+        axes.set_xlabel("epoch")
+    figure.colorbar(image, ax=list(grid.flat), format="%g", aspect=30)
+    return figure
+
+
+def _svg(figure: Any) -> str:
+    file = io.StringIO()
+    figure.savefig(file, format="svg", dpi=150)
+    plt.close(figure)
+    return file.getvalue()[file.getvalue().index("<svg") :]
+
+
+def _span(values: Any, form: str = ",") -> str:
+    return "-".join(f"{v:{form}}" for v in sorted(set(values)))
+
+
+def _mean_and_std(values: Sequence[float]) -> str:
+    std = f" ± {np.std(values, ddof=1):4.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):5.2f}{std}"
+
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True
+)
+
+
+def main(argv: list[str]) -> None:
+    """Writes FOLDER/report.html for each folder given."""
+    if len(argv) < 2:
+        sys.exit("error: name the folders of runs, as in runs/digits-lenet_300_100-granet-0.98-0.")
+    for folder in map(pathlib.Path, argv[1:]):
+        if not files.read_history(folder):
+            sys.exit(f"error: {folder} holds no run that has finished an epoch.")
+        method = files.read_json(folder, "settings.json")["method"]
+        write(folder / "report.html", {method: [folder]})
+        print(f"written: {folder}/report.html")
+
+
+if __name__ == "__main__":
+    app.run(main)

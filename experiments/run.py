@@ -1,0 +1,235 @@
+"""A run in a folder: goes on where it was stopped, and leaves all that people look at.
+
+The folder holds settings.json, about.json (commands, versions, layers), metrics.jsonl (a line for
+each epoch), checkpoints/, tensorboard/ (where tensorboardX is installed) and report.html.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+import granet_jax as gj
+from experiments import checkpoints, data, files, methods, optimizers, report, training
+from experiments.settings import Settings
+from experiments.training import State, Trainer
+
+
+class Result(NamedTuple):
+    """What a run leaves behind."""
+
+    state: State  # after the last epoch
+    history: list[files.Record]  # one record for each epoch
+
+
+class Diverged(ArithmeticError):
+    """The loss or a parameter is NaN or infinite."""
+
+
+def define_flags() -> None:
+    """Defines what does not change the result."""
+    flags.DEFINE_boolean("resume", True, "go on with a run of the same settings in the folder")
+    flags.DEFINE_float(
+        "checkpoint_seconds", 60.0, "at least so long between checkpoints", lower_bound=0.0
+    )
+
+
+def from_flags() -> dict[str, Any]:
+    """Those arguments of :func:`run`."""
+    return {
+        "resume": flags.FLAGS.resume,
+        "checkpoint_seconds": flags.FLAGS.checkpoint_seconds,
+    }
+
+
+def run(
+    config: Settings,
+    dataset: data.Dataset,
+    out_dir: str | pathlib.Path,
+    model: nn.Module | None = None,
+    *,
+    resume: bool = True,
+    checkpoint_seconds: float = 60.0,
+    show: Callable[[files.Record], None] = lambda record: None,
+) -> Result:
+    """Trains to the end, from the last checkpoint if there is one.
+
+    A run that was stopped at any moment, even by ``kill -9``, and goes on, ends with the same bits
+    as one straight through, on the same number of devices.
+
+    Args:
+      config: the settings.
+      dataset: what to train and test on.
+      out_dir: the run's folder; made if missing.
+      model: a Flax module of your own, see :func:`experiments.training.make_trainer`.
+      resume: False = a folder that holds a run is an error.
+      checkpoint_seconds: a checkpoint is written after the first chunk of steps that ends this long
+        after the last one, and at the end.
+      show: called with the record of each epoch.
+
+    Returns:
+      The last state and the records of all epochs.
+
+    Raises:
+      ValueError: the settings do not fit, or the folder holds a run of other settings.
+      Diverged: the message says at which step; checkpoints from before it stay.
+    """
+    out_dir = pathlib.Path(out_dir)
+    trainer = training.make_trainer(config, dataset, model)
+    with (
+        files.opened(out_dir, dataclasses.asdict(config), resume),
+        checkpoints.open_manager(out_dir / "checkpoints") as manager,
+    ):
+        files.write_about(out_dir, trainer.abstract_state.params)
+        try:
+            return _train(trainer, manager, out_dir, checkpoint_seconds, show)
+        finally:
+            if jax.process_index() == 0 and files.read_history(out_dir):
+                report.write(out_dir / "report.html", {config.method: [out_dir]})
+
+
+def _train(
+    trainer: Trainer,
+    manager: Any,
+    out_dir: pathlib.Path,
+    checkpoint_seconds: float,
+    show: Callable[[files.Record], None],
+) -> Result:
+    config, stream = trainer.settings, trainer.open_stream()
+    chunk_steps = config.chunk_steps or trainer.steps_per_epoch
+    total_steps = config.epochs * trainer.steps_per_epoch
+    step = manager.latest_step()
+    if step is None:
+        step, state, so_far = 0, trainer.init(), _Epoch()
+    else:
+        state, notes = checkpoints.restore(manager, step, trainer.abstract_state)
+        so_far = _Epoch(**notes["epoch"])
+        if stream:
+            stream.set_state(notes["stream"])
+    history = files.rewind(out_dir, step)
+    criterion = files.selected_by(history[-1]) if history else ""
+    best = max((r[criterion] for r in history), default=-1.0)
+    to_write: list[tuple[Any, ...]] = []  # the best checkpoint since the last one written
+    written = time.monotonic()
+    writer = _tensorboard(out_dir, step)
+    while step < total_steps:
+        num_steps = min(chunk_steps, trainer.steps_per_epoch - step % trainer.steps_per_epoch)
+        old_masks = jax.tree.map(jnp.copy, gj.get_masks(state.opt_state))
+        started = time.perf_counter()
+        state, device_losses = trainer.run(state, stream, num_steps)
+        losses = np.asarray(device_losses)
+        seconds = time.perf_counter() - started
+        measured = _measure(old_masks, gj.get_masks(state.opt_state), state.params)
+        _check_finite(losses, int(measured["nonfinite"]), step, trainer, manager)
+        step += num_steps
+        so_far = _Epoch(
+            so_far.steps + num_steps,
+            so_far.loss + float(losses.sum(dtype=np.float64)),
+            so_far.grown + int(measured["grown"]),
+            so_far.seconds + seconds,
+        )
+        accuracy = None
+        if step % trainer.steps_per_epoch == 0:
+            record = _record(trainer, state, step, so_far, measured)
+            so_far = _Epoch()
+            history.append(record)
+            files.append_record(out_dir, record)
+            for name, value in record.items() if writer else ():
+                writer.add_scalar(name, value, step)
+            show(record)
+            accuracy = record[files.selected_by(record)]
+        notes = {
+            "epoch": so_far._asdict(),
+            "stream": stream.get_state() if stream else None,
+        }
+        if accuracy is not None and accuracy > best:
+            best = accuracy
+            to_write = [(step, jax.tree.map(jnp.copy, state), notes, accuracy)]
+        if step == total_steps or time.monotonic() - written >= checkpoint_seconds:
+            if not to_write or to_write[0][0] < step:
+                to_write.append((step, state, notes, accuracy))
+            for checkpoint in to_write:
+                checkpoints.save(manager, *checkpoint)
+            to_write, written = [], time.monotonic()
+    if writer:
+        writer.close()
+    return Result(state, history)
+
+
+class _Epoch(NamedTuple):
+    """What is summed up within an epoch."""
+
+    steps: int = 0
+    loss: float = 0.0
+    grown: int = 0
+    seconds: float = 0.0
+
+
+def _record(
+    trainer: Trainer, state: State, step: int, epoch: _Epoch, measured: dict[str, Any]
+) -> files.Record:
+    config = trainer.settings
+    live = int(measured["live"])
+    regeneration = methods.METHODS[config.method].regeneration
+    schedule = optimizers.learning_rate(config, trainer.steps_per_epoch)
+    return {
+        "epoch": step // trainer.steps_per_epoch,
+        "step": step,
+        "loss": epoch.loss / epoch.steps,
+        **{f"{name}_accuracy": value for name, value in trainer.evaluate(state).items()},
+        "learning_rate": float(schedule(step)),
+        "sparsity": float(measured["sparsity"]),
+        "live": live,
+        "regeneration_fraction": regeneration.at(step, config.epochs * trainer.steps_per_epoch),
+        "churn": epoch.grown / max(live, 1),
+        "images_per_second": config.batch_size * epoch.steps / epoch.seconds,
+        **{f"density/{path}": float(value) for path, value in measured["densities"].items()},
+    }
+
+
+@jax.jit
+def _measure(old_masks: Any, masks: Any, params: Any) -> dict[str, Any]:
+    return {
+        "sparsity": gj.metrics.sparsity(masks, params),
+        "live": jnp.sum(gj.metrics.num_live(masks, params)),
+        "grown": gj.metrics.num_grown(old_masks, masks),
+        "nonfinite": gj.metrics.num_nonfinite(params),
+        "densities": gj.metrics.densities(masks, params),
+    }
+
+
+def _check_finite(
+    losses: np.ndarray, nonfinite: int, step: int, trainer: Trainer, manager: Any
+) -> None:
+    """Before anything of this chunk is written."""
+    finite = np.isfinite(losses)
+    if finite.all() and not nonfinite:
+        return
+    manager.wait_until_finished()
+    what, where = f"{nonfinite:,} parameters are NaN or infinite", step + len(losses)
+    if not finite.all():
+        what, where = f"the loss is {losses[~finite][0]}", step + int(np.argmin(finite)) + 1
+    kept = manager.latest_step()
+    raise Diverged(
+        f"{what} at step {where} (epoch {(where - 1) // trainer.steps_per_epoch + 1}). "
+        + ("No checkpoint had been written. " if kept is None else "")
+        + (f"The last good checkpoint is of step {kept}. " if kept else "")
+        + "Lower --learning_rate."
+    )
+
+
+def _tensorboard(out_dir: pathlib.Path, step: int) -> Any:
+    """A writer of event files, or None where tensorboardX is not installed."""
+    if importlib.util.find_spec("tensorboardX") is None or jax.process_index() != 0:
+        return None
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1)
