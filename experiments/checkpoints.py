@@ -12,7 +12,6 @@ import granet_jax as gj
 KEEP = 2  # newest, beside the best
 
 
-
 def open_manager(folder: pathlib.Path) -> ocp.CheckpointManager:
     """Opens or makes a folder of checkpoints; what a killed run left half-written is ignored."""
     policy = checkpoint_managers.AnyPreservationPolicy(

@@ -5,7 +5,7 @@ Small sets are arrays in memory; ImageNet is a stream of encoded images (:mod:`.
 
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ class Dataset(NamedTuple):
     """Images and labels, split."""
 
     train: Batch | Stream  # a Batch holds the whole split: uint8 (n, h, w, c), int32 (n,)
-    held_out: dict[str, Batch | Stream]  # "test", and "validation" where asked for
+    held_out: Mapping[str, Batch | Stream]  # "test", and "validation" where asked for
     num_classes: int
     mean: np.ndarray  # float32 (channels,), of train / 255
     std: np.ndarray  # float32 (channels,)
@@ -80,8 +80,9 @@ def from_arrays(train: Batch, test: Batch, validation: int = 0) -> Dataset:
         splits["validation"] = Batch(train.images[held_out], train.labels[held_out])
         train = Batch(train.images[kept], train.labels[kept])
     mean = train.images.mean((0, 1, 2), dtype=np.float64) / 255
-    squares = sum(np.square(part, dtype=np.float32).sum((0, 1, 2), dtype=np.float64) for part in _parts(train.images))
-    std = np.sqrt(squares / (train.images[..., 0].size * 255.0**2) - mean**2)
+    parts = np.array_split(train.images, math.ceil(train.images.nbytes / 2**24))
+    squares = sum(np.square(x, dtype=np.float32).sum((0, 1, 2), dtype=np.float64) for x in parts)
+    std = np.sqrt(squares / (train.images[..., 0].size * 255**2) - mean**2)
     std = np.maximum(std, 1 / 255)  # a channel may be constant
     return Dataset(train, splits, num_classes, mean.astype(np.float32), std.astype(np.float32))
 
@@ -160,10 +161,6 @@ def _hold_out(num: int, validation: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[validation:]), np.sort(order[:validation])
 
 
-def _parts(images: np.ndarray) -> Iterator[np.ndarray]:
-    yield from np.array_split(images, math.ceil(images.nbytes / 2**24))
-
-
 def _digits(data_dir: str, validation: int) -> Dataset:
     """The 1,797 8x8 digits of scikit-learn; a fixed fifth of each class is held out for testing."""
     del data_dir
@@ -193,7 +190,7 @@ def _tfds_arrays(name: str) -> Callable[[str, int], Dataset]:
 
 
 def _imagenet(data_dir: str, validation: int) -> Dataset:
-    """Whole images, to be decoded on the way; the 50,000 that TFDS calls validation are the test."""
+    """Encoded images; the 50,000 that TFDS calls validation are the test."""
     train, test = (
         _tfds("imagenet2012", split, data_dir, encoded=True) for split in ("train", "validation")
     )
@@ -210,7 +207,7 @@ def _imagenet(data_dir: str, validation: int) -> Dataset:
     )
 
 
-def _tfds(name: str, split: str, data_dir: str, encoded: bool = False) -> Sequence[Any]:
+def _tfds(name: str, split: str, data_dir: str, encoded: bool = False) -> Any:
     """One split through ``tfds.data_source``, which needs no TensorFlow."""
     path = pathlib.Path(data_dir).expanduser()
     if not any(path.glob(f"{name}/*/dataset_info.json")):

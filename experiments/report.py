@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 import matplotlib
 import numpy as np
-from absl import app, flags
+from absl import app
 from markupsafe import Markup
 from matplotlib import pyplot as plt
 
@@ -47,8 +47,8 @@ def write(path: pathlib.Path, runs: Runs) -> None:
     page = _TEMPLATES.get_template("report.html").render(
         title=_title(runs),
         summary=[summarise(label, histories[label]) for label in runs],
-        curves=Markup(_svg(_curves(histories))),  # noqa: S704
-        heatmaps=Markup(_svg(_heatmaps(histories))),  # noqa: S704
+        curves=Markup(_svg(_curves(histories))),
+        heatmaps=Markup(_svg(_heatmaps(histories))),
         labels=list(runs),
         layers=_layers(first, histories),
         selection=selection(histories),
@@ -73,7 +73,7 @@ def summarise(label: str, histories: Sequence[list[files.Record]]) -> dict[str, 
         "sparsity": _span((record["sparsity"] for record in last), ".6f"),
         "test accuracy, last epoch (%)": _mean_and_std([r["test_accuracy"] for r in last]),
         "best epoch (%)": _mean_and_std([r["test_accuracy"] for r in best]),
-        "images/s": f"{np.mean([np.median([r['images_per_second'] for r in h]) for h in histories]):,.0f}",
+        "images/s": f"{np.median([r['images_per_second'] for h in histories for r in h]):,.0f}",
     }
 
 
@@ -183,10 +183,10 @@ def _heatmaps(histories: Mapping[str, Sequence[list[files.Record]]]) -> Any:
     norm = matplotlib.colors.LogNorm(min(lowest, 99.0), 100.0)
     for axes, (label, densities) in zip(grid.flat, values.items(), strict=True):
         epochs = np.arange(densities.shape[1] + 1) + 0.5
+        edges = np.arange(len(names) + 1)
         image = axes.pcolormesh(
-            epochs, np.arange(len(names) + 1), np.maximum(densities, 1e-9), norm=norm, cmap="viridis",
-            rasterized=True,
-        )  # fmt: skip
+            epochs, edges, np.maximum(densities, 1e-9), norm=norm, rasterized=True
+        )
         axes.set_yticks(
             np.arange(len(names)) + 0.5, [n.removeprefix("density/") for n in names], fontsize=7
         )

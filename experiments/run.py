@@ -5,6 +5,7 @@ each epoch), checkpoints/, tensorboard/ (where tensorboardX is installed) and re
 """
 
 import dataclasses
+import hashlib
 import importlib.util
 import pathlib
 import time
@@ -28,6 +29,14 @@ class Result(NamedTuple):
 
     state: State  # after the last epoch
     history: list[files.Record]  # one record for each epoch
+
+
+def digest(tree: Any) -> str:
+    """A sha256 over the bits of all arrays of a tree, in the order of its leaves."""
+    hashed = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        hashed.update(np.asarray(leaf).tobytes())
+    return hashed.hexdigest()
 
 
 class Diverged(ArithmeticError):

@@ -64,6 +64,8 @@ def in_order(stream: Stream, batch_size: int) -> Iterator[Batch]:
     )
 
 
+Box = tuple[float, float, float, float]
+
 _READ_OPTIONS = grain.ReadOptions(num_threads=16, prefetch_buffer_size=4)  # batches
 
 
@@ -72,10 +74,11 @@ def _train_image(
 ) -> Batch:
     """A random 8 % to 100 % of the image, resized, half of them mirrored (Szegedy et al. 2015)."""
     image, label = _open(records, index)
-    box = _random_box(image.size, rng)
+    box: Box = _random_box(image.size, rng)
     # JPEG decodes to a half, a quarter or an eighth at once where the crop stays large enough.
     scale = _draft(image, min(box[2] - box[0], box[3] - box[1]))
-    box = tuple(min(side * scale, limit) for side, limit in zip(box, 2 * image.size, strict=True))
+    left, top, right, bottom = (scale * side for side in box)
+    box = (left, top, min(right, image.size[0]), min(bottom, image.size[1]))
     image = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box)
     pixels = np.asarray(image)
     return Batch(pixels[:, ::-1] if rng.random() < 0.5 else pixels, np.int32(label))
@@ -106,7 +109,7 @@ def _draft(image: Image.Image, shorter_side: float) -> float:
     return image.size[0] / before[0]
 
 
-def _random_box(size: tuple[int, int], rng: np.random.Generator) -> tuple[float, ...]:
+def _random_box(size: tuple[int, int], rng: np.random.Generator) -> Box:
     """``(left, top, right, bottom)`` of random area and aspect; the whole image if ten fail."""
     width, height = size
     for _ in range(10):

@@ -46,6 +46,8 @@ def main(argv: list[str]) -> None:
         f"{best['test_accuracy']:.2f} % after epoch {best['epoch']} "
         f"(the best on the {chosen} images), at sparsity {last['sparsity']:.4f}"
     )
+    masks, params = gj.get_masks(result.state.opt_state), result.state.params
+    print(f"sha256: masks {run.digest(masks)[:16]}, parameters {run.digest(params)[:16]}")
     print(f"written: {out_dir}/report.html and what it is made from")
 
 

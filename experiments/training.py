@@ -79,10 +79,14 @@ def make_trainer(
     replicated = NamedSharding(mesh, PartitionSpec())
     by_image = NamedSharding(mesh, PartitionSpec("data"))
 
+    def forward(params: Any, model_state: Any, images: jax.Array, train: bool, **rest: Any) -> Any:
+        x = _normalise(images, dataset)
+        return model.apply({"params": params, **model_state}, x, **_told(model, train), **rest)
+
     def init() -> State:
         key = jax.random.key(config.seed)
         image = jnp.zeros((1, *data.image_shape(dataset.train)))
-        variables = dict(model.init(jax.random.fold_in(key, 0), image, **_told(model, train=False)))
+        variables = dict(model.init(jax.random.fold_in(key, 0), image, **_told(model, False)))
         params = variables.pop("params")
         opt_state = optimizer(jax.random.fold_in(key, 1)).init(params)
         params = gj.apply_masks(params, gj.get_masks(opt_state))
@@ -90,12 +94,10 @@ def make_trainer(
         return State(step, params, variables, opt_state, jax.random.fold_in(key, 2))
 
     def loss_fn(params: Any, state: State, batch: Batch) -> tuple[jax.Array, Any]:
-        logits, model_state = model.apply(
-            {"params": params, **state.model_state},
-            _normalise(batch.images, dataset),
-            **_told(model, train=True),
-            rngs={"dropout": jax.random.fold_in(_key_of_step(state), 0)},
-            mutable=list(state.model_state),
+        dropout = {"dropout": jax.random.fold_in(_key_of_step(state), 0)}
+        collected = list(state.model_state)
+        logits, model_state = forward(
+            params, state.model_state, batch.images, True, rngs=dropout, mutable=collected
         )
         labels = jax.nn.one_hot(batch.labels, dataset.num_classes)
         labels = optax.smooth_labels(labels, config.label_smoothing)
@@ -115,11 +117,7 @@ def make_trainer(
 
     @jax.jit
     def num_correct(state: State, batch: Batch) -> jax.Array:
-        logits = model.apply(
-            {"params": state.params, **state.model_state},
-            _normalise(batch.images, dataset),
-            **_told(model, train=False),
-        )
+        logits = forward(state.params, state.model_state, batch.images, False)
         return jnp.sum(jnp.argmax(logits, axis=-1) == batch.labels)
 
     def accuracy(state: State, split: Batch | Stream) -> float:
@@ -130,6 +128,7 @@ def make_trainer(
     abstract_state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), jax.eval_shape(init)
     )
+    open_stream: Callable[[], Any] = lambda: None  # noqa: E731
     if isinstance(dataset.train, Stream):
         open_stream = functools.partial(
             streams.shuffled, dataset.train, config.batch_size, config.seed
@@ -138,7 +137,6 @@ def make_trainer(
     else:
         example = Batch(*(array[: config.batch_size] for array in dataset.train))
         scan = scan_is_fast(loss_and_grads, abstract_state, example)
-        open_stream = lambda: None  # noqa: E731
         run = _run_memory(
             step, jax.device_put(dataset.train, replicated), config.batch_size, by_image, scan
         )
@@ -229,6 +227,6 @@ def _place(batch: Batch, sharding: NamedSharding) -> Batch:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def _told(model: nn.Module, train: bool) -> dict[str, bool]:
+def _told(model: nn.Module, train: bool) -> dict[str, Any]:
     takes_train = "train" in inspect.signature(type(model).__call__).parameters
     return {"train": train} if takes_train else {}

@@ -13,7 +13,7 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -236,13 +236,16 @@ def main(argv: list[str]) -> None:
     total = sum(int(np.prod(s)) for s in resnet50_shapes())
     where = f"{jax.device_count()} {jax.devices()[0].device_kind} device, jax {jax.__version__}"
     print(f"ResNet-50: {len(resnet50_shapes())} shapes, {total:,} weights; {where}")
-    columns: Sequence[str] = ("update", "ms", "passes", "argsort ms", "times faster", "same masks")
+    columns = ("update", "ms", "passes", "argsort ms", "times faster", "same masks")
     sparsity = flags.FLAGS.sparsity
     rows = compare_updates(flags.FLAGS.repeats, sparsity)
-    output.print_table(console, "Mask updates", columns, rows)
+    output.print_table(
+        console, "Mask updates", [dict(zip(columns, row, strict=True)) for row in rows]
+    )
     columns = ("step without update", "dense ms", "sparse ms", "ratio", "quartiles", "dense/dense")
     rows = compare_steps(flags.FLAGS.steps, sparsity)
-    output.print_table(console, "Optimizer steps, donated", columns, rows)
+    title = "Optimizer steps, donated"
+    output.print_table(console, title, [dict(zip(columns, row, strict=True)) for row in rows])
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Bottleneck(nn.Module):
 
 
 class PreActivationBlock(nn.Module):
-    """Batch norm and ReLU before each of two 3x3 convolutions; the shortcut branches off between."""
+    """Batch norm and ReLU before each of two 3x3 convolutions."""
 
     filters: int
     stride: int
