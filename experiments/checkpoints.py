@@ -77,8 +77,13 @@ def restore(manager: ocp.CheckpointManager, step: int, example: Any) -> tuple[An
                 state=ocp.args.StandardRestore(example), notes=ocp.args.JsonRestore()
             ),
         )
-    except (ValueError, KeyError) as error:
-        saved = manager.item_metadata(step)["state"]
-        gj.check_restored(jax.tree.map(lambda x: x, saved.tree), example)
+    except (ValueError, KeyError) as error:  # told by path, where that is what is wrong
+        saved = manager.item_metadata(step)["state"].tree
+        gj.check_restored(saved, jax.tree.map(_as_saved, example))
         raise ValueError(f"{manager.directory} cannot be read: {error}") from error
     return gj.check_restored(read["state"], example), read["notes"]
+
+
+def _as_saved(leaf: Any) -> Any:
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf

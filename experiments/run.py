@@ -4,12 +4,13 @@ The folder holds settings.json, about.json (commands, versions, layers), metrics
 each epoch), checkpoints/, tensorboard/ (where tensorboardX is installed) and report.html.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -97,79 +98,18 @@ def run(
         files.opened(out_dir, dataclasses.asdict(config), resume),
         checkpoints.open_manager(out_dir / "checkpoints") as manager,
     ):
-        files.write_about(out_dir, trainer.abstract_state.params)
+        stream = trainer.open_stream()
+        state, epoch = _start(trainer, manager, stream)
+        history = files.rewind(out_dir, int(state.step))
+        files.write_about(out_dir, state.params)
         try:
-            return _train(trainer, manager, out_dir, checkpoint_seconds, show)
+            with _logger(out_dir, int(state.step), show) as log:
+                state = _train(
+                    trainer, manager, state, stream, epoch, history, checkpoint_seconds, log
+                )
         finally:
-            if jax.process_index() == 0 and files.read_history(out_dir):
+            if jax.process_index() == 0 and history:
                 report.write(out_dir / "report.html", {config.method: [out_dir]})
-
-
-def _train(
-    trainer: Trainer,
-    manager: Any,
-    out_dir: pathlib.Path,
-    checkpoint_seconds: float,
-    show: Callable[[files.Record], None],
-) -> Result:
-    config, stream = trainer.settings, trainer.open_stream()
-    chunk_steps = config.chunk_steps or trainer.steps_per_epoch
-    total_steps = config.epochs * trainer.steps_per_epoch
-    step = manager.latest_step()
-    if step is None:
-        step, state, so_far = 0, trainer.init(), _Epoch()
-    else:
-        state, notes = checkpoints.restore(manager, step, trainer.abstract_state)
-        so_far = _Epoch(**notes["epoch"])
-        if stream:
-            stream.set_state(notes["stream"])
-    history = files.rewind(out_dir, step)
-    criterion = files.selected_by(history[-1]) if history else ""
-    best = max((r[criterion] for r in history), default=-1.0)
-    to_write: list[tuple[Any, ...]] = []  # the best checkpoint since the last one written
-    written = time.monotonic()
-    writer = _tensorboard(out_dir, step)
-    while step < total_steps:
-        num_steps = min(chunk_steps, trainer.steps_per_epoch - step % trainer.steps_per_epoch)
-        old_masks = jax.tree.map(jnp.copy, gj.get_masks(state.opt_state))
-        started = time.perf_counter()
-        state, device_losses = trainer.run(state, stream, num_steps)
-        losses = np.asarray(device_losses)
-        seconds = time.perf_counter() - started
-        measured = _measure(old_masks, gj.get_masks(state.opt_state), state.params)
-        _check_finite(losses, int(measured["nonfinite"]), step, trainer, manager)
-        step += num_steps
-        so_far = _Epoch(
-            so_far.steps + num_steps,
-            so_far.loss + float(losses.sum(dtype=np.float64)),
-            so_far.grown + int(measured["grown"]),
-            so_far.seconds + seconds,
-        )
-        accuracy = None
-        if step % trainer.steps_per_epoch == 0:
-            record = _record(trainer, state, step, so_far, measured)
-            so_far = _Epoch()
-            history.append(record)
-            files.append_record(out_dir, record)
-            for name, value in record.items() if writer else ():
-                writer.add_scalar(name, value, step)
-            show(record)
-            accuracy = record[files.selected_by(record)]
-        notes = {
-            "epoch": so_far._asdict(),
-            "stream": stream.get_state() if stream else None,
-        }
-        if accuracy is not None and accuracy > best:
-            best = accuracy
-            to_write = [(step, jax.tree.map(jnp.copy, state), notes, accuracy)]
-        if step == total_steps or time.monotonic() - written >= checkpoint_seconds:
-            if not to_write or to_write[0][0] < step:
-                to_write.append((step, state, notes, accuracy))
-            for checkpoint in to_write:
-                checkpoints.save(manager, *checkpoint)
-            to_write, written = [], time.monotonic()
-    if writer:
-        writer.close()
     return Result(state, history)
 
 
@@ -180,6 +120,67 @@ class _Epoch(NamedTuple):
     loss: float = 0.0
     grown: int = 0
     seconds: float = 0.0
+
+
+def _start(trainer: Trainer, manager: Any, stream: Any) -> tuple[State, _Epoch]:
+    """The last checkpoint, or the beginning."""
+    step = manager.latest_step()
+    if step is None:
+        return trainer.init(), _Epoch()
+    state, notes = checkpoints.restore(manager, step, trainer.abstract_state)
+    if stream:
+        stream.set_state(notes["stream"])
+    return state, _Epoch(**notes["epoch"])
+
+
+def _train(
+    trainer: Trainer,
+    manager: Any,
+    state: State,
+    stream: Any,
+    epoch: _Epoch,
+    history: list[files.Record],
+    checkpoint_seconds: float,
+    log: Callable[[files.Record], None],
+) -> State:
+    """Runs chunk after chunk of steps; adds to the history and logs at the end of each epoch."""
+    config, step = trainer.settings, int(state.step)
+    chunk_steps = config.chunk_steps or trainer.steps_per_epoch
+    total_steps = config.epochs * trainer.steps_per_epoch
+    best = max((r[files.selected_by(r)] for r in history), default=-1.0)
+    best_unsaved: tuple[Any, ...] | None = None
+    saved_at = time.monotonic()
+    while step < total_steps:
+        num_steps = min(chunk_steps, trainer.steps_per_epoch - step % trainer.steps_per_epoch)
+        old_masks = jax.tree.map(jnp.copy, gj.get_masks(state.opt_state))
+        started = time.perf_counter()
+        state, device_losses = trainer.run(state, stream, num_steps)
+        losses = np.asarray(device_losses)
+        seconds = time.perf_counter() - started
+        measured = _measure(old_masks, gj.get_masks(state.opt_state), state.params)
+        _check_finite(losses, int(measured["nonfinite"]), step, trainer, manager)
+        step += num_steps
+        epoch = _Epoch(
+            epoch.steps + num_steps,
+            epoch.loss + float(losses.sum(dtype=np.float64)),
+            epoch.grown + int(measured["grown"]),
+            epoch.seconds + seconds,
+        )
+        accuracy = None
+        if step % trainer.steps_per_epoch == 0:
+            record = _record(trainer, state, step, epoch, measured)
+            epoch, accuracy = _Epoch(), record[files.selected_by(record)]
+            history.append(record)
+            log(record)
+        notes = {"epoch": epoch._asdict(), "stream": stream.get_state() if stream else None}
+        if accuracy is not None and accuracy > best:
+            best, best_unsaved = accuracy, (step, jax.tree.map(jnp.copy, state), notes, accuracy)
+        if step == total_steps or time.monotonic() - saved_at >= checkpoint_seconds:
+            if best_unsaved:
+                checkpoints.save(manager, *best_unsaved)
+            checkpoints.save(manager, step, state, notes, accuracy)
+            best_unsaved, saved_at = None, time.monotonic()
+    return state
 
 
 def _record(
@@ -194,7 +195,7 @@ def _record(
         "step": step,
         "loss": epoch.loss / epoch.steps,
         **{f"{name}_accuracy": value for name, value in trainer.evaluate(state).items()},
-        "learning_rate": float(schedule(step)),
+        "learning_rate": float(schedule(step - 1)),  # of the last update
         "sparsity": float(measured["sparsity"]),
         "live": live,
         "regeneration_fraction": regeneration.at(step, config.epochs * trainer.steps_per_epoch),
@@ -235,10 +236,25 @@ def _check_finite(
     )
 
 
-def _tensorboard(out_dir: pathlib.Path, step: int) -> Any:
-    """A writer of event files, or None where tensorboardX is not installed."""
-    if importlib.util.find_spec("tensorboardX") is None or jax.process_index() != 0:
-        return None
-    from tensorboardX import SummaryWriter
+@contextlib.contextmanager
+def _logger(
+    out_dir: pathlib.Path, step: int, show: Callable[[files.Record], None]
+) -> Iterator[Callable[[files.Record], None]]:
+    """Gives a function that writes a record to metrics.jsonl and event files, and shows it."""
+    if jax.process_index() != 0:
+        yield show
+        return
+    writer: Any = contextlib.nullcontext()
+    if importlib.util.find_spec("tensorboardX"):
+        from tensorboardX import SummaryWriter
 
-    return SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1)
+        writer = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1)
+    with writer as events:
+
+        def log(record: files.Record) -> None:
+            files.append_record(out_dir, record)
+            for name, value in record.items() if events else ():
+                events.add_scalar(name, value, record["step"])
+            show(record)
+
+        yield log

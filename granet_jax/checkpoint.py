@@ -27,7 +27,7 @@ def check_restored(restored: PyTree, example: PyTree) -> PyTree:
     Example:
       >>> import jax, jax.numpy as jnp
       >>> example = {"masks": {"kernel": jax.ShapeDtypeStruct((2, 3), bool)}}
-      >>> check_restored({"masks": {"kernel": None}}, example)
+      >>> check_restored({"masks": {"kernel": None}}, example)  # doctest: +ELLIPSIS
       Traceback (most recent call last):
         ...
       ValueError: The checkpoint does not fit the model: masks/kernel is missing, expected bool...

@@ -1,21 +1,19 @@
 """The programs as a person runs them, on the data that ships with a dependency."""
 
 import json
-import pathlib
 import re
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import granet_jax as gj
-from experiments import data, settings, training
+from experiments import data, methods, optimizers, settings, training
 from experiments.benchmarks import mask_update
-
-DATA_DIR = pathlib.Path(__file__).parents[2] / "shared" / "data" / "tfds"
 
 
 def run(program, *flags, ok=True):
@@ -31,6 +29,7 @@ def run(program, *flags, ok=True):
 def config(**changes):
     fields = {
         "dataset": "digits",
+        "model": "lenet_300_100",
         "epochs": 4,
         "batch_size": 32,
         "update_every": 10,
@@ -49,8 +48,10 @@ def test_train_leaves_its_files_and_guards_them(tmp_path):
     assert [r["epoch"] for r in records] == [1, 2]
     assert records[-1]["sparsity"] == pytest.approx(0.9)
     assert records[-1]["density/fc1/kernel"] > 0
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert run("train", *flags)  # again, the same settings
+    page = (tmp_path / "report.html").read_text()
+    for text in ("fc1/kernel", "19,200", "experiments.train --epochs=2", "test set itself", "<svg"):
+        assert text in page
+    assert run("train", *flags)  # finished: shown again
     output = run("train", *flags, "--epochs=3", ok=False)
     assert "holds a run of other settings (epochs 2 -> 3)" in output
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
@@ -65,23 +66,34 @@ def test_compare_prints_a_row_for_each_method(tmp_path):
         "--sparsity=0.9",
         f"--out_dir={tmp_path}",
     )
-    row = r"{} +│ +5,020 │ 0.900000 │ +\d+.\d+ ± +\d+.\d+ │"
+    row = r"{} +│ +2 │ +5,020 │ 0.900000 │ +\d+.\d+ ± +\d+.\d+ │"
     for method in ("static", "granet_st"):
         assert re.search(row.format(method), output), output
         assert re.search(row.format(method), (tmp_path / "table.txt").read_text())
-    assert (tmp_path / "comparison.png").exists()
-    assert (tmp_path / "granet_st-1" / "metrics.jsonl").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert "granet_st: kept (%)" in page
+    assert page.count("experiments.compare") == 4  # a command for each run
 
 
 @pytest.mark.parametrize(
     ("program", "flags", "message"),
     [
-        ("train", ["--method=magic"], "should be one of <dense|static|set|"),
+        ("train", ["--method=magic"], "should be one of <dense|static|set|rigl|"),
         ("train", ["--sparsity=98"], "error: final_sparsity must be in [0, 1), the fraction of"),
         ("train", ["--epochs=0"], "--epochs=0"),
         ("train", ["granet"], "error: 'granet' is no flag"),
-        ("train", ["--dataset=mnist"], "error: mnist is read from disk: pass --data_dir=FOLDER"),
-        ("train", ["--dataset=mnist", "--data_dir=no/where"], "error: no/where holds no mnist."),
+        ("train", ["--dataset=mnist"], "error: "),
+        (
+            "train",
+            ["--dataset=mnist", "--data_dir=no/where"],
+            "error: no/where holds no mnist. Pass --data_dir",
+        ),
+        ("train", ["--dataset=imagenet2012", "--data_dir=no/where"], "holds no imagenet2012."),
+        ("train", ["--drop_at=a"], "--drop_at takes numbers"),
+        ("train", ["--drop_at=2"], "--drop_at: fractions between 0 and 1"),
+        ("train", ["--warmup_epochs=99"], "--warmup_epochs=99 leaves nothing of 60 epochs"),
+        ("train", ["--validation=5000"], "fewer than the 1437 training images"),
+        ("train", ["--flagfile=no/where"], "no/where"),
         ("train", ["--model=lenet5"], "error: lenet5 needs images of 16x16 or more, got 8x8."),
         ("train", ["--batch_size=5000"], "is more than the 1437 images of digits"),
         ("train", ["--epochs=1", "--update_every=99"], "Lower update_every"),
@@ -103,17 +115,23 @@ def test_same_seed_same_bits_and_scan_equals_loop(monkeypatch):
 
     def final(seed, scan):
         monkeypatch.setattr(training, "scan_is_fast", lambda *args: scan)
-        trainer = training.make_trainer(config(epochs=2), dataset)
-        return training.train(trainer, seed, lambda record: None).state
+        trainer = training.make_trainer(config(seed=seed), dataset)
+        return trainer.run(trainer.init(), None, 60)[0]
 
     first, again, looped, other = (final(s, scan) for s, scan in ((0, 1), (0, 1), (0, 0), (1, 1)))
-    same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), first.params, again.params)
-    assert all(jax.tree.leaves(same))
+    chex.assert_trees_all_equal(first.params, again.params)
     masks, looped_masks, other_masks = (
         np.asarray(gj.get_masks(s.opt_state)["fc2"]["kernel"]) for s in (first, looped, other)
     )
     assert (masks == looped_masks).mean() > 0.99  # last bits differ between the two programs
     assert (masks != other_masks).any()
+
+
+def test_chunks_go_through_an_epoch_in_one_order():
+    trainer = training.make_trainer(config(), data.load("digits"))
+    whole, _ = trainer.run(trainer.init(), None, 30)
+    parts, _ = trainer.run(trainer.run(trainer.init(), None, 10)[0], None, 20)
+    chex.assert_trees_all_close(whole.params, parts.params, atol=1e-5)
 
 
 def test_one_function_decides_on_scan():
@@ -129,27 +147,46 @@ def test_one_function_decides_on_scan():
     assert training.scan_is_fast(conv, kernel, image) != on_cpu
 
 
-def test_lenet5_trains_on_random_images():
-    rng = np.random.default_rng(0)
-    split = data.Split(
-        rng.integers(0, 255, (64, 28, 28, 1), np.uint8), rng.integers(0, 10, 64).astype(np.int32)
-    )
-    dataset = data.Dataset(split, split, 10, np.array([0.5]), np.array([0.3]))
-    trainer = training.make_trainer(
-        config(model="lenet5", epochs=3, batch_size=16, update_every=2), dataset
-    )
-    result = training.train(trainer, 0, lambda record: None)
-    kept = gj.metrics.num_live(gj.get_masks(result.state.opt_state), result.state.params)
-    assert kept.sum() == 43_050  # a tenth of 430,500
+@pytest.mark.parametrize(
+    ("changes", "steps", "expected"),
+    [
+        ({}, (0, 87, 88, 132), (0.1, 0.1, 0.01, 0.001)),
+        ({"drop_at": (0.25,), "drop_factor": 0.2}, (43, 44, 175), (0.1, 0.02, 0.02)),
+        ({"warmup_epochs": 1.0}, (0, 22, 44, 87, 88), (0.0, 0.05, 0.1, 0.1, 0.01)),
+        ({"schedule": "cosine"}, (0, 88, 176), (0.1, 0.05, 0.0)),
+        ({"schedule": "cosine", "warmup_epochs": 2.0}, (44, 132, 176), (0.05, 0.05, 0.0)),
+    ],
+)
+def test_learning_rates(changes, steps, expected):
+    schedule = optimizers.learning_rate(config(**changes), 44)  # 4 epochs
+    np.testing.assert_allclose([schedule(t) for t in steps], expected, atol=1e-7)
 
 
-@pytest.mark.skipif(not (DATA_DIR / "mnist").is_dir(), reason="MNIST is not on this disk")
-def test_mnist_is_read_whole():
-    mnist = data.load("mnist", str(DATA_DIR))
-    assert mnist.train.images.shape == (60_000, 28, 28, 1)
-    assert mnist.test.labels.shape == (10_000,)
-    assert mnist.num_classes == 10
-    np.testing.assert_allclose([mnist.mean[0], mnist.std[0]], [0.1307, 0.3081], atol=1e-4)
+@pytest.mark.parametrize(
+    "changes", [{"optimizer": "sgd", "weight_decay": 0.5}, {"optimizer": "adamw"}]
+)
+def test_decay_leaves_biases_alone_where_told(changes):
+    trainer = training.make_trainer(config(decay_all=False, **changes), data.load("digits"))
+    optimizer = optimizers.make_optimizer(trainer.settings, 44, jax.random.key(0))
+    params = {"fc": {"kernel": jnp.ones((20, 20)), "bias": jnp.ones(20)}}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    assert updates["fc"]["kernel"].all()
+    assert not updates["fc"]["bias"].any()
+
+
+def test_regeneration_fractions_are_those_of_the_methods():
+    rows = {
+        "granet": (0.5, 0.2525, 0.005),
+        "rigl_itop": (0.5, 0.2525, 0.005),
+        "rigl": (0.3, 0.075, 0.0),
+        "gmp": (0.0, 0.0, 0.0),
+    }
+    for method, expected in rows.items():
+        regeneration = methods.METHODS[method].regeneration
+        np.testing.assert_allclose(
+            [regeneration.at(t, 1000) for t in (0, 500, 1000)], expected, atol=1e-6
+        )
 
 
 def test_benchmark_compares_equal_updates(monkeypatch):

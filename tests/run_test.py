@@ -1,0 +1,282 @@
+"""Runs survive: killed with -9 they end with the same bits; bad input loses nothing."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+import granet_jax as gj
+from experiments import checkpoints, data, files, run, settings
+from experiments.streams import Batch
+from tests.images import jpeg_records, random_images
+
+COMMAND = [sys.executable, "-m", "experiments.train"]
+
+
+def start(out_dir, flags, devices):
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
+    return subprocess.Popen(
+        [*COMMAND, f"--out_dir={out_dir}", *flags],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(out_dir, flags, devices):
+    process = start(out_dir, flags, devices)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return re.search("sha256: .*", output)[0]
+
+
+def kill_after(out_dir, flags, devices, step):
+    process = start(out_dir, flags, devices)
+    while process.poll() is None:
+        steps = [int(p.name) for p in (out_dir / "checkpoints").glob("*") if p.name.isdigit()]
+        if max(steps, default=0) >= step:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output  # it had not ended before
+
+
+def assert_same_after_two_kills(tmp_path, flags, devices, steps):
+    expected = finish(tmp_path / "straight", flags, devices)
+    killed = tmp_path / "killed"
+    for step in steps:
+        kill_after(killed, flags, devices, step)
+    assert finish(killed, flags, devices) == expected
+    straight, resumed = (files.read_history(tmp_path / name) for name in ("straight", "killed"))
+    for record in straight + resumed:
+        del record["images_per_second"]
+    assert straight == resumed
+    assert len(files.read_json(killed, "about.json")["sessions"]) == 3
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_killed_twice_the_same_bits(tmp_path, devices):
+    flags = ["--epochs=20", "--chunk_steps=15", "--checkpoint_seconds=0", "--sparsity=0.95"]
+    assert_same_after_two_kills(tmp_path, flags, devices, steps=(100, 400))
+
+
+def write_tiny_imagenet(data_dir):
+    class Imagenet2012(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("5.1.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(encoding_format="jpeg"),
+                "label": tfds.features.ClassLabel(num_classes=1000),
+                "file_name": tfds.features.Text(),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(12), "validation": self._generate_examples(5)}
+
+        def _generate_examples(self, n):
+            for i, record in enumerate(jpeg_records(n, size=(70 + 10 * n, 100))):
+                yield i, {**record, "file_name": f"{i}.jpeg"}
+
+    Imagenet2012(data_dir=data_dir, file_format="array_record").download_and_prepare()
+
+
+@pytest.mark.filterwarnings("default")  # what TFDS warns of while it writes is not ours
+def test_imagenet_from_encoded_images_killed_and_resumed(tmp_path):
+    write_tiny_imagenet(tmp_path / "tfds")
+    flags = [
+        "--dataset=imagenet2012",
+        f"--data_dir={tmp_path}/tfds",
+        "--model=resnet20",
+        "--method=granet_st",
+        "--sparsity=0.8",
+        "--epochs=2",
+        "--batch_size=4",
+        "--update_every=1",
+        "--chunk_steps=1",
+        "--checkpoint_seconds=0",
+    ]
+    assert_same_after_two_kills(tmp_path, flags, devices=1, steps=(2, 4))
+
+
+class OwnNet(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(self.width, name="hidden")(x.reshape(len(x), -1)))
+        return nn.Dense(3, name="head")(x)
+
+
+def own_data(n=64, **kwargs):
+    train, test = random_images(n), random_images(16, seed=1)
+    return data.from_arrays(train, test, **kwargs)
+
+
+def own_settings(**changes):
+    fields = {"dataset": "own", "model": "own", "epochs": 2, "batch_size": 16, "update_every": 2}
+    return settings.Settings(**{**fields, "sparsity": 0.5, **changes})
+
+
+def test_own_data_and_own_module(tmp_path):
+    shown = []
+    result = run.run(own_settings(), own_data(), tmp_path, OwnNet(8), show=shown.append)
+    assert shown == result.history == files.read_history(tmp_path)
+    assert [r["step"] for r in shown] == [4, 8]
+    assert shown[-1]["live"] == (8 * 8 * 3 * 8 + 8 * 3) // 2
+    # A finished run is not trained again; its report is made anew.
+    (tmp_path / "report.html").unlink()
+    again = run.run(own_settings(), own_data(), tmp_path, OwnNet(8), show=shown.append)
+    assert len(shown) == 2
+    assert run.digest(again.state.params) == run.digest(result.state.params)
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+class DropoutNormNet(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(not train)(nn.Dense(8)(x.reshape(len(x), -1)))
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(x))
+
+
+def test_dropout_and_batch_norm_resume_within_an_epoch(tmp_path):
+    config = own_settings(chunk_steps=3, epochs=3)
+    dataset = own_data(80)  # 5 steps an epoch
+    straight = run.run(config, dataset, tmp_path / "a", DropoutNormNet(), checkpoint_seconds=0)
+
+    class Stop(Exception):
+        pass
+
+    def stop(record):
+        if record["epoch"] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run.run(config, dataset, tmp_path / "b", DropoutNormNet(), checkpoint_seconds=0, show=stop)
+    resumed = run.run(config, dataset, tmp_path / "b", DropoutNormNet(), checkpoint_seconds=0)
+    for tree in ("params", "model_state"):
+        assert run.digest(getattr(resumed.state, tree)) == run.digest(getattr(straight.state, tree))
+    assert [r["loss"] for r in resumed.history] == [r["loss"] for r in straight.history]
+    assert [r["churn"] for r in resumed.history] == [r["churn"] for r in straight.history]
+    assert straight.state.model_state["batch_stats"]["BatchNorm_0"]["mean"].any()
+
+
+def test_best_epoch_is_chosen_on_validation_images(tmp_path):
+    result = run.run(own_settings(epochs=4), own_data(validation=16), tmp_path, OwnNet(8))
+    record = result.history[-1]
+    assert record["step"] == 12  # 48 images are left to train on
+    assert files.selected_by(record) == "validation_accuracy"
+    best = max(result.history, key=lambda r: r["validation_accuracy"])
+    with checkpoints.open_manager(tmp_path / "checkpoints") as manager:
+        assert best["step"] in manager.all_steps()
+        assert manager.latest_step() == 12
+    assert "validation images" in (tmp_path / "report.html").read_text()
+
+
+def test_other_settings_are_refused_and_nothing_is_lost(tmp_path):
+    run.run(own_settings(), own_data(), tmp_path, OwnNet(8))
+    before = (tmp_path / "metrics.jsonl").read_text()
+    for config, kwargs, message in [
+        (own_settings(epochs=3), {}, r"other settings \(epochs 2 -> 3\)"),
+        (own_settings(drop_at=(0.5,)), {}, r"drop_at \[0.5, 0.75\] -> \[0.5\]"),
+        (own_settings(), {"resume": False}, "holds a run, which --noresume would overwrite"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run.run(config, own_data(), tmp_path, OwnNet(8), **kwargs)
+    with pytest.raises(ValueError, match=r"params/head/kernel is float32 \(8, 3\), expected"):
+        run.run(own_settings(), own_data(), tmp_path, OwnNet(9))
+    config = own_settings()
+    with (
+        files.opened(tmp_path, dataclasses.asdict(config), resume=True),
+        pytest.raises(ValueError, match="another process is training in"),
+    ):
+        run.run(config, own_data(), tmp_path, OwnNet(8))
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert len(run.run(own_settings(), own_data(), tmp_path, OwnNet(8)).history) == 2
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    bad = own_data()
+    bad = bad._replace(mean=np.array([0.5, np.nan, 0.5], np.float32))
+    with pytest.raises(run.Diverged, match=r"the loss is nan at step 1 \(epoch 1\). No checkpoint"):
+        run.run(own_settings(), bad, tmp_path / "early", OwnNet(8))
+    config = own_settings(learning_rate=1e12, warmup_epochs=1.5, epochs=2, chunk_steps=1)
+    with pytest.raises(run.Diverged, match=r"at step \d+ .*last good checkpoint is of step \d"):
+        run.run(config, own_data(), tmp_path / "late", OwnNet(8), checkpoint_seconds=0)
+    with checkpoints.open_manager(tmp_path / "late" / "checkpoints") as manager:
+        example = jax.eval_shape(lambda: {"a": jnp.ones(1)})
+        with pytest.raises(ValueError, match="does not fit the model"):
+            checkpoints.restore(manager, manager.latest_step(), example)
+
+
+def test_a_cut_off_line_is_dropped_and_written_again(tmp_path):
+    config, dataset = own_settings(epochs=3), own_data()
+    run.run(config, dataset, tmp_path, OwnNet(8), checkpoint_seconds=0)
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"epoch": 4, "st')
+    run.run(config, dataset, tmp_path, OwnNet(8))
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
+
+
+def test_restored_masks_are_checked():
+    params = {"kernel": jnp.ones((2, 3))}
+    state = {"masks": jax.tree.map(lambda p: p > 0, params), "params": params}
+    assert gj.check_restored(state, jax.eval_shape(lambda: state)) is state
+    for restored, message in [
+        ({**state, "masks": {"kernel": None}}, "masks/kernel is missing, expected bool"),
+        ({**state, "masks": params}, "masks/kernel is float32 .* expected bool"),
+        ({"params": params}, "masks/kernel is missing"),
+        ({**state, "more": jnp.ones(1)}, "more is float32 .* expected nothing"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            gj.check_restored(restored, state)
+
+
+def test_orbax_gives_none_and_it_is_noticed(tmp_path):
+    with checkpoints.open_manager(tmp_path) as manager:
+        checkpoints.save(manager, 1, {"masks": None, "w": jnp.ones(2)}, {}, None)
+    example = jax.eval_shape(lambda: {"masks": jnp.ones(2, bool), "w": jnp.ones(2)})
+    manager = checkpoints.open_manager(tmp_path)
+    with pytest.raises(ValueError, match="masks is missing, expected bool"):
+        checkpoints.restore(manager, 1, example)
+    manager.close()
+
+
+def test_batches_must_divide_over_devices():
+    with pytest.raises(ValueError, match="--batch_size=12 is no multiple of the 8 devices"):
+        run.run(own_settings(batch_size=12), own_data(), pathlib.Path("unused"), OwnNet(8))
+
+
+def test_bf16_keeps_parameters_moments_and_updates_in_float32(tmp_path):
+    images = Batch(random_images(32, (28, 28, 1)).images, np.arange(32) % 10)
+    config = own_settings(model="lenet_300_100", precision="bf16", sparsity=0.9)
+    result = run.run(config, data.from_arrays(images, images), tmp_path)
+    dtypes = {x.dtype.name for x in jax.tree.leaves(result.state.opt_state)}
+    assert "bfloat16" not in dtypes
+    assert {x.dtype.name for x in jax.tree.leaves(result.state.params)} == {"float32"}
+    assert result.history[-1]["live"] == 26_620
+
+
+def test_settings_are_read_back_as_written(tmp_path):
+    run.run(own_settings(), own_data(), tmp_path, OwnNet(8))
+    saved = json.loads((tmp_path / "settings.json").read_text())
+    saved["drop_at"] = tuple(saved["drop_at"])
+    assert settings.Settings(**saved) == own_settings()
