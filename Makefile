@@ -7,7 +7,7 @@ SETUP := setup.cfg pyproject.toml constraints.txt constraints-oldest.txt
 
 .PHONY: demo test test-all test-oldest lint benchmark clean
 
-demo: $(VENV)/.installed  ## six methods on digits, a table and a picture
+demo: $(VENV)/.installed  ## six methods on digits, a table and a report
 	$(VENV)/bin/python -m experiments.compare --out_dir=runs/demo
 
 test: lint  ## what has to pass before a commit
@@ -26,8 +26,10 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
-benchmark: $(VENV)/.installed  ## what sparsity costs in the optimizer
+benchmark: $(VENV)/.installed  ## what sparsity and the input cost
 	$(VENV)/bin/python -m experiments.benchmarks.mask_update
+	$(VENV)/bin/python -m experiments.benchmarks.training_step
+	$(VENV)/bin/python -m experiments.benchmarks.input
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

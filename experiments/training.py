@@ -136,7 +136,7 @@ def make_trainer(
         run = _run_stream(step, replicated, by_image)
     else:
         example = Batch(*(array[: config.batch_size] for array in dataset.train))
-        scan = scan_is_fast(loss_and_grads, abstract_state, example)
+        scan = scan_is_fast(loss_fn, abstract_state.params, abstract_state, example)
         run = _run_memory(
             step, jax.device_put(dataset.train, replicated), config.batch_size, by_image, scan
         )

@@ -280,3 +280,19 @@ def test_settings_are_read_back_as_written(tmp_path):
     saved = json.loads((tmp_path / "settings.json").read_text())
     saved["drop_at"] = tuple(saved["drop_at"])
     assert settings.Settings(**saved) == own_settings()
+
+
+def test_the_readme_trains_own_images(tmp_path, monkeypatch):
+    readme = (pathlib.Path(run.__file__).parents[1] / "README.md").read_text()
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "MyNet" in b]
+    assert len(block.splitlines()) < 40
+    for split, n in (("train", 32), ("test", 8)):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "my_images" / split / label
+            folder.mkdir(parents=True)
+            for i, record in enumerate(jpeg_records(n)):
+                (folder / f"{i}.jpg").write_bytes(record["image"])
+    monkeypatch.chdir(tmp_path)
+    block = block.replace("epochs=20", "epochs=2").replace("update_every=20", "update_every=1")
+    exec(block, {"__name__": "readme"})
+    assert (tmp_path / "runs" / "mine" / "report.html").exists()

@@ -1,0 +1,77 @@
+"""Every recipe parses, says what it claims, builds its model and takes a step."""
+
+import dataclasses
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from experiments import data, settings, train, training
+from experiments.streams import Batch
+
+ROOT = pathlib.Path(train.__file__).parents[1]
+RECIPES = sorted((ROOT / "experiments" / "recipes").glob("*.flags"))
+CLASSES = {"cifar100": 100, "imagenet2012": 1000}
+
+
+def read(path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # recipes name what they share from here
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["train"])
+    with flagsaver.flagsaver():
+        flags.FLAGS(["train", f"--flagfile={path}"])
+        return settings.from_flags()
+
+
+def trainer_of(path, monkeypatch):
+    """The recipe on 8 random images, but for the size of its batches and the length of training."""
+    config = read(path, monkeypatch)
+    shape = (28, 28, 1) if config.dataset == "mnist" else (32, 32, 3)
+    images = np.random.default_rng(0).integers(0, 256, (8, *shape), np.uint8)
+    classes = CLASSES.get(config.dataset, 10)
+    batch = Batch(images, np.linspace(0, classes - 1, 8).astype(int))
+    assert config.epochs > 8
+    config = dataclasses.replace(config, batch_size=8, update_every=1)
+    return training.make_trainer(config, data.from_arrays(batch, batch))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_parses_and_a_step_can_be_traced(path, monkeypatch):
+    head, _, _ = path.read_text().partition("\n--")
+    for word in ("# Claim: ", "# Source: ", "# Expected ", "# Hours a run: "):
+        assert f"\n{word}" in f"\n{head}", word
+    assert f"--flagfile=experiments/recipes/{path.name}" in head
+    expected = re.search(r"# Expected.*?# Hours", head, re.S)[0]
+    assert re.search(r"read|remembered|measured|no published", expected)
+    trainer = trainer_of(path, monkeypatch)
+    assert path.stem.split("-")[0] in trainer.settings.dataset
+    assert path.stem.split("-")[1] in trainer.settings.model
+    assert path.stem.split("-")[2] == trainer.settings.method
+    state, losses = jax.eval_shape(lambda s: trainer.run(s, None, 1), trainer.abstract_state)
+    assert losses.shape == (1,)
+    assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, trainer.abstract_state)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(p, marks=() if p.stem.endswith("100-granet") else pytest.mark.full)
+        for p in RECIPES
+    ],
+    ids=lambda path: path.stem,
+)
+def test_recipe_takes_a_step(path, monkeypatch):
+    trainer = trainer_of(path, monkeypatch)
+    state, losses = trainer.run(trainer.init(), None, 1)
+    assert int(state.step) == 1
+    assert np.isfinite(losses).all()
+
+
+def test_shared_flags_are_all_used():
+    used = "".join(path.read_text() for path in RECIPES)
+    for path in (ROOT / "experiments" / "recipes" / "shared").iterdir():
+        assert f"--flagfile=experiments/recipes/shared/{path.name}" in used
