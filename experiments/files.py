@@ -104,9 +104,18 @@ def selected_by(record: Record) -> str:
     return "validation_accuracy" if "validation_accuracy" in record else "test_accuracy"
 
 
-def rewind(out_dir: pathlib.Path, step: int) -> list[Record]:
-    """Drops the records after a step, which are going to be written again."""
+def rewind(out_dir: pathlib.Path, step: int, steps_per_epoch: int) -> list[Record]:
+    """Drops the records after a step, which are going to be written again.
+
+    Raises:
+      ValueError: records of epochs up to the step are missing.
+    """
     history = [record for record in read_history(out_dir) if record["step"] <= step]
+    if len(history) != step // steps_per_epoch:
+        raise ValueError(
+            f"{out_dir}/metrics.jsonl holds {len(history)} of the {step // steps_per_epoch} epochs "
+            "before the last checkpoint. Put it back, or choose another --out_dir."
+        )
     if jax.process_index() == 0:
         _write(out_dir / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in history))
     return history

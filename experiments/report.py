@@ -146,6 +146,8 @@ def _curves(histories: Mapping[str, Sequence[list[files.Record]]]) -> Any:
             _zoom(axes, histories, name)
         if name == "loss":
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
     for axes in list(grid.flat)[len(shown) :]:
         axes.axis("off")
     if len(histories) > 1:
@@ -158,8 +160,8 @@ def _dot(x: Sequence[float]) -> str | None:
 
 
 def _zoom(axes: Any, histories: Mapping[str, Sequence[list[files.Record]]], name: str) -> None:
-    """Shows what comes after the first quarter of training."""
-    settled = [r[name] for group in histories.values() for h in group for r in h[len(h) // 4 :]]
+    """Shows what comes after the first eighth of training."""
+    settled = [r[name] for group in histories.values() for h in group for r in h[len(h) // 8 :]]
     low, high = min(settled), max(settled)
     axes.set_ylim(low - 0.15 * (high - low) - 0.1, high + 0.1 * (high - low) + 0.1)
 
@@ -199,7 +201,7 @@ def _heatmaps(histories: Mapping[str, Sequence[list[files.Record]]]) -> Any:
 
 def _svg(figure: Any) -> str:
     file = io.StringIO()
-    figure.savefig(file, format="svg", dpi=150)
+    figure.savefig(file, format="svg", dpi=150, metadata={"Date": None})
     plt.close(figure)
     return file.getvalue()[file.getvalue().index("<svg") :]
 

@@ -100,7 +100,7 @@ def run(
     ):
         stream = trainer.open_stream()
         state, epoch = _start(trainer, manager, stream)
-        history = files.rewind(out_dir, int(state.step))
+        history = files.rewind(out_dir, int(state.step), trainer.steps_per_epoch)
         files.write_about(out_dir, state.params)
         try:
             with _logger(out_dir, int(state.step), show) as log:

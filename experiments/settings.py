@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -93,6 +94,17 @@ class Settings:
     )
     seed: int = _flag("of the initial weights, the masks and the order of the data", 0, low=0)
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, meta = getattr(self, field.name), field.metadata
+            low, high = meta.get("low", -math.inf), meta.get("high", math.inf)
+            if "low" in meta and not low <= value <= high:
+                raise ValueError(f"{field.name} must be in [{low}, {high}]; got {value}.")
+            named_freely = field.name in ("dataset", "model")
+            if "choices" in meta and not named_freely and value not in meta["choices"]:
+                choices = ", ".join(meta["choices"])
+                raise ValueError(f"{field.name} must be one of {choices}; got {value!r}.")
+
 
 def define_flags(leave_out: tuple[str, ...] = ()) -> None:
     """Defines one absl flag for each setting, and --data_dir."""
@@ -155,6 +167,8 @@ def errors_in_one_line() -> Iterator[None]:
     """Ends the program with one line where settings or data are wrong, or training fails."""
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit("stopped.")
     except (ValueError, OSError, ArithmeticError) as error:
         message = " ".join(str(error).split())
         sys.exit(f"error: {message}")

@@ -58,6 +58,11 @@ def make_trainer(
       ValueError: the settings do not fit the data, the model, the method or the devices.
     """
     if model is None:
+        if config.model not in models.MODELS:
+            raise ValueError(
+                f"model {config.model!r} is none of {', '.join(models.MODELS)}; "
+                "pass a module of your own as model=."
+            )
         dtype = jnp.bfloat16 if config.precision == "bf16" else jnp.float32
         model = models.MODELS[config.model](num_classes=dataset.num_classes, dtype=dtype)
     num_images = data.size(dataset.train)
