@@ -271,7 +271,7 @@ def test_orbax_gives_none_and_it_is_noticed(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "magic"}, "method must be one of dense, static, .*; got 'magic'"),
+        ({"method": "magic"}, r"method must be one of dense, static, .*; got 'magic'"),
         ({"epochs": 0}, r"epochs must be in \[1, inf\]; got 0"),
         ({"prune_until": 1.5}, r"prune_until must be in \[0, 1\]; got 1.5"),
         ({"augment": "mirror"}, "augment must be one of none, reflect, zero; got 'mirror'"),
@@ -283,7 +283,7 @@ def test_wrong_settings(changes, message):
 
 
 def test_a_model_without_name_must_be_passed(tmp_path):
-    with pytest.raises(ValueError, match="model 'own' is none of lenet_300_100, .* pass a module"):
+    with pytest.raises(ValueError, match=r"model 'own' is none of lenet_300_100, .* pass a module"):
         run.run(own_settings(), own_data(), tmp_path)
 
 
