@@ -43,8 +43,11 @@ def main(argv: list[str]) -> None:
             )
         first = settings.from_flags(method=names[0], seed=0)
         dataset = data.load(first.dataset, flags.FLAGS.data_dir, first.validation)
-        for name in names:  # tells infeasible targets before the first run
+        dataset = dataset._replace(train=training.placed(dataset.train))
+        trainers = [  # all, so that infeasible targets are told before the first run
             training.make_trainer(dataclasses.replace(first, method=name), dataset)
+            for name in names
+        ]
         title = f"{first.dataset}, {first.model}, sparsity {first.sparsity:g}"
         out_dir = pathlib.Path(
             flags.FLAGS.out_dir
@@ -54,13 +57,15 @@ def main(argv: list[str]) -> None:
             name: [out_dir / f"{name}-{seed}" for seed in range(flags.FLAGS.seeds)]
             for name in names
         }
-        for name, folders in runs.items():
+        for trainer, (name, folders) in zip(trainers, runs.items(), strict=True):
             for seed, folder in enumerate(folders):
-                config = dataclasses.replace(first, method=name, seed=seed)
+                config = dataclasses.replace(trainer.settings, seed=seed)
                 label = f"{name} seed {seed}"
                 plain_every = max(1, config.epochs // 4)
                 with output.progress(console, f"{label:18}", config.epochs, plain_every) as show:
-                    run.run(config, dataset, folder, show=show, **run.from_flags())
+                    run.run_trainer(
+                        trainer._replace(settings=config), folder, show=show, **run.from_flags()
+                    )
         histories = {
             name: [files.read_history(folder) for folder in folders]
             for name, folders in runs.items()

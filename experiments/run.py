@@ -92,13 +92,31 @@ def run(
       ValueError: the settings do not fit, or the folder holds a run of other settings.
       Diverged: the message says at which step; checkpoints from before it stay.
     """
-    out_dir = pathlib.Path(out_dir)
     trainer = training.make_trainer(config, dataset, model)
+    return run_trainer(
+        trainer,
+        pathlib.Path(out_dir),
+        resume=resume,
+        checkpoint_seconds=checkpoint_seconds,
+        show=show,
+    )
+
+
+def run_trainer(
+    trainer: Trainer,
+    out_dir: pathlib.Path,
+    *,
+    resume: bool,
+    checkpoint_seconds: float,
+    show: Callable[[files.Record], None],
+) -> Result:
+    """As :func:`run`, for a trainer that serves several seeds."""
+    config = trainer.settings
     with (
         files.opened(out_dir, dataclasses.asdict(config), resume),
         checkpoints.open_manager(out_dir / "checkpoints") as manager,
     ):
-        stream = trainer.open_stream()
+        stream = trainer.open_stream(config.seed)
         state, epoch = _start(trainer, manager, stream)
         history = files.rewind(out_dir, int(state.step), trainer.steps_per_epoch)
         files.write_about(out_dir, state.params)
@@ -126,7 +144,7 @@ def _start(trainer: Trainer, manager: Any, stream: Any) -> tuple[State, _Epoch]:
     """The last checkpoint, or the beginning."""
     step = manager.latest_step()
     if step is None:
-        return trainer.init(), _Epoch()
+        return trainer.init(trainer.settings.seed), _Epoch()
     state, notes = checkpoints.restore(manager, step, trainer.abstract_state)
     if stream:
         stream.set_state(notes["stream"])

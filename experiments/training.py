@@ -30,13 +30,16 @@ class State(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """Data on the devices and compiled functions; states are copied to all devices."""
+    """Data on the devices and compiled functions; states are copied to all devices.
+
+    Nothing but ``settings`` knows of a seed: one trainer serves all, compiled once.
+    """
 
     settings: Settings
     steps_per_epoch: int
     abstract_state: State  # ShapeDtypeStructs with shardings
-    init: Callable[[], State]
-    open_stream: Callable[[], Any]  # -> an iterator of batches, or None for data in memory
+    init: Callable[[int], State]  # seed -> state
+    open_stream: Callable[[int], Any]  # seed -> an iterator of batches; None for data in memory
     run: Callable[[State, Any, int], tuple[State, jax.Array]]  # (.., stream, steps) -> .., losses
     evaluate: Callable[[State], dict[str, float]]  # accuracy in percent on each held-out split
     loss_and_grads: Callable[[State, Batch], Any]
@@ -80,16 +83,14 @@ def make_trainer(
     optimizer = functools.partial(optimizers.make_optimizer, config, steps_per_epoch)
     # The methods' keys are in the state; the one given here is not used again.
     update = optimizer(jax.random.key(0)).update
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    by_image = NamedSharding(mesh, PartitionSpec("data"))
+    replicated, by_image = _sharding(), _sharding("data")
 
     def forward(params: Any, model_state: Any, images: jax.Array, train: bool, **rest: Any) -> Any:
         x = _normalise(images, dataset)
         return model.apply({"params": params, **model_state}, x, **_told(model, train), **rest)
 
-    def init() -> State:
-        key = jax.random.key(config.seed)
+    def init(seed: Any) -> State:
+        key = jax.random.key(seed)
         image = jnp.zeros((1, *data.image_shape(dataset.train)))
         variables = dict(model.init(jax.random.fold_in(key, 0), image, **_told(model, False)))
         params = variables.pop("params")
@@ -131,20 +132,17 @@ def make_trainer(
         return 100 * sum(int(n) for n in correct) / data.size(split)
 
     abstract_state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), jax.eval_shape(init)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+        jax.eval_shape(init, 0),
     )
-    open_stream: Callable[[], Any] = lambda: None  # noqa: E731
+    open_stream: Callable[[int], Any] = lambda seed: None  # noqa: E731
     if isinstance(dataset.train, Stream):
-        open_stream = functools.partial(
-            streams.shuffled, dataset.train, config.batch_size, config.seed
-        )
+        open_stream = functools.partial(streams.shuffled, dataset.train, config.batch_size)
         run = _run_stream(step, replicated, by_image)
     else:
         example = Batch(*(array[: config.batch_size] for array in dataset.train))
         scan = scan_is_fast(loss_fn, abstract_state.params, abstract_state, example)
-        run = _run_memory(
-            step, jax.device_put(dataset.train, replicated), config.batch_size, by_image, scan
-        )
+        run = _run_memory(step, placed(dataset.train), config.batch_size, by_image, scan)
     return Trainer(
         config,
         steps_per_epoch,
@@ -155,6 +153,11 @@ def make_trainer(
         lambda state: {k: accuracy(state, split) for k, split in dataset.held_out.items()},
         loss_and_grads,
     )
+
+
+def placed(train: Batch | Stream) -> Any:
+    """Puts training data that fit into memory on every device, once for several trainers."""
+    return train if isinstance(train, Stream) else jax.device_put(train, _sharding())
 
 
 def scan_is_fast(loss_fn: Callable[..., Any], *args: Any) -> bool:
@@ -215,6 +218,13 @@ def _run_stream(
         return state, jnp.stack(losses)
 
     return run
+
+
+def _sharding(*axes: str) -> NamedSharding:
+    """Over all devices: a copy on each, or split along "data"."""
+    return NamedSharding(
+        jax.sharding.Mesh(np.array(jax.devices()), ("data",)), PartitionSpec(*axes)
+    )
 
 
 def _key_of_step(state: State) -> jax.Array:

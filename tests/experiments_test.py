@@ -115,8 +115,8 @@ def test_same_seed_same_bits_and_scan_equals_loop(monkeypatch):
 
     def final(seed, scan):
         monkeypatch.setattr(training, "scan_is_fast", lambda *args: scan)
-        trainer = training.make_trainer(config(seed=seed), dataset)
-        return trainer.run(trainer.init(), None, 60)[0]
+        trainer = training.make_trainer(config(), dataset)
+        return trainer.run(trainer.init(seed), None, 60)[0]
 
     first, again, looped, other = (final(s, scan) for s, scan in ((0, 1), (0, 1), (0, 0), (1, 1)))
     chex.assert_trees_all_equal(first.params, again.params)
@@ -129,8 +129,8 @@ def test_same_seed_same_bits_and_scan_equals_loop(monkeypatch):
 
 def test_chunks_go_through_an_epoch_in_one_order():
     trainer = training.make_trainer(config(), data.load("digits"))
-    whole, _ = trainer.run(trainer.init(), None, 30)
-    parts, _ = trainer.run(trainer.run(trainer.init(), None, 10)[0], None, 20)
+    whole, _ = trainer.run(trainer.init(0), None, 30)
+    parts, _ = trainer.run(trainer.run(trainer.init(0), None, 10)[0], None, 20)
     chex.assert_trees_all_close(whole.params, parts.params, atol=1e-5)
 
 

@@ -66,7 +66,7 @@ def test_recipe_parses_and_a_step_can_be_traced(path, monkeypatch):
 )
 def test_recipe_takes_a_step(path, monkeypatch):
     trainer = trainer_of(path, monkeypatch)
-    state, losses = trainer.run(trainer.init(), None, 1)
+    state, losses = trainer.run(trainer.init(0), None, 1)
     assert int(state.step) == 1
     assert np.isfinite(losses).all()
 

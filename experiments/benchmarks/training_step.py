@@ -34,7 +34,7 @@ def measure(config: settings.Settings, dataset: data.Dataset, repeats: int, step
     event = training.make_trainer(dataclasses.replace(config, update_every=1), dataset)
     batch = Batch(*(array[: config.batch_size] for array in dataset.train))
     model = jax.jit(quiet.loss_and_grads)
-    fixed = quiet.init()
+    fixed = quiet.init(0)
 
     def run_model() -> None:
         for _ in range(steps):
@@ -48,7 +48,7 @@ def measure(config: settings.Settings, dataset: data.Dataset, repeats: int, step
 
 
 def _runner(trainer: training.Trainer, steps: int) -> Callable[[], None]:
-    state = trainer.init()
+    state = trainer.init(0)
 
     def run() -> None:
         nonlocal state
