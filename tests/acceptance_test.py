@@ -25,6 +25,14 @@ PAIRWISE = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _compile_quickly():
+    """Compiling is most of the time here; other tests compile as users do."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def test_pairwise_table_covers_all_pairs():
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert {(row[a], row[b]) for row in PAIRWISE} == {(row[a], row[b]) for row in FULL}
