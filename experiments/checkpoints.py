@@ -8,24 +8,31 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 import granet_jax as gj
+from experiments import files
 
 KEEP = 2  # newest, beside the best
 
 
 def open_manager(folder: pathlib.Path) -> ocp.CheckpointManager:
     """Opens or makes a folder of checkpoints; what a killed run left half-written is ignored."""
+
+    def rank(metrics: dict[str, float]) -> float:
+        """First by fewer weights, then by accuracy in percent."""
+        return metrics["accuracy"] - 101.0 * metrics["live"]
+
     policy = checkpoint_managers.AnyPreservationPolicy(
         [
             checkpoint_managers.LatestN(KEEP),
             checkpoint_managers.BestN(
-                get_metric_fn=lambda metrics: metrics["accuracy"],
-                n=1,
-                keep_checkpoints_without_metrics=False,
+                get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False
             ),
         ]
     )
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        preservation_policy=policy,
+        best_fn=rank,  # without it metrics are not written, and forgotten between sessions
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
     )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -35,7 +42,7 @@ def save(
     step: int,
     state: Any,
     notes: dict[str, Any],
-    accuracy: float | None,
+    record: dict[str, float] | None,
 ) -> None:
     """Begins to write a checkpoint; the state may be donated at once.
 
@@ -44,14 +51,16 @@ def save(
       step: number of updates done.
       state: tree of arrays.
       notes: JSON, what else is needed to go on.
-      accuracy: by which the best is kept; None within an epoch.
+      record: by which the best is kept, with live weights and accuracy; None within an epoch.
     """
     if step in manager.all_steps():
-        return  # written before the run was killed, with the same bits
+        return  # just written as the best
     manager.save(
         step,
         args=ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes)),
-        metrics=None if accuracy is None else {"accuracy": accuracy},
+        metrics=None
+        if record is None
+        else {"live": record["live"], "accuracy": record[files.selected_by(record)]},
         force=True,
     )
 

@@ -57,26 +57,36 @@ def main(argv: list[str]) -> None:
             name: [out_dir / f"{name}-{seed}" for seed in range(flags.FLAGS.seeds)]
             for name in names
         }
-        for trainer, (name, folders) in zip(trainers, runs.items(), strict=True):
+        diverged: list[str] = []
+        for trainer, (name, folders) in zip(trainers, list(runs.items()), strict=True):
             for seed, folder in enumerate(folders):
                 config = dataclasses.replace(trainer.settings, seed=seed)
                 label = f"{name} seed {seed}"
                 plain_every = max(1, config.epochs // 4)
-                with output.progress(console, f"{label:18}", config.epochs, plain_every) as show:
-                    run.run_trainer(
-                        trainer._replace(settings=config), folder, show=show, **run.from_flags()
-                    )
-        histories = {
-            name: [files.read_history(folder) for folder in folders]
-            for name, folders in runs.items()
-        }
+                this = trainer._replace(settings=config)
+                try:
+                    with output.progress(
+                        console, f"{label:18}", config.epochs, plain_every
+                    ) as show:
+                        run.run_trainer(this, folder, show=show, **run.from_flags())
+                except run.Diverged as error:
+                    diverged.append(f"{label}: {error}")
+                    runs[name] = [f for f in runs[name] if f != folder]
+        runs = {name: folders for name, folders in runs.items() if folders}
+        if not runs:
+            raise ValueError("; ".join(diverged))
 
+    histories = {
+        name: [files.read_history(folder) for folder in folders] for name, folders in runs.items()
+    }
     rows = [report.summarise(name, group) for name, group in histories.items()]
     caption = f"{title}; {first.epochs} epochs, {flags.FLAGS.seeds} seeds"
     (out_dir / "table.txt").write_text(output.print_table(console, caption, rows))
     print(f"Mean and standard deviation over seeds. {report.selection(histories)}")
     report.write(out_dir / "report.html", runs)
     print(f"written: {out_dir}/report.html, table.txt and a folder for each run")
+    if diverged:
+        sys.exit("error: left out of the table: " + "; ".join(diverged))
 
 
 if __name__ == "__main__":

@@ -127,6 +127,17 @@ def image_shape(split: Batch | Stream) -> tuple[int, ...]:
     return split.images.shape[1:]
 
 
+def facts(dataset: Dataset) -> dict[str, Any]:
+    """What tells one data set from another, as JSON."""
+    return {
+        "train_images": size(dataset.train),
+        **{f"{name}_images": size(split) for name, split in dataset.held_out.items()},
+        "image_shape": list(image_shape(dataset.train)),
+        "num_classes": dataset.num_classes,
+        "mean": [round(float(x), 6) for x in dataset.mean],
+    }
+
+
 def host_batches(split: Batch | Stream, batch_size: int) -> Iterator[Batch]:
     """Goes once through a split, in this process's share of equal batches.
 
@@ -141,8 +152,9 @@ def host_batches(split: Batch | Stream, batch_size: int) -> Iterator[Batch]:
         yield from streams.in_order(split, batch_size)
         return
     share = batch_size // jax.process_count()
-    for start in range(share * jax.process_index(), len(split.labels), batch_size):
-        images, labels = (array[start : start + share] for array in split)
+    for start in range(0, len(split.labels), batch_size):
+        first = start + share * jax.process_index()
+        images, labels = (array[first : first + share] for array in split)
         missing = share - len(labels)
         yield Batch(
             np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)]),

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -56,12 +57,29 @@ def _check_same(out_dir: pathlib.Path, config: dict[str, Any], resume: bool) -> 
         )
 
 
-def write_about(out_dir: pathlib.Path, params: Any) -> None:
-    """Notes how the run was called, each time, on what, and what its layers are."""
+def check_data(out_dir: pathlib.Path, facts: dict[str, Any]) -> None:
+    """Refuses to go on with a run on other data.
+
+    Raises:
+      ValueError: the folder's run was on data with other facts.
+    """
+    path = out_dir / "about.json"
+    old = read_json(out_dir, "about.json").get("data", facts) if path.exists() else facts
+    differing = [k for k in facts if old.get(k) != facts[k]]
+    if differing:
+        changes = ", ".join(f"{k} {old.get(k)} -> {facts[k]}" for k in differing)
+        raise ValueError(
+            f"{out_dir} holds a run on other data ({changes}). Choose another --out_dir."
+        )
+
+
+def write_about(out_dir: pathlib.Path, params: Any, facts: dict[str, Any]) -> None:
+    """Notes how the run was called, each time, on what, and what its data and layers are."""
     if jax.process_index() != 0:
         return
     path = out_dir / "about.json"
     about = json.loads(path.read_text()) if path.exists() else {"sessions": []}
+    about["data"] = facts
     devices = jax.devices()
     about["sessions"].append(
         {
@@ -80,7 +98,7 @@ def write_about(out_dir: pathlib.Path, params: Any) -> None:
 def _command() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["python", "-m", spec.name] if spec else ["python", sys.argv[0]]
-    return " ".join(program + sys.argv[1:])
+    return shlex.join(program + sys.argv[1:])
 
 
 def read_json(out_dir: pathlib.Path, name: str) -> Any:
@@ -102,6 +120,12 @@ def read_history(out_dir: pathlib.Path) -> list[Record]:
 def selected_by(record: Record) -> str:
     """By which accuracy the best epoch is chosen: on the validation images, if any are held out."""
     return "validation_accuracy" if "validation_accuracy" in record else "test_accuracy"
+
+
+def best(history: list[Record]) -> Record:
+    """The best epoch among those with no more weights than at the end; the latest of equals."""
+    final = [record for record in history if record["live"] <= history[-1]["live"]]
+    return max(reversed(final), key=lambda record: record[selected_by(record)])
 
 
 def rewind(out_dir: pathlib.Path, step: int, steps_per_epoch: int) -> list[Record]:

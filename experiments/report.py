@@ -29,7 +29,7 @@ CURVES = (  # name in the records, label, factor
     ("loss", "training loss", 1),
     ("sparsity", "sparsity (%)", 100),
     ("regeneration_fraction", "regeneration fraction (%)", 100),
-    ("churn", "weights newly grown in the epoch (% of live)", 100),
+    ("churn", "churn: weights newly live (% of all live)", 100),
 )
 
 
@@ -65,7 +65,7 @@ def write(path: pathlib.Path, runs: Runs) -> None:
 def summarise(label: str, histories: Sequence[list[files.Record]]) -> dict[str, str]:
     """What a table says of the runs of one label: last and best epoch, size and speed."""
     last = [history[-1] for history in histories]
-    best = [max(history, key=lambda r: r[files.selected_by(r)]) for history in histories]
+    best = [files.best(history) for history in histories]
     return {
         "method": label,
         "epochs": _span(record["epoch"] for record in last),
@@ -81,8 +81,10 @@ def selection(histories: Mapping[str, Sequence[list[files.Record]]]) -> str:
     """Says on which images the best epoch was chosen."""
     names = {files.selected_by(h[-1]) for group in histories.values() for h in group}
     if names == {"validation_accuracy"}:
-        return "The best epoch is chosen on validation images held out of training."
-    return "The best epoch is chosen on the test set itself, as the GraNet paper does."
+        images = "validation images held out of training"
+    else:
+        images = "the test set itself, as in the GraNet paper"
+    return f"The best epoch is chosen among those at the final sparsity, on {images}."
 
 
 def _title(runs: Runs) -> str:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import pathlib
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -73,7 +74,8 @@ def run(
     """Trains to the end, from the last checkpoint if there is one.
 
     A run that was stopped at any moment, even by ``kill -9``, and goes on, ends with the same bits
-    as one straight through, on the same number of devices.
+    as one straight through, on the same number of devices (on GPUs, as far as XLA's kernels give
+    the same bits twice).
 
     Args:
       config: the settings.
@@ -116,17 +118,18 @@ def run_trainer(
         files.opened(out_dir, dataclasses.asdict(config), resume),
         checkpoints.open_manager(out_dir / "checkpoints") as manager,
     ):
+        files.check_data(out_dir, trainer.data_facts)
         stream = trainer.open_stream(config.seed)
         state, epoch = _start(trainer, manager, stream)
         history = files.rewind(out_dir, int(state.step), trainer.steps_per_epoch)
-        files.write_about(out_dir, state.params)
+        files.write_about(out_dir, state.params, trainer.data_facts)
         try:
-            with _logger(out_dir, int(state.step), show) as log:
+            with _logger(out_dir, history, show) as log:
                 state = _train(
                     trainer, manager, state, stream, epoch, history, checkpoint_seconds, log
                 )
         finally:
-            if jax.process_index() == 0 and history:
+            if jax.process_index() == 0 and files.read_history(out_dir):
                 report.write(out_dir / "report.html", {config.method: [out_dir]})
     return Result(state, history)
 
@@ -165,7 +168,6 @@ def _train(
     config, step = trainer.settings, int(state.step)
     chunk_steps = config.chunk_steps or trainer.steps_per_epoch
     total_steps = config.epochs * trainer.steps_per_epoch
-    best = max((r[files.selected_by(r)] for r in history), default=-1.0)
     best_unsaved: tuple[Any, ...] | None = None
     saved_at = time.monotonic()
     while step < total_steps:
@@ -184,19 +186,19 @@ def _train(
             epoch.grown + int(measured["grown"]),
             epoch.seconds + seconds,
         )
-        accuracy = None
+        record = None
         if step % trainer.steps_per_epoch == 0:
             record = _record(trainer, state, step, epoch, measured)
-            epoch, accuracy = _Epoch(), record[files.selected_by(record)]
+            epoch = _Epoch()
             history.append(record)
             log(record)
         notes = {"epoch": epoch._asdict(), "stream": stream.get_state() if stream else None}
-        if accuracy is not None and accuracy > best:
-            best, best_unsaved = accuracy, (step, jax.tree.map(jnp.copy, state), notes, accuracy)
+        if record and files.best(history) is record:
+            best_unsaved = (step, jax.tree.map(jnp.copy, state), notes, record)
         if step == total_steps or time.monotonic() - saved_at >= checkpoint_seconds:
             if best_unsaved:
                 checkpoints.save(manager, *best_unsaved)
-            checkpoints.save(manager, step, state, notes, accuracy)
+            checkpoints.save(manager, step, state, notes, record)
             best_unsaved, saved_at = None, time.monotonic()
     return state
 
@@ -256,9 +258,12 @@ def _check_finite(
 
 @contextlib.contextmanager
 def _logger(
-    out_dir: pathlib.Path, step: int, show: Callable[[files.Record], None]
+    out_dir: pathlib.Path, history: list[files.Record], show: Callable[[files.Record], None]
 ) -> Iterator[Callable[[files.Record], None]]:
-    """Gives a function that writes a record to metrics.jsonl and event files, and shows it."""
+    """Gives a function that writes a record to metrics.jsonl and event files, and shows it.
+
+    Event files are written anew in each session, for a killed one may not have flushed its own.
+    """
     if jax.process_index() != 0:
         yield show
         return
@@ -266,13 +271,19 @@ def _logger(
     if importlib.util.find_spec("tensorboardX"):
         from tensorboardX import SummaryWriter
 
-        writer = SummaryWriter(str(out_dir / "tensorboard"), purge_step=step + 1)
+        shutil.rmtree(out_dir / "tensorboard", ignore_errors=True)
+        writer = SummaryWriter(str(out_dir / "tensorboard"))
     with writer as events:
+
+        def write_events(record: files.Record) -> None:
+            for name, value in record.items() if events else ():
+                events.add_scalar(name, value, record["step"])
 
         def log(record: files.Record) -> None:
             files.append_record(out_dir, record)
-            for name, value in record.items() if events else ():
-                events.add_scalar(name, value, record["step"])
+            write_events(record)
             show(record)
 
+        for record in history:
+            write_events(record)
         yield log

@@ -85,7 +85,7 @@ class Settings:
         "training images held out; with them the best epoch is chosen on these", 0, low=0
     )
     precision: str = _flag(
-        "of the arithmetic in the model; parameters, moments and scores are f32 in both",
+        "of the arithmetic in the model; parameters, moments and rankings are f32 in both",
         "f32",
         choices=["f32", "bf16"],
     )

@@ -43,8 +43,10 @@ def shuffled(stream: Stream, batch_size: int, seed: int) -> grain.DatasetIterato
     return iter(
         grain.MapDataset.source(stream.indices)
         .seed(seed)
-        .shuffle()[jax.process_index() : whole : jax.process_count()]
-        .random_map(functools.partial(_train_image, stream.records))
+        .shuffle()
+        .random_map(functools.partial(_train_image, stream.records))[
+            jax.process_index() : whole : jax.process_count()
+        ]
         .batch(share, drop_remainder=True)
         .repeat()
         .to_iter_dataset(_READ_OPTIONS)

@@ -39,12 +39,11 @@ def main(argv: list[str]) -> None:
 
     print(gj.report.table(result.state.params, gj.get_masks(result.state.opt_state)))
     last = result.history[-1]
-    best = max(result.history, key=lambda r: r[files.selected_by(r)])
-    chosen = files.selected_by(last).split("_")[0]
+    best, chosen = files.best(result.history), files.selected_by(last).split("_")[0]
     print(
         f"test accuracy {last['test_accuracy']:.2f} % after the last epoch, "
         f"{best['test_accuracy']:.2f} % after epoch {best['epoch']} "
-        f"(the best on the {chosen} images), at sparsity {last['sparsity']:.4f}"
+        f"(the best at this sparsity, on the {chosen} images), at sparsity {last['sparsity']:.4f}"
     )
     masks, params = gj.get_masks(result.state.opt_state), result.state.params
     print(f"sha256: masks {run.digest(masks)[:16]}, parameters {run.digest(params)[:16]}")

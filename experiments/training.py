@@ -36,6 +36,7 @@ class Trainer(NamedTuple):
     """
 
     settings: Settings
+    data_facts: dict[str, Any]  # JSON, by which other data are noticed
     steps_per_epoch: int
     abstract_state: State  # ShapeDtypeStructs with shardings
     init: Callable[[int], State]  # seed -> state
@@ -54,8 +55,9 @@ def make_trainer(
       config: the settings.
       dataset: what to train and test on.
       model: a Flax module from float images ``(batch, height, width, channels)`` to logits; None =
-        the one that ``config.model`` names. It is told ``train`` if it takes such an argument, and
-        may keep batch statistics and use dropout.
+        the one that ``config.model`` names, in ``config.precision``. One of your own is told
+        ``train`` if it takes such an argument, may keep batch statistics and use dropout, and
+        sets its own precision.
 
     Raises:
       ValueError: the settings do not fit the data, the model, the method or the devices.
@@ -145,6 +147,7 @@ def make_trainer(
         run = _run_memory(step, placed(dataset.train), config.batch_size, by_image, scan)
     return Trainer(
         config,
+        data.facts(dataset),
         steps_per_epoch,
         abstract_state,
         jax.jit(init, out_shardings=replicated),
@@ -175,7 +178,7 @@ def _run_memory(
 ) -> Callable[..., Any]:
     """Steps over data that lie on the devices, in a new order in each epoch."""
     steps_per_epoch = len(split.labels) // batch_size
-    donated = functools.partial(jax.jit, donate_argnums=0)
+    donated = functools.partial(jax.jit, donate_argnums=0, out_shardings=_sharding())
 
     @jax.jit
     def order_of_epoch(state: State) -> jax.Array:

@@ -79,8 +79,9 @@ def test_host_batches_pad_the_last_one():
     assert last.images.shape == (4, 8, 8, 3)
 
 
-def test_host_batches_deal_every_image_to_one_process(monkeypatch):
-    split = random_images(11)._replace(labels=np.arange(11))
+@pytest.mark.parametrize("n", [9, 11, 12])
+def test_host_batches_deal_every_image_to_one_process(monkeypatch, n):
+    split = random_images(n)._replace(labels=np.arange(n))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     seen = []
     for process in range(2):
@@ -88,7 +89,7 @@ def test_host_batches_deal_every_image_to_one_process(monkeypatch):
         batches = list(data.host_batches(split, 4))
         assert [len(b.labels) for b in batches] == [2, 2, 2]
         seen += [label for b in batches for label in b.labels if label >= 0]
-    assert sorted(seen) == list(range(11))
+    assert sorted(seen) == list(range(n))
 
 
 @pytest.mark.parametrize(("name", "mode"), [("reflect", "reflect"), ("zero", "constant")])

@@ -18,7 +18,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 import granet_jax as gj
-from experiments import checkpoints, data, files, run, settings
+from experiments import checkpoints, data, files, run, settings, training
 from experiments.streams import Batch
 from tests.images import jpeg_records, random_images
 
@@ -184,15 +184,32 @@ def test_dropout_and_batch_norm_resume_within_an_epoch(tmp_path):
     assert straight.state.model_state["batch_stats"]["BatchNorm_0"]["mean"].any()
 
 
-def test_best_epoch_is_chosen_on_validation_images(tmp_path):
-    result = run.run(own_settings(epochs=4), own_data(validation=16), tmp_path, OwnNet(8))
-    record = result.history[-1]
-    assert record["step"] == 12  # 48 images are left to train on
-    assert files.selected_by(record) == "validation_accuracy"
-    best = max(result.history, key=lambda r: r["validation_accuracy"])
+def test_best_epoch_is_kept_at_final_sparsity_by_validation_images(tmp_path, monkeypatch):
+    accuracies = iter([99.0, 60.0, 70.0, 50.0, 40.0, 30.0])  # 99 before the final sparsity
+
+    def make_trainer(*args):
+        trainer = original(*args)
+        return trainer._replace(evaluate=lambda s: {"test": 50.0, "validation": next(accuracies)})
+
+    class Stop(Exception):
+        pass
+
+    def stop(record):
+        if record["epoch"] == 5:
+            raise Stop
+
+    original = training.make_trainer
+    monkeypatch.setattr(training, "make_trainer", make_trainer)
+    config, dataset = own_settings(epochs=6, prune_until=0.3), own_data(validation=16)
+    with pytest.raises(Stop):
+        run.run(config, dataset, tmp_path, OwnNet(8), checkpoint_seconds=0, show=stop)
+    accuracies = iter([40.0, 30.0])
+    result = run.run(config, dataset, tmp_path, OwnNet(8), checkpoint_seconds=0)
+    assert result.history[0]["live"] > result.history[1]["live"] == result.history[-1]["live"]
+    assert [r["validation_accuracy"] for r in result.history] == [99, 60, 70, 50, 40, 30]
+    assert files.best(result.history)["epoch"] == 3
     with checkpoints.open_manager(tmp_path / "checkpoints") as manager:
-        assert best["step"] in manager.all_steps()
-        assert manager.latest_step() == 12
+        assert sorted(manager.all_steps()) == [9, 15, 18]  # 48 images are left to train on
     assert "validation images" in (tmp_path / "report.html").read_text()
 
 
@@ -206,6 +223,8 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             run.run(config, own_data(), tmp_path, OwnNet(8), **kwargs)
+    with pytest.raises(ValueError, match=r"run on other data .train_images 64 -> 80"):
+        run.run(own_settings(), own_data(80), tmp_path, OwnNet(8))
     with pytest.raises(ValueError, match=r"params/head/kernel is float32 \(8, 3\), expected"):
         run.run(own_settings(), own_data(), tmp_path, OwnNet(9))
     config = own_settings()
@@ -226,10 +245,11 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     config = own_settings(learning_rate=1e12, warmup_epochs=1.5, epochs=2, chunk_steps=1)
     with pytest.raises(run.Diverged, match=r"at step \d+ .*last good checkpoint is of step \d"):
         run.run(config, own_data(), tmp_path / "late", OwnNet(8), checkpoint_seconds=0)
+    trainer = training.make_trainer(config, own_data(), OwnNet(8))
     with checkpoints.open_manager(tmp_path / "late" / "checkpoints") as manager:
-        example = jax.eval_shape(lambda: {"a": jnp.ones(1)})
-        with pytest.raises(ValueError, match="does not fit the model"):
-            checkpoints.restore(manager, manager.latest_step(), example)
+        state, _ = checkpoints.restore(manager, manager.latest_step(), trainer.abstract_state)
+        assert int(state.step) == manager.latest_step() > 0
+    assert gj.metrics.num_nonfinite((state.params, gj.get_masks(state.opt_state))) == 0
 
 
 def test_a_cut_off_line_is_dropped_and_written_again(tmp_path):

@@ -75,12 +75,13 @@ def main(argv: list[str]) -> None:
             raise ValueError(
                 f"{config.dataset} is not in memory; see experiments.benchmarks.input."
             )
-        steps = flags.FLAGS.steps
-        if 2 * steps >= config.update_every:
+        steps, repeats = flags.FLAGS.steps, flags.FLAGS.repeats
+        if (repeats + 1) * steps >= config.update_every:
             raise ValueError(
-                f"--update_every={config.update_every} must exceed 2 x --steps={steps}."
+                f"--update_every={config.update_every} must exceed {(repeats + 1) * steps}, "
+                "(--repeats + 1) x --steps, so that ordinary steps are measured as such."
             )
-        seconds = measure(config, dataset, flags.FLAGS.repeats, steps)
+        seconds = measure(config, dataset, repeats, steps)
     model = seconds[0]
     names = ("the model, forward and backward", "dense step", "sparse step", "step with an event")
     rows = [

@@ -1,8 +1,8 @@
 """Networks of the papers, in Flax: ``MODELS[name](num_classes=10, dtype=jnp.float32)``.
 
 Inputs are float images ``(batch, height, width, channels)``, outputs logits ``(batch, classes)``.
-``dtype`` is that of the arithmetic; parameters are float32. ``train=True`` makes batch norm use and
-collect the statistics of the batch.
+``dtype`` is that of the arithmetic; parameters and logits are float32. ``train=True`` makes batch
+norm use and collect the statistics of the batch.
 """
 
 from collections.abc import Callable

@@ -18,7 +18,7 @@ class LeNet300100(nn.Module):
         x = x.reshape(len(x), -1)
         x = nn.relu(nn.Dense(300, dtype=self.dtype, name="fc1")(x))
         x = nn.relu(nn.Dense(100, dtype=self.dtype, name="fc2")(x))
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="fc3")(x)
+        return nn.Dense(self.num_classes, name="fc3")(x)
 
 
 class LeNet5(nn.Module):
@@ -39,4 +39,4 @@ class LeNet5(nn.Module):
             x = nn.max_pool(nn.relu(conv(x)), (2, 2), strides=(2, 2))
         x = x.reshape(len(x), -1)
         x = nn.relu(nn.Dense(500, dtype=self.dtype, name="fc1")(x))
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="fc2")(x)
+        return nn.Dense(self.num_classes, name="fc2")(x)

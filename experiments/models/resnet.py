@@ -102,7 +102,7 @@ class ResNet(nn.Module):
                 x = self.block(filters, stride, self.dtype, name=name)(x, train)
         if pre_activation:
             x = nn.relu(layers.norm(train, self.dtype, name="norm_last")(x))
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="fc")(x.mean((1, 2)))
+        return nn.Dense(self.num_classes, name="fc")(x.mean((1, 2)))
 
 
 resnet20 = functools.partial(

@@ -34,7 +34,7 @@ class VGG(nn.Module):
                 name = f"{stage + 1}_{i + 1}"
                 x = layers.conv(filters, (3, 3), dtype=self.dtype, name=f"conv{name}")(x)
                 x = nn.relu(layers.norm(train, self.dtype, name=f"norm{name}")(x))
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="fc")(x.mean((1, 2)))
+        return nn.Dense(self.num_classes, name="fc")(x.mean((1, 2)))
 
 
 vgg16 = functools.partial(VGG, convs=(2, 2, 3, 3, 3))

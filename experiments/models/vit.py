@@ -37,7 +37,7 @@ class ViT(nn.Module):
         for i in range(self.depth):
             x = Block(self.heads, self.dtype, name=f"block{i + 1}")(x)
         x = nn.LayerNorm(dtype=self.dtype, name="norm")(x).mean(1)
-        return nn.Dense(self.num_classes, dtype=self.dtype, name="fc")(x)
+        return nn.Dense(self.num_classes, name="fc")(x)
 
 
 class Block(nn.Module):
