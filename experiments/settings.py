@@ -106,8 +106,11 @@ class Settings:
                 raise ValueError(f"{field.name} must be one of {choices}; got {value!r}.")
 
 
-def define_flags(leave_out: tuple[str, ...] = ()) -> None:
+def define_flags(
+    leave_out: tuple[str, ...] = (), flag_values: flags.FlagValues = flags.FLAGS
+) -> None:
     """Defines one absl flag for each setting, and --data_dir."""
+    to: dict[str, Any] = {"flag_values": flag_values}
     for field in dataclasses.fields(Settings):
         if field.name in leave_out:
             continue
@@ -121,23 +124,22 @@ def define_flags(leave_out: tuple[str, ...] = ()) -> None:
         if field.name == "dataset":
             default = "digits"
         if "choices" in meta:
-            flags.DEFINE_enum(field.name, default, meta["choices"], text)
+            flags.DEFINE_enum(field.name, default, meta["choices"], text, **to)
         elif field.type is bool:
-            flags.DEFINE_boolean(field.name, default, text)
+            flags.DEFINE_boolean(field.name, default, text, **to)
         elif field.type is int:
-            flags.DEFINE_integer(field.name, default, text, lower_bound=meta["low"])
+            flags.DEFINE_integer(field.name, default, text, lower_bound=meta["low"], **to)
         elif field.type is float:
-            flags.DEFINE_float(
-                field.name, default, text, lower_bound=meta.get("low"), upper_bound=meta.get("high")
-            )
+            low, high = meta.get("low"), meta.get("high")
+            flags.DEFINE_float(field.name, default, text, lower_bound=low, upper_bound=high, **to)
         else:
-            flags.DEFINE_list(field.name, [str(x) for x in default], text)
+            flags.DEFINE_list(field.name, [str(x) for x in default], text, **to)
     flags.DEFINE_string(
-        "data_dir", None, f"folder with TFDS data sets (default: {data.DEFAULT_DATA_DIR})"
+        "data_dir", None, f"folder with TFDS data sets (default: {data.DEFAULT_DATA_DIR})", **to
     )
 
 
-def from_flags(**given: Any) -> Settings:
+def from_flags(flag_values: flags.FlagValues = flags.FLAGS, **given: Any) -> Settings:
     """Settings from the parsed flags; ``given`` stands in for flags left out.
 
     Raises:
@@ -147,9 +149,9 @@ def from_flags(**given: Any) -> Settings:
     for field in dataclasses.fields(Settings):
         if field.name in values:
             continue
-        value = flags.FLAGS[field.name].value
+        value = flag_values[field.name].value
         if value is None:
-            value = BY_DATASET[flags.FLAGS.dataset].get(field.name, _default(field))
+            value = BY_DATASET[flag_values.dataset].get(field.name, _default(field))
         values[field.name] = value
     try:
         values["drop_at"] = tuple(float(x) for x in values["drop_at"])

@@ -8,23 +8,21 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from absl.testing import flagsaver
 
-from experiments import data, settings, train, training
+from experiments import data, settings, training
 from experiments.streams import Batch
 
-ROOT = pathlib.Path(train.__file__).parents[1]
+ROOT = pathlib.Path(training.__file__).parents[1]
 RECIPES = sorted((ROOT / "experiments" / "recipes").glob("*.flags"))
 CLASSES = {"cifar100": 100, "imagenet2012": 1000}
 
 
 def read(path, monkeypatch):
     monkeypatch.chdir(ROOT)  # recipes name what they share from here
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS(["train"])
-    with flagsaver.flagsaver():
-        flags.FLAGS(["train", f"--flagfile={path}"])
-        return settings.from_flags()
+    values = flags.FlagValues()
+    settings.define_flags(flag_values=values)
+    values(["train", f"--flagfile={path}"])
+    return settings.from_flags(values)
 
 
 def trainer_of(path, monkeypatch):
