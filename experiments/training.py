@@ -130,8 +130,8 @@ def make_trainer(
 
     def accuracy(state: State, split: Batch | Stream) -> float:
         batches = data.host_batches(split, config.batch_size)
-        correct = [num_correct(state, _place(batch, by_image)) for batch in batches]
-        return 100 * sum(int(n) for n in correct) / data.size(split)
+        correct = sum(int(num_correct(state, _place(batch, by_image))) for batch in batches)
+        return 100 * correct / data.size(split)
 
     abstract_state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
@@ -200,7 +200,7 @@ def _run_memory(
         losses = []
         for _ in range(num_steps):
             state, loss = jitted(state, split, order)
-            losses.append(loss)
+            losses.append(_settled(loss))
         return state, jnp.stack(losses)
 
     steps = scanned if scan else looped
@@ -217,7 +217,7 @@ def _run_stream(
         losses = []
         for batch in itertools.islice(stream, num_steps):
             state, loss = jitted(state, _place(batch, by_image))
-            losses.append(loss)
+            losses.append(_settled(loss))
         return state, jnp.stack(losses)
 
     return run
@@ -228,6 +228,11 @@ def _sharding(*axes: str) -> NamedSharding:
     return NamedSharding(
         jax.sharding.Mesh(np.array(jax.devices()), ("data",)), PartitionSpec(*axes)
     )
+
+
+def _settled(loss: jax.Array) -> jax.Array:
+    """Waits on CPU, where several steps in flight on several devices can starve each other."""
+    return jax.block_until_ready(loss) if jax.default_backend() == "cpu" else loss
 
 
 def _key_of_step(state: State) -> jax.Array:
