@@ -16,6 +16,7 @@ import numpy as np
 from absl import app
 from markupsafe import Markup
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogFormatter
 
 from experiments import files
 
@@ -149,7 +150,7 @@ def _curves(histories: Mapping[str, Sequence[list[files.Record]]]) -> Any:
         if name == "loss":
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     for axes in list(grid.flat)[len(shown) :]:
         axes.axis("off")
     if len(histories) > 1:
@@ -162,8 +163,8 @@ def _dot(x: Sequence[float]) -> str | None:
 
 
 def _zoom(axes: Any, histories: Mapping[str, Sequence[list[files.Record]]], name: str) -> None:
-    """Shows what comes after the first eighth of training."""
-    settled = [r[name] for group in histories.values() for h in group for r in h[len(h) // 8 :]]
+    """Shows what comes after the first quarter of training."""
+    settled = [r[name] for group in histories.values() for h in group for r in h[len(h) // 4 :]]
     low, high = min(settled), max(settled)
     axes.set_ylim(low - 0.15 * (high - low) - 0.1, high + 0.1 * (high - low) + 0.1)
 
