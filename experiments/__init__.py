@@ -1,4 +1,15 @@
-"""Experiments with granet_jax: run ``python -m experiments.train --help``."""
+"""Experiments with granet_jax: run ``python -m experiments.train --help``.
+
+In the order in which data flow::
+
+    streams, data, augment   encoded images or arrays in memory; crops on the device
+    models, methods          what a flag names
+    settings                 one dataclass, and the flags made from it
+    optimizers, training     the compiled step on all devices
+    files, checkpoints       what a run leaves
+    report, run              its page; a run that goes on where it was stopped
+    train, compare           programs, with output for the terminal
+"""
 
 import logging
 

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -85,7 +85,6 @@ def make_trainer(
     optimizer = functools.partial(optimizers.make_optimizer, config, steps_per_epoch)
     # The methods' keys are in the state; the one given here is not used again.
     update = optimizer(jax.random.key(0)).update
-    replicated, by_image = _sharding(), _sharding("data")
 
     def forward(params: Any, model_state: Any, images: jax.Array, train: bool, **rest: Any) -> Any:
         x = _normalise(images, dataset)
@@ -130,27 +129,27 @@ def make_trainer(
 
     def accuracy(state: State, split: Batch | Stream) -> float:
         batches = data.host_batches(split, config.batch_size)
-        correct = sum(int(num_correct(state, _place(batch, by_image))) for batch in batches)
+        correct = sum(int(num_correct(state, _place(batch))) for batch in batches)
         return 100 * correct / data.size(split)
 
     abstract_state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding()),
         jax.eval_shape(init, 0),
     )
     open_stream: Callable[[int], Any] = lambda seed: None  # noqa: E731
     if isinstance(dataset.train, Stream):
         open_stream = functools.partial(streams.shuffled, dataset.train, config.batch_size)
-        run = _run_stream(step, replicated, by_image)
+        run = _run_stream(step)
     else:
         example = Batch(*(array[: config.batch_size] for array in dataset.train))
         scan = scan_is_fast(loss_fn, abstract_state.params, abstract_state, example)
-        run = _run_memory(step, placed(dataset.train), config.batch_size, by_image, scan)
+        run = _run_memory(step, placed(dataset.train), config.batch_size, scan)
     return Trainer(
         config,
         data.facts(dataset),
         steps_per_epoch,
         abstract_state,
-        jax.jit(init, out_shardings=replicated),
+        jax.jit(init, out_shardings=_sharding()),
         open_stream,
         run,
         lambda state: {k: accuracy(state, split) for k, split in dataset.held_out.items()},
@@ -174,7 +173,7 @@ def scan_is_fast(loss_fn: Callable[..., Any], *args: Any) -> bool:
 
 
 def _run_memory(
-    step: Callable[..., Any], split: Batch, batch_size: int, by_image: NamedSharding, scan: bool
+    step: Callable[..., Any], split: Batch, batch_size: int, scan: bool
 ) -> Callable[..., Any]:
     """Steps over data that lie on the devices, in a new order in each epoch."""
     steps_per_epoch = len(split.labels) // batch_size
@@ -187,7 +186,8 @@ def _run_memory(
         return order[: steps_per_epoch * batch_size].reshape(steps_per_epoch, -1)
 
     def one(state: State, split: Batch, order: jax.Array) -> tuple[State, jax.Array]:
-        indices = jax.lax.with_sharding_constraint(order[state.step % steps_per_epoch], by_image)
+        indices = order[state.step % steps_per_epoch]
+        indices = jax.lax.with_sharding_constraint(indices, _sharding("data"))
         return step(state, Batch(split.images[indices], split.labels[indices]))
 
     @functools.partial(donated, static_argnums=3)
@@ -197,30 +197,31 @@ def _run_memory(
     jitted = donated(one)
 
     def looped(state: State, split: Batch, order: jax.Array, num_steps: int) -> Any:
-        losses = []
-        for _ in range(num_steps):
-            state, loss = jitted(state, split, order)
-            losses.append(_settled(loss))
-        return state, jnp.stack(losses)
+        return _loop(lambda s, _: jitted(s, split, order), state, range(num_steps))
 
     steps = scanned if scan else looped
     return lambda state, _, num_steps: steps(state, split, order_of_epoch(state), num_steps)
 
 
-def _run_stream(
-    step: Callable[..., Any], replicated: NamedSharding, by_image: NamedSharding
-) -> Callable[..., Any]:
+def _run_stream(step: Callable[..., Any]) -> Callable[..., Any]:
     """Steps over batches that come from the host."""
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=replicated)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=_sharding())
 
-    def run(state: State, stream: Any, num_steps: int) -> tuple[State, jax.Array]:
-        losses = []
-        for batch in itertools.islice(stream, num_steps):
-            state, loss = jitted(state, _place(batch, by_image))
-            losses.append(_settled(loss))
-        return state, jnp.stack(losses)
+    def one(state: State, batch: Batch) -> tuple[State, jax.Array]:
+        return jitted(state, _place(batch))
 
-    return run
+    return lambda state, stream, n: _loop(one, state, itertools.islice(stream, n))
+
+
+def _loop(one: Callable[..., Any], state: State, inputs: Iterable[Any]) -> tuple[State, jax.Array]:
+    """A compiled call for each step."""
+    losses = []
+    for x in inputs:
+        state, loss = one(state, x)
+        if jax.default_backend() == "cpu":  # steps in flight on several devices starve each other
+            jax.block_until_ready(loss)
+        losses.append(loss)
+    return state, jnp.stack(losses)
 
 
 def _sharding(*axes: str) -> NamedSharding:
@@ -228,11 +229,6 @@ def _sharding(*axes: str) -> NamedSharding:
     return NamedSharding(
         jax.sharding.Mesh(np.array(jax.devices()), ("data",)), PartitionSpec(*axes)
     )
-
-
-def _settled(loss: jax.Array) -> jax.Array:
-    """Waits on CPU, where several steps in flight on several devices can starve each other."""
-    return jax.block_until_ready(loss) if jax.default_backend() == "cpu" else loss
 
 
 def _key_of_step(state: State) -> jax.Array:
@@ -245,8 +241,9 @@ def _normalise(images: jax.Array, dataset: data.Dataset) -> jax.Array:
     return (images.astype(jnp.float32) / 255 - mean) / std
 
 
-def _place(batch: Batch, sharding: NamedSharding) -> Batch:
+def _place(batch: Batch) -> Batch:
     """One array over all devices, from the share of each process."""
+    sharding = _sharding("data")
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 

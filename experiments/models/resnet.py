@@ -11,8 +11,17 @@ import jax.numpy as jnp
 from experiments.models import layers
 
 
+def _shortcut(x: jax.Array, y: jax.Array, stride: int, train: bool) -> jax.Array:
+    """``x`` in the shape of ``y``: itself, or through a 1x1 convolution where the shape changes."""
+    if x.shape == y.shape:
+        return x
+    strides = (stride, stride)
+    x = layers.conv1x1(y.shape[-1], strides=strides, dtype=y.dtype, name="shortcut")(x)
+    return layers.norm(train, y.dtype, name="norm_shortcut")(x)
+
+
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; a 1x1 convolution in the shortcut where the shape changes."""
+    """Two 3x3 convolutions."""
 
     filters: int
     stride: int
@@ -25,10 +34,7 @@ class BasicBlock(nn.Module):
         y = conv(strides=strides, name="conv1")(x)
         y = nn.relu(layers.norm(train, self.dtype, name="norm1")(y))
         y = layers.norm(train, self.dtype, name="norm2")(conv(name="conv2")(y))
-        if x.shape != y.shape:
-            x = layers.conv1x1(self.filters, strides=strides, dtype=self.dtype, name="shortcut")(x)
-            x = layers.norm(train, self.dtype, name="norm_shortcut")(x)
-        return nn.relu(x + y)
+        return nn.relu(_shortcut(x, y, self.stride, train) + y)
 
 
 class Bottleneck(nn.Module):
@@ -50,10 +56,7 @@ class Bottleneck(nn.Module):
         # The last scale starts at 0, so that each block starts as its shortcut (Goyal et al. 2017).
         zeros = nn.initializers.zeros
         y = layers.norm(train, self.dtype, scale_init=zeros, name="norm3")(y)
-        if x.shape != y.shape:
-            x = conv1x1(4 * self.filters, strides=strides, name="shortcut")(x)
-            x = layers.norm(train, self.dtype, name="norm_shortcut")(x)
-        return nn.relu(x + y)
+        return nn.relu(_shortcut(x, y, self.stride, train) + y)
 
 
 class PreActivationBlock(nn.Module):
