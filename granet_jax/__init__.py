@@ -33,12 +33,18 @@ from granet_jax.masks import prune_to as prune_to
 from granet_jax.masks import random_masks as random_masks
 from granet_jax.masks import regenerate as regenerate
 from granet_jax.masks import start_from as start_from
+from granet_jax.methods import average_gradients as average_gradients
+from granet_jax.methods import by_mean_score as by_mean_score
 from granet_jax.methods import gmp as gmp
 from granet_jax.methods import granet as granet
 from granet_jax.methods import magnitude as magnitude
 from granet_jax.methods import rigl as rigl
+from granet_jax.methods import rigl_itop as rigl_itop
 from granet_jax.methods import set_ as set_
+from granet_jax.methods import set_itop as set_itop
+from granet_jax.methods import snfs as snfs
 from granet_jax.methods import static as static
+from granet_jax.methods import track_exploration as track_exploration
 from granet_jax.schedules import cosine as cosine
 from granet_jax.schedules import cubic as cubic
 from granet_jax.schedules import every as every
@@ -46,6 +52,8 @@ from granet_jax.schedules import gradual_num_keep as gradual_num_keep
 from granet_jax.selection import top_k as top_k
 from granet_jax.selection import top_k_mask as top_k_mask
 from granet_jax.transform import get_masks as get_masks
+from granet_jax.transform import get_method_state as get_method_state
+from granet_jax.transform import set_masks as set_masks
 from granet_jax.transform import sparsify as sparsify
 from granet_jax.trees import Stacked as Stacked
 from granet_jax.types import MaskState as MaskState

@@ -5,6 +5,7 @@
 mask steps together into a method.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from granet_jax.types import (
     Method,
     NumKeep,
     PyTree,
+    Redistribution,
     ScoreFn,
 )
 
@@ -149,19 +151,24 @@ def regenerate(
     *,
     drop: ScoreFn = scores.magnitude,
     grow: ScoreFn = scores.gradient,
+    by_sign: bool = False,
+    redistribute: Redistribution | None = None,
     prunable: trees.Rules = (),
 ) -> MaskStep:
     """In each layer drops ``ceil(fraction * live)`` weights and grows as many.
 
     Dropped are the live weights with the lowest ``drop`` score; grown are the highest by ``grow``
     among all that are then off, those just dropped included. A weight dropped and regrown in one
-    event stays in ``keep``, with its value and moments. Counts of layers do not change, and in a
-    dense layer nothing does.
+    event stays in ``keep``, with its value and moments. Counts of layers do not change (unless
+    ``redistribute`` moves them), and in a dense layer nothing does.
 
     Args:
       fraction: schedule of the fraction of live weights exchanged, in [0, 1].
       drop: what is kept is what scores highest.
       grow: what is grown is what scores highest.
+      by_sign: take the fraction of the negative weights and of the others (zeros included) each
+        for itself, instead of both together.
+      redistribute: deals out what all layers dropped; None = each layer grows what it dropped.
       prunable: path rules.
 
     Source: Evci et al. 2020, section 3; GraNet, section 4.2 (zero-cost neuroregeneration).
@@ -178,6 +185,13 @@ def regenerate(
       ([[True, False], [False, True]], [[True, False], [False, False]])
     """
 
+    def dropped_from(
+        part: list[jax.Array], drop_scores: list[jax.Array], share: jax.Array
+    ) -> tuple[list[jax.Array], jax.Array]:
+        num = selection.count(part)
+        num_dropped = ceil_of_share(share, num)
+        return selection.top_k(drop_scores, num - num_dropped, part), num_dropped
+
     def mask_step(
         masks: PyTree,
         keep: PyTree,
@@ -188,13 +202,24 @@ def regenerate(
     ) -> tuple[PyTree, PyTree]:
         leaves = trees.describe(params, prunable)
         live = trees.split(masks, leaves)
-        num_live = selection.count(live)
-        num_exchanged = ceil_of_share(fraction(step), num_live)
-
+        parts = [live]
+        if by_sign:
+            weights = trees.split(params, leaves)
+            parts = [
+                [x & (w < 0) for x, w in zip(live, weights, strict=True)],
+                [x & ~(w < 0) for x, w in zip(live, weights, strict=True)],
+            ]
         drop_scores = trees.split(drop(params, grads, key), leaves)
-        survivors = selection.top_k(drop_scores, num_live - num_exchanged, live)
+        kept, num_dropped = zip(
+            *(dropped_from(part, drop_scores, fraction(step)) for part in parts), strict=True
+        )
+        survivors = [functools.reduce(jnp.logical_or, layer) for layer in zip(*kept, strict=True)]
+
         grow_scores = trees.split(grow(params, grads, key), leaves)
-        grown = selection.top_k(grow_scores, num_exchanged, [~s for s in survivors])
+        num_grown = sum(num_dropped)
+        if redistribute is not None:
+            num_grown = redistribute(num_grown, grow_scores, live)
+        grown = selection.top_k(grow_scores, num_grown, [~s for s in survivors])
         masks = trees.join([s | g for s, g in zip(survivors, grown, strict=True)], masks, leaves)
         return masks, _and(keep, masks)
 
@@ -232,7 +257,7 @@ def start_from(
         if not leaves:
             return ones(params)
         if masks is not None:
-            return _checked(masks, params)
+            return check_masks(masks, params)
         if is_dense:
             return ones(params)
         assert key is not None
@@ -292,8 +317,12 @@ def _and(a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(jnp.logical_and, a, b)
 
 
-def _checked(masks: PyTree, params: PyTree) -> PyTree:
-    """A copy of given masks (donating the state must not delete the caller's), once they fit."""
+def check_masks(masks: PyTree, params: PyTree) -> PyTree:
+    """A copy of given masks (donating a state must not delete the caller's), once they fit.
+
+    Raises:
+      ValueError: they have other leaves, shapes or dtypes than total masks of ``params``.
+    """
     given, wanted = trees.by_path(masks), trees.by_path(params)
     if given.keys() != wanted.keys():
         odd = sorted("/".join(path) for path in given.keys() ^ wanted.keys())

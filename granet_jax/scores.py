@@ -14,7 +14,7 @@ Example:
 import jax
 import jax.numpy as jnp
 
-from granet_jax.types import PyTree
+from granet_jax.types import PyTree, ScoreFn
 
 
 def magnitude(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
@@ -35,6 +35,25 @@ def saliency(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
     return jax.tree.map(
         lambda p, g: _abs32(p.astype(jnp.float32) * g.astype(jnp.float32)), params, grads
     )
+
+
+def magnitude_and_gradient(coefficient: float = 0.01) -> ScoreFn:
+    """``|w| + coefficient * |g|``: a drop score that spares small weights about to move.
+
+    Source: Yuan et al. 2021 (MEST), section 3, where the coefficient is .01.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> score = magnitude_and_gradient(0.5)
+      >>> score({"w": jnp.array([-1.0, 0.0])}, {"w": jnp.array([2.0, 4.0])}, None)["w"].tolist()
+      [2.0, 2.0]
+    """
+
+    def score(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
+        del key
+        return jax.tree.map(lambda p, g: _abs32(p) + coefficient * _abs32(g), params, grads)
+
+    return score
 
 
 def random(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from granet_jax import trees
+from granet_jax.masks import check_masks
 from granet_jax.types import Method, PyTree, SparseState
 
 # Buffers of optax that are shaped like the parameters but are no moments: the base iterate of
@@ -145,18 +146,61 @@ def get_masks(opt_state: Any) -> PyTree:
     Raises:
       ValueError: there is no ``sparsify`` inside, or more than one.
     """
-    states = [
-        x
-        for x in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, SparseState))
-        if isinstance(x, SparseState)
-    ]
+    return get_method_state(opt_state)[0]
+
+
+def get_method_state(opt_state: Any) -> Any:
+    """The method's own state inside an optimizer state: masks and whatever the method tracks.
+
+    Raises:
+      ValueError: there is no ``sparsify`` inside, or more than one.
+    """
+    states = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_sparse) if _is_sparse(x)]
     if len(states) != 1:
         raise ValueError(
             f"Expected one sparsify state in the optimizer state, found {len(states)} in a "
             f"{type(opt_state).__name__}. Pass the state that tx.init returned; of several "
             "(optax.partition), pass the one you mean."
         )
-    return states[0].method[0]
+    return states[0].method
+
+
+def set_masks(opt_state: Any, masks: PyTree) -> Any:
+    """Puts other masks into an optimizer state: pruning by hand, between two steps.
+
+    The next ``update`` brings to 0 what the new masks switch off, moments included; apply the
+    masks to the parameters at once with ``apply_masks`` if they are used before that. Under a
+    dynamic method the masks change again at its next event.
+
+    Args:
+      opt_state: state of a transformation that contains one ``sparsify``.
+      masks: bool tree; its leaves find their parameters by path.
+
+    Raises:
+      ValueError: as ``get_masks``; or the masks are of another tree.
+
+    Example: prune to the larger half, once.
+      >>> import granet_jax as gj, jax.numpy as jnp, optax
+      >>> params = {"kernel": jnp.array([[3.0, 1.0], [-2.0, 0.5]])}
+      >>> tx = gj.sparsify(optax.sgd(0.1), gj.static())
+      >>> state = tx.init(params)
+      >>> masks = {"kernel": gj.top_k_mask(jnp.abs(params["kernel"]), 2)}
+      >>> state = gj.set_masks(state, masks)
+      >>> gj.apply_masks(params, gj.get_masks(state))["kernel"].tolist()
+      [[3.0, 0.0], [-2.0, 0.0]]
+    """
+    masks = check_masks(masks, get_masks(opt_state))
+
+    def replace(state: Any) -> Any:
+        if not _is_sparse(state):
+            return state
+        return state._replace(method=state.method._replace(masks=masks))
+
+    return jax.tree.map(replace, opt_state, is_leaf=_is_sparse)
+
+
+def _is_sparse(state: Any) -> bool:
+    return isinstance(state, SparseState)
 
 
 def _where(masks: PyTree, tree: PyTree) -> PyTree:

@@ -48,6 +48,19 @@ class Distribution(Protocol):
     def __call__(self, shapes: Shapes, sparsity: Any) -> Counts: ...
 
 
+class Redistribution(Protocol):
+    """Deals out over layers what was dropped: ``(num_dropped, scores, live) -> num_grown``.
+
+    ``num_dropped`` is int32 ``(layers,)``; ``scores`` (of growth) and ``live`` (before the drop)
+    are stacks as :func:`granet_jax.trees.split` makes them. ``num_grown``, int32 ``(layers,)``,
+    has the same sum and fits into what is off in each layer after the drop.
+    """
+
+    def __call__(
+        self, num_dropped: jax.Array, scores: Sequence[jax.Array], live: Sequence[jax.Array]
+    ) -> jax.Array: ...
+
+
 class MaskStep(Protocol):
     """One pure change of masks: ``(masks, keep, params, grads, step, key) -> (masks, keep)``."""
 
@@ -67,6 +80,8 @@ class MaskState(NamedTuple):
 
     masks: PyTree  # bool, shapes of params
     key: jax.Array | None  # typed key that every event folds its step into; None = draws nothing
+    explored: PyTree = None  # bool, weights that have been on at least once; None = not tracked
+    average: PyTree = None  # float32, running mean of dense gradients; None = not tracked
 
 
 class Method(NamedTuple):

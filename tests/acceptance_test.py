@@ -102,9 +102,9 @@ def _count_masked_moments(state, masks, epsilon):
     return found
 
 
-@pytest.mark.parametrize("method", tables.METHODS)
+@pytest.mark.parametrize("method", tables.METHODS | tables.VARIANTS)
 def test_conformance_kit(method):
-    make_method, num_live = tables.METHODS[method]
+    make_method, num_live = (tables.METHODS | tables.VARIANTS)[method]
     known = num_live if num_live(0) is not None else None
     gj.testing.check_method(make_method(), num_steps=tables.STEPS, num_live=known)
 

@@ -62,10 +62,39 @@ METHODS = {
         lambda: gj.set_(sparsity=0.8, update_every=4, total_steps=STEPS, key=KEY),
         lambda t: kept(0.8),
     ),
+    "rigl_itop": (
+        lambda: gj.rigl_itop(sparsity=0.8, update_every=4, total_steps=STEPS, key=KEY),
+        lambda t: kept(0.8),
+    ),
+    "snfs": (
+        lambda: gj.snfs(sparsity=0.8, update_every=4, total_steps=STEPS, key=KEY),
+        lambda t: kept(0.8),
+    ),
     "static": (lambda: gj.static(sparsity=0.8, key=KEY), lambda t: kept(0.8)),
     "magnitude": (
         lambda: gj.magnitude(sparsity=0.8, at=5),
         lambda t: TOTAL if t < 5 else kept(0.8),
+    ),
+}
+
+# Methods of the table with another rule: for the conformance kit alone.
+VARIANTS = {
+    "set_by_sign": (
+        lambda: gj.set_(
+            sparsity=0.8,
+            update_every=4,
+            total_steps=STEPS,
+            key=KEY,
+            drop=gj.scores.magnitude_and_gradient(0.01),
+            by_sign=True,
+        ),
+        lambda t: kept(0.8),
+    ),
+    "set_itop_unexplored": (
+        lambda: gj.set_itop(
+            sparsity=0.8, update_every=4, total_steps=STEPS, key=KEY, unexplored_first=True
+        ),
+        lambda t: kept(0.8),
     ),
 }
 

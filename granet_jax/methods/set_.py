@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 
-from granet_jax import distributions, scores, trees
-from granet_jax.methods.rigl import rigl
-from granet_jax.types import Distribution, Method, PyTree
+from granet_jax import distributions, schedules, scores, trees
+from granet_jax.masks import compose, regenerate, start_from
+from granet_jax.types import Distribution, Method, PyTree, ScoreFn
 
 
 def set_(
@@ -20,6 +20,8 @@ def set_(
     initial_fraction: Any = 0.3,
     final_fraction: Any = 0.0,
     start: Distribution = distributions.erk,
+    drop: ScoreFn = scores.magnitude,
+    by_sign: bool = False,
     masks: PyTree | None = None,
     prunable: trees.Rules = (),
 ) -> Method:
@@ -28,8 +30,11 @@ def set_(
     As :func:`granet_jax.rigl`, with growth uniformly at random among all that are off.
 
     Source: Mocanu et al. 2018, "Scalable training of artificial neural networks with adaptive
-    sparse connectivity inspired by network science", in the form in which Evci et al. 2020 compare
-    it with RigL (magnitude drop, cosine).
+    sparse connectivity inspired by network science"; the defaults are the form in which Evci et
+    al. 2020 compare it with RigL (magnitude drop, cosine). The original is ``by_sign=True`` with
+    ``final_fraction=initial_fraction``, ``last_step=total_steps`` and an update each epoch. MEST
+    (Yuan et al. 2021), at a constant number of weights, is
+    ``drop=granet_jax.scores.magnitude_and_gradient(0.01)``.
 
     Args:
       sparsity: fraction of zeros among prunable weights, in [0, 1), kept throughout.
@@ -41,14 +46,18 @@ def set_(
       initial_fraction: fraction exchanged at step 0.
       final_fraction: fraction exchanged at ``last_step``.
       start: how the sparsity is spread over layers.
+      drop: the lowest go.
+      by_sign: drop the smallest of the positive and the largest of the negative weights, the
+        fraction of each, as the original does.
       masks: start from these instead of random ones (bool, tree of params).
       prunable: path rules, see :func:`granet_jax.trees.describe`.
 
     Raises:
       ValueError: as :func:`granet_jax.rigl`.
 
-    Differs from the original, which drops the smallest positive and the largest negative weights
-    once an epoch, at a constant fraction, and may not regrow what it just dropped.
+    Differs from the original code in that a weight just dropped may come back at once, ERK masks
+    have exact counts, and what is dropped by sign is counted, not cut at a value. MEST's elastic
+    mutation (more weights at first) and its blocks are not here.
 
     Example:
       >>> import granet_jax as gj, jax, optax
@@ -57,17 +66,17 @@ def set_(
       ...     gj.set_(sparsity=0.9, update_every=100, total_steps=1000, key=jax.random.key(0)),
       ... )
     """
-    return rigl(
-        sparsity=sparsity,
-        update_every=update_every,
-        total_steps=total_steps,
-        begin_step=begin_step,
-        last_step=last_step,
-        initial_fraction=initial_fraction,
-        final_fraction=final_fraction,
-        start=start,
-        grow=scores.random,
-        masks=masks,
-        prunable=prunable,
+    schedules.check_steps(total_steps=total_steps)
+    last = 3 * total_steps // 4 if last_step is None else last_step
+    return compose(
+        start_from(masks, sparsity, start, prunable, key),
+        regenerate(
+            schedules.cosine(initial_fraction, final_fraction, last),
+            drop=drop,
+            grow=scores.random,
+            by_sign=by_sign,
+            prunable=prunable,
+        ),
+        is_update_step=schedules.every(update_every, begin_step, last),
         key=key,
     )
