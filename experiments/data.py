@@ -138,6 +138,21 @@ def facts(dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def sample(split: Batch | Stream, num: int, seed: int) -> Batch:
+    """Draws images of a split at random, all different, as arrays.
+
+    Raises:
+      ValueError: the split is a stream, or holds fewer images.
+    """
+    if isinstance(split, Stream) or num > size(split):
+        raise ValueError(
+            f"{num} images are to be drawn at once: from data in memory, with as many training "
+            "images at least."
+        )
+    chosen = np.random.default_rng(seed).permutation(size(split))[:num]
+    return Batch(np.asarray(split.images)[chosen], np.asarray(split.labels)[chosen])
+
+
 def host_batches(split: Batch | Stream, batch_size: int) -> Iterator[Batch]:
     """Goes once through a split, in this process's share of equal batches.
 

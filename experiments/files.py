@@ -12,8 +12,6 @@ from typing import Any
 
 import jax
 
-from granet_jax import trees
-
 Record = dict[str, float]
 
 
@@ -73,7 +71,7 @@ def check_data(out_dir: pathlib.Path, facts: dict[str, Any]) -> None:
         )
 
 
-def write_about(out_dir: pathlib.Path, params: Any, facts: dict[str, Any]) -> None:
+def write_about(out_dir: pathlib.Path, layers: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     """Notes how the run was called, each time, on what, and what its data and layers are."""
     if jax.process_index() != 0:
         return
@@ -88,10 +86,7 @@ def write_about(out_dir: pathlib.Path, params: Any, facts: dict[str, Any]) -> No
             "jax": jax.__version__,
         }
     )
-    about["layers"] = [
-        {"path": x.path, "shape": list(x.shape), "weights": x.size, "prunable": x.prunable}
-        for x in trees.describe(params, ())
-    ]
+    about["layers"] = layers
     _write(path, json.dumps(about, indent=2) + "\n")
 
 

@@ -1,7 +1,8 @@
 """The one table from the values of ``--method`` to methods of the library."""
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,6 +17,7 @@ class Plan(NamedTuple):
     update_every: int
     prune_end_step: int
     total_steps: int
+    prunable: gj.trees.Rules
     key: jax.Array
 
 
@@ -32,67 +34,112 @@ class Regeneration(NamedTuple):
         return float(gj.cosine(self.initial, self.final, last)(step)) if step <= last else 0.0
 
 
+class AtInit(NamedTuple):
+    """What a method that prunes before training is shown."""
+
+    params: Any
+    loss: Callable[..., Any]  # (params, batch, temperature=1) -> scalar; logits / temperature
+    apply: Callable[..., Any]  # (params, float images) -> logits
+    batches: list[Any]
+    image: jax.ShapeDtypeStruct  # one float image
+    sparsity: float
+    prunable: gj.trees.Rules
+
+
 class Entry(NamedTuple):
     """A row of the table."""
 
     make: Callable[[Plan], gj.Method]
     regeneration: Regeneration = Regeneration(0.0, 0.0, 1.0)
+    dense_gradients: Callable[[int], float] = lambda update_every: 0.0  # share of steps with them
+    at_init: Callable[[AtInit], Any] | None = None  # gives the masks of the start
 
 
 RIGL = Regeneration(0.3, 0.0, 0.75)  # the defaults of the library, told for reports
-ITOP = Regeneration(0.5, 0.005, 1.0)  # and GraNet's
+ITOP = Regeneration(0.5, 0.005, 1.0)  # and GraNet's and SNFS'
 
 
-def _granet(plan: Plan, initial_sparsity: float, scope: Distribution) -> gj.Method:
-    return gj.granet(
-        initial_sparsity=initial_sparsity,
-        final_sparsity=plan.sparsity,
-        end_step=plan.prune_end_step,
-        update_every=plan.update_every,
-        total_steps=plan.total_steps,
-        initial_fraction=ITOP.initial,
-        final_fraction=ITOP.final,
-        scope=scope,
-        key=plan.key,
-    )
+def _dense(plan: Plan) -> gj.Method:
+    return gj.static(prunable=plan.prunable)
 
 
-def _gmp(plan: Plan, scope: Distribution) -> gj.Method:
-    gj.schedules.check_end(plan.update_every, plan.prune_end_step, plan.total_steps)
-    return gj.gmp(
-        final_sparsity=plan.sparsity,
-        end_step=plan.prune_end_step,
-        update_every=plan.update_every,
-        scope=scope,
-    )
+def _static(plan: Plan) -> gj.Method:
+    return gj.static(sparsity=plan.sparsity, prunable=plan.prunable, key=plan.key)
 
 
-def _dynamic(method: Callable[..., gj.Method], regeneration: Regeneration) -> Entry:
+def _magnitude(plan: Plan) -> gj.Method:
+    return gj.magnitude(sparsity=plan.sparsity, at=plan.prune_end_step, prunable=plan.prunable)
+
+
+def _granet(initial_sparsity: float, scope: Distribution) -> Entry:
     def make(plan: Plan) -> gj.Method:
-        return method(
-            sparsity=plan.sparsity,
+        return gj.granet(
+            initial_sparsity=initial_sparsity,
+            final_sparsity=plan.sparsity,
+            end_step=plan.prune_end_step,
             update_every=plan.update_every,
             total_steps=plan.total_steps,
-            last_step=int(regeneration.until * plan.total_steps),
-            initial_fraction=regeneration.initial,
-            final_fraction=regeneration.final,
+            initial_fraction=ITOP.initial,
+            final_fraction=ITOP.final,
+            scope=scope,
+            prunable=plan.prunable,
             key=plan.key,
         )
 
-    return Entry(make, regeneration)
+    return Entry(make, ITOP)
 
+
+def _gmp(scope: Distribution) -> Entry:
+    def make(plan: Plan) -> gj.Method:
+        gj.schedules.check_end(plan.update_every, plan.prune_end_step, plan.total_steps)
+        return gj.gmp(
+            final_sparsity=plan.sparsity,
+            end_step=plan.prune_end_step,
+            update_every=plan.update_every,
+            scope=scope,
+            prunable=plan.prunable,
+        )
+
+    return Entry(make)
+
+
+def _dynamic(
+    method: Callable[..., gj.Method],
+    regeneration: Regeneration,
+    dense_gradients: Callable[[int], float] = lambda update_every: 0.0,
+) -> Entry:
+    def make(plan: Plan) -> gj.Method:
+        return gj.track_exploration(
+            method(
+                sparsity=plan.sparsity,
+                update_every=plan.update_every,
+                total_steps=plan.total_steps,
+                prunable=plan.prunable,
+                key=plan.key,
+            )
+        )
+
+    return Entry(make, regeneration, dense_gradients)
+
+
+_mest = functools.partial(gj.set_, drop=gj.scores.magnitude_and_gradient(0.01))
+_unfired = functools.partial(gj.set_itop, unexplored_first=True)
 
 METHODS: dict[str, Entry] = {
-    "dense": Entry(lambda plan: gj.static(sparsity=0.0)),
-    "static": Entry(lambda plan: gj.static(sparsity=plan.sparsity, key=plan.key)),
+    "dense": Entry(_dense),
+    "static": Entry(_static),
     "set": _dynamic(gj.set_, RIGL),
-    "rigl": _dynamic(gj.rigl, RIGL),
-    "set_itop": _dynamic(gj.set_, ITOP),
-    "rigl_itop": _dynamic(gj.rigl, ITOP),
-    "magnitude": Entry(lambda plan: gj.magnitude(sparsity=plan.sparsity, at=plan.prune_end_step)),
-    "gmp": Entry(lambda plan: _gmp(plan, gj.global_ranking)),
-    "gmp_uniform": Entry(lambda plan: _gmp(plan, gj.uniform)),
-    "granet": Entry(lambda plan: _granet(plan, 0.0, gj.global_ranking), ITOP),
-    "granet_st": Entry(lambda plan: _granet(plan, 0.5, gj.global_ranking), ITOP),
-    "granet_uniform": Entry(lambda plan: _granet(plan, 0.0, gj.uniform), ITOP),
+    "set_by_sign": _dynamic(functools.partial(gj.set_, by_sign=True), RIGL),
+    "mest": _dynamic(_mest, RIGL),
+    "rigl": _dynamic(gj.rigl, RIGL, lambda update_every: 1 / (update_every + 1)),
+    "set_itop": _dynamic(gj.set_itop, ITOP),
+    "set_itop_unfired": _dynamic(_unfired, ITOP),
+    "rigl_itop": _dynamic(gj.rigl_itop, ITOP),
+    "snfs": _dynamic(gj.snfs, ITOP, lambda update_every: 1.0),
+    "magnitude": Entry(_magnitude),
+    "gmp": _gmp(gj.global_ranking),
+    "gmp_uniform": _gmp(gj.uniform),
+    "granet": _granet(0.0, gj.global_ranking),
+    "granet_st": _granet(0.5, gj.global_ranking),
+    "granet_uniform": _granet(0.0, gj.uniform),
 }

@@ -10,10 +10,8 @@ from experiments import methods
 from experiments.settings import Settings
 
 
-def make_optimizer(
-    config: Settings, steps_per_epoch: int, key: jax.Array
-) -> optax.GradientTransformation:
-    """Wraps SGD or AdamW in ``gj.sparsify``.
+def make_method(config: Settings, steps_per_epoch: int, key: jax.Array) -> gj.Method:
+    """The method that the settings name.
 
     Args:
       config: the settings.
@@ -29,9 +27,16 @@ def make_optimizer(
         update_every=config.update_every,
         prune_end_step=max(1, round(config.prune_until * total_steps)),
         total_steps=total_steps,
+        prunable=config.prunable,
         key=key,
     )
-    method = methods.METHODS[config.method].make(plan)
+    return methods.METHODS[config.method].make(plan)
+
+
+def make_optimizer(
+    config: Settings, steps_per_epoch: int, method: gj.Method
+) -> optax.GradientTransformation:
+    """Wraps SGD or AdamW in ``gj.sparsify``."""
     schedule = learning_rate(config, steps_per_epoch)
     decayed = None if config.decay_all else _kernels
     if config.optimizer == "adamw":

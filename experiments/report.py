@@ -7,7 +7,7 @@ one method from several seeds share a line and a band.
 import io
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -31,6 +31,8 @@ CURVES = (  # name in the records, label, factor
     ("sparsity", "sparsity (%)", 100),
     ("regeneration_fraction", "regeneration fraction (%)", 100),
     ("churn", "churn: weights newly live (% of all live)", 100),
+    ("exploration", "exploration rate R_s: weights live at least once (%)", 100),
+    ("training_flops", "training FLOPs so far (% of dense)", 100),
 )
 
 
@@ -51,6 +53,7 @@ def write(path: pathlib.Path, runs: Runs) -> None:
         curves=Markup(_svg(_curves(histories))),
         heatmaps=Markup(_svg(_heatmaps(histories))),
         labels=list(runs),
+        explored=["exploration" in group[0][-1] for group in histories.values()],
         layers=_layers(first, histories),
         selection=selection(histories),
         settings=_settings(runs),
@@ -74,6 +77,8 @@ def summarise(label: str, histories: Sequence[list[files.Record]]) -> dict[str, 
         "sparsity": _span((record["sparsity"] for record in last), ".6f"),
         "test accuracy, last epoch (%)": _mean_and_std([r["test_accuracy"] for r in last]),
         "best epoch (%)": _mean_and_std([r["test_accuracy"] for r in best]),
+        "inference FLOPs": _ratio(record["inference_flops"] for record in last),
+        "training FLOPs": _ratio(record["training_flops"] for record in last),
         "images/s": f"{np.median([r['images_per_second'] for h in histories for r in h]):,.0f}",
     }
 
@@ -105,30 +110,34 @@ def _settings(runs: Runs) -> list[tuple[str, str]]:
 def _layers(
     folder: pathlib.Path, histories: Mapping[str, Sequence[list[files.Record]]]
 ) -> list[dict[str, Any]]:
-    """For each leaf: path, shape, weights, and the kept fraction at the end under each label."""
+    """For each leaf: what about.json tells, density and exploration at the end by label."""
     return [
         layer
         | {
-            "kept": [
-                float(np.mean([h[-1][f"density/{layer['path']}"] for h in group]))
-                for group in histories.values()
-            ]
-            if layer["prunable"]
-            else None
+            name: [_mean_at_end(group, f"{name}/{layer['path']}") for group in histories.values()]
+            for name in ("density", "exploration")
         }
         for layer in files.read_json(folder, "about.json")["layers"]
     ]
 
 
+def _mean_at_end(group: Sequence[list[files.Record]], name: str) -> float | None:
+    if name not in group[0][-1]:
+        return None
+    return float(np.mean([history[-1][name] for history in group]))
+
+
 def _curves(histories: Mapping[str, Sequence[list[files.Record]]]) -> Any:
-    records = next(iter(histories.values()))[0]
-    shown = [curve for curve in CURVES if curve[0] in records[0]]
+    has = {name for group in histories.values() for name in group[0][0]}
+    shown = [curve for curve in CURVES if curve[0] in has]
     rows = (len(shown) + 1) // 2
     figure, grid = plt.subplots(
         rows, 2, figsize=(11, 2.9 * rows), layout="constrained", squeeze=False
     )
     for axes, (name, label, factor) in zip(grid.flat, shown, strict=False):
         for i, (method, group) in enumerate(histories.items()):
+            if name not in group[0][0]:
+                continue
             epochs = min(len(history) for history in group)
             x = [record["epoch"] for record in group[0][:epochs]]
             values = factor * np.array([[r[name] for r in h[:epochs]] for h in group])
@@ -211,6 +220,10 @@ def _svg(figure: Any) -> str:
 
 def _span(values: Any, form: str = ",") -> str:
     return "-".join(f"{v:{form}}" for v in sorted(set(values)))
+
+
+def _ratio(values: Iterable[float]) -> str:
+    return f"{np.mean(list(values)):.4f}x"
 
 
 def _mean_and_std(values: Sequence[float]) -> str:

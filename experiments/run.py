@@ -6,6 +6,7 @@ each epoch), checkpoints/, tensorboard/ (where tensorboardX is installed) and re
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import pathlib
@@ -122,7 +123,7 @@ def run_trainer(
         stream = trainer.open_stream(config.seed)
         state, epoch = _start(trainer, manager, stream)
         history = files.rewind(out_dir, int(state.step), trainer.steps_per_epoch)
-        files.write_about(out_dir, state.params, trainer.data_facts)
+        files.write_about(out_dir, _layers(trainer, state), trainer.data_facts)
         try:
             with _logger(out_dir, history, show) as log:
                 state = _train(
@@ -132,6 +133,21 @@ def run_trainer(
             if jax.process_index() == 0 and files.read_history(out_dir):
                 report.write(out_dir / "report.html", {config.method: [out_dir]})
     return Result(state, history)
+
+
+def _layers(trainer: Trainer, state: State) -> list[dict[str, Any]]:
+    """What there is to know of each leaf before training."""
+    leaves = gj.trees.describe(state.params, trainer.settings.prunable)
+    return [
+        {
+            "path": leaf.path,
+            "shape": list(leaf.shape),
+            "weights": leaf.size,
+            "prunable": leaf.prunable,
+            "macs": cost.macs,
+        }
+        for leaf, cost in zip(leaves, trainer.costs.leaves, strict=True)
+    ]
 
 
 class _Epoch(NamedTuple):
@@ -177,7 +193,7 @@ def _train(
         state, device_losses = trainer.run(state, stream, num_steps)
         losses = np.asarray(device_losses)
         seconds = time.perf_counter() - started
-        measured = _measure(old_masks, gj.get_masks(state.opt_state), state.params)
+        measured = _measure(trainer, old_masks, state)
         _check_finite(losses, int(measured["nonfinite"]), step, trainer, manager)
         step += num_steps
         epoch = _Epoch(
@@ -208,7 +224,7 @@ def _record(
 ) -> files.Record:
     config = trainer.settings
     live = int(measured["live"])
-    regeneration = methods.METHODS[config.method].regeneration
+    entry = methods.METHODS[config.method]
     schedule = optimizers.learning_rate(config, trainer.steps_per_epoch)
     return {
         "epoch": step // trainer.steps_per_epoch,
@@ -218,22 +234,53 @@ def _record(
         "learning_rate": float(schedule(step - 1)),  # of the last update
         "sparsity": float(measured["sparsity"]),
         "live": live,
-        "regeneration_fraction": regeneration.at(step, config.epochs * trainer.steps_per_epoch),
+        "regeneration_fraction": entry.regeneration.at(
+            step, config.epochs * trainer.steps_per_epoch
+        ),
         "churn": epoch.grown / max(live, 1),
+        "inference_flops": float(state.effort.ratio),
+        "training_flops": gj.flops.training_ratio(
+            training.mean_forward_ratio(state), entry.dense_gradients(config.update_every)
+        ),
         "images_per_second": config.batch_size * epoch.steps / epoch.seconds,
-        **{f"density/{path}": float(value) for path, value in measured["densities"].items()},
+        **{
+            name: float(value)
+            for name, value in measured.items()
+            if name.startswith(("density/", "exploration"))
+        },
     }
 
 
-@jax.jit
-def _measure(old_masks: Any, masks: Any, params: Any) -> dict[str, Any]:
-    return {
-        "sparsity": gj.metrics.sparsity(masks, params),
-        "live": jnp.sum(gj.metrics.num_live(masks, params)),
+def _measure(trainer: Trainer, old_masks: Any, state: State) -> dict[str, Any]:
+    method_state = gj.get_method_state(state.opt_state)
+    return _numbers(
+        trainer.settings.prunable,
+        old_masks,
+        method_state.masks,
+        getattr(method_state, "explored", None),
+        state.params,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _numbers(
+    prunable: gj.trees.Rules, old_masks: Any, masks: Any, explored: Any, params: Any
+) -> dict[str, Any]:
+    numbers = {
+        "sparsity": gj.metrics.sparsity(masks, params, prunable),
+        "live": jnp.sum(gj.metrics.num_live(masks, params, prunable)),
         "grown": gj.metrics.num_grown(old_masks, masks),
         "nonfinite": gj.metrics.num_nonfinite(params),
-        "densities": gj.metrics.densities(masks, params),
+        **_named("density", gj.metrics.densities(masks, params, prunable)),
     }
+    if explored is not None:
+        numbers["exploration"] = 1 - gj.metrics.sparsity(explored, params, prunable)
+        numbers |= _named("exploration", gj.metrics.densities(explored, params, prunable))
+    return numbers
+
+
+def _named(name: str, by_path: dict[str, Any]) -> dict[str, Any]:
+    return {f"{name}/{path}": value for path, value in by_path.items()}
 
 
 def _check_finite(

@@ -57,6 +57,9 @@ class Settings:
     epochs: int = _flag("passes over the training data", low=1)
     batch_size: int = _flag("images in a step, over all devices", low=1)
     update_every: int = _flag("steps between mask updates (Delta T)", low=1)
+    dense_layers: tuple[str, ...] = _flag(
+        "patterns of paths of weights that are never pruned, as in ^fc3/", ()
+    )
     prune_until: float = _flag(
         "gradual pruning ends at this fraction of training", 0.5, low=0, high=1
     )
@@ -93,6 +96,11 @@ class Settings:
         "steps run at once, after which a checkpoint can be written (0: an epoch)", 0, low=0
     )
     seed: int = _flag("of the initial weights, the masks and the order of the data", 0, low=0)
+
+    @property
+    def prunable(self) -> tuple[tuple[str, bool], ...]:
+        """The path rules for the library."""
+        return tuple((pattern, False) for pattern in self.dense_layers)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -153,6 +161,7 @@ def from_flags(flag_values: flags.FlagValues = flags.FLAGS, **given: Any) -> Set
         if value is None:
             value = BY_DATASET[flag_values.dataset].get(field.name, _default(field))
         values[field.name] = value
+    values["dense_layers"] = tuple(values["dense_layers"])
     try:
         values["drop_at"] = tuple(float(x) for x in values["drop_at"])
     except ValueError as error:

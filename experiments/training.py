@@ -14,9 +14,19 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import granet_jax as gj
-from experiments import augment, data, models, optimizers, streams
+from experiments import augment, data, methods, models, optimizers, streams
 from experiments.settings import Settings
 from experiments.streams import Batch, Stream
+
+AT_INIT_IMAGES = 10  # for each class, shown to methods that prune before training
+
+
+class Effort(NamedTuple):
+    """Forward FLOPs so far, in units of those of the dense network."""
+
+    ratio: jax.Array  # float32, of a step under the present masks
+    since: jax.Array  # int32, the step after which they were last measured
+    total: jax.Array  # float32, of all steps up to that
 
 
 class State(NamedTuple):
@@ -26,6 +36,7 @@ class State(NamedTuple):
     params: Any
     model_state: Any  # batch statistics
     opt_state: Any
+    effort: Effort
     key: jax.Array  # typed; what is drawn follows from it and the step
 
 
@@ -38,6 +49,7 @@ class Trainer(NamedTuple):
     settings: Settings
     data_facts: dict[str, Any]  # JSON, by which other data are noticed
     steps_per_epoch: int
+    costs: gj.flops.Costs  # of the dense network, for one image
     abstract_state: State  # ShapeDtypeStructs with shardings
     init: Callable[[int], State]  # seed -> state
     open_stream: Callable[[int], Any]  # seed -> an iterator of batches; None for data in memory
@@ -83,23 +95,39 @@ def make_trainer(
             f"--batch_size={config.batch_size} is no multiple of the {jax.device_count()} devices "
             "that share a batch."
         )
-    optimizer = functools.partial(optimizers.make_optimizer, config, steps_per_epoch)
+    image = jax.ShapeDtypeStruct((1, *data.image_shape(dataset.train)), jnp.float32)
+    make_method = functools.partial(optimizers.make_method, config, steps_per_epoch)
     # The methods' keys are in the state; the one given here is not used again.
-    update = optimizer(jax.random.key(0)).update
+    method = make_method(jax.random.key(0))
+    update = optimizers.make_optimizer(config, steps_per_epoch, method).update
+
+    def apply(params: Any, model_state: Any, x: jax.Array, train: bool, **rest: Any) -> Any:
+        return model.apply({"params": params, **model_state}, x, **_told(model, train), **rest)
 
     def forward(params: Any, model_state: Any, images: jax.Array, train: bool, **rest: Any) -> Any:
-        x = _normalise(images, dataset)
-        return model.apply({"params": params, **model_state}, x, **_told(model, train), **rest)
+        return apply(params, model_state, _normalise(images, dataset), train, **rest)
+
+    def init_model(key: jax.Array) -> tuple[Any, dict[str, Any]]:
+        x = jnp.zeros(image.shape)
+        variables = dict(model.init(key, x, **_told(model, False)))
+        return variables.pop("params"), variables
+
+    params, model_state = jax.eval_shape(init_model, jax.random.key(0))
+    costs = gj.flops.count(lambda p, s, x: apply(p, s, x, False), params, model_state, image)
+
+    def forward_ratio(opt_state: Any) -> jax.Array:
+        densities = gj.metrics.densities(gj.get_masks(opt_state), params, config.prunable)
+        return jnp.asarray(gj.flops.ratio(costs, densities), jnp.float32)
 
     def init(seed: Any) -> State:
         key = jax.random.key(seed)
-        image = jnp.zeros((1, *data.image_shape(dataset.train)))
-        variables = dict(model.init(jax.random.fold_in(key, 0), image, **_told(model, False)))
-        params = variables.pop("params")
-        opt_state = optimizer(jax.random.fold_in(key, 1)).init(params)
+        params, model_state = init_model(jax.random.fold_in(key, 0))
+        method = make_method(jax.random.fold_in(key, 1))
+        opt_state = optimizers.make_optimizer(config, steps_per_epoch, method).init(params)
         params = gj.apply_masks(params, gj.get_masks(opt_state))
         step = jnp.zeros([], jnp.int32)
-        return State(step, params, variables, opt_state, jax.random.fold_in(key, 2))
+        effort = Effort(forward_ratio(opt_state), step, jnp.zeros([]))
+        return State(step, params, model_state, opt_state, effort, jax.random.fold_in(key, 2))
 
     def loss_fn(params: Any, state: State, batch: Batch) -> tuple[jax.Array, Any]:
         dropout = {"dropout": jax.random.fold_in(_key_of_step(state), 0)}
@@ -121,7 +149,13 @@ def make_trainer(
         (loss, model_state), grads = loss_and_grads(state, Batch(images, batch.labels))
         updates, opt_state = update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return State(state.step + 1, params, model_state, opt_state, state.key), loss
+        t = state.step + 1
+        effort = jax.lax.cond(
+            method.is_update_step(t),
+            lambda: Effort(forward_ratio(opt_state), t, _spent(state.effort, t)),
+            lambda: state.effort,
+        )
+        return State(t, params, model_state, opt_state, effort, state.key), loss
 
     @jax.jit
     def num_correct(state: State, batch: Batch) -> jax.Array:
@@ -132,6 +166,38 @@ def make_trainer(
         batches = data.host_batches(split, config.batch_size)
         correct = sum(int(num_correct(state, _place(batch))) for batch in batches)
         return 100 * correct / data.size(split)
+
+    jitted_init = jax.jit(init, out_shardings=_sharding())
+
+    def start(seed: int) -> State:
+        state = jitted_init(seed)
+        find = methods.METHODS[config.method].at_init
+        if find is None:
+            return state
+
+        def loss(params: Any, batch: Batch, temperature: float = 1.0) -> jax.Array:
+            logits = forward(params, state.model_state, batch.images, False) / temperature
+            labels = jax.nn.one_hot(batch.labels, dataset.num_classes)
+            return jnp.mean(optax.softmax_cross_entropy(logits, labels))
+
+        batches = data.sample(dataset.train, AT_INIT_IMAGES * dataset.num_classes, seed)
+        masks = find(
+            methods.AtInit(
+                state.params,
+                loss,
+                lambda params, x: apply(params, state.model_state, x, False),
+                [batches],
+                image,
+                config.sparsity,
+                config.prunable,
+            )
+        )
+        params = gj.apply_masks(state.params, masks)
+        opt_state = gj.set_masks(state.opt_state, masks)
+        ratio = forward_ratio(opt_state)
+        effort = state.effort._replace(ratio=ratio)
+        state = state._replace(params=params, opt_state=opt_state, effort=effort)
+        return jax.device_put(state, _sharding())
 
     abstract_state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding()),
@@ -149,14 +215,20 @@ def make_trainer(
         config,
         data.facts(dataset),
         steps_per_epoch,
+        costs,
         abstract_state,
-        jax.jit(init, out_shardings=_sharding()),
+        start,
         open_stream,
         run,
         lambda state: {k: accuracy(state, split) for k, split in dataset.held_out.items()},
         step,
         loss_and_grads,
     )
+
+
+def mean_forward_ratio(state: State) -> float:
+    """Forward FLOPs over those of the dense network, as a mean over the steps so far."""
+    return float(_spent(state.effort, state.step)) / max(int(state.step), 1)
 
 
 def recalibrate(trainer: Trainer, state: State, batches: Iterable[Batch]) -> State:
@@ -249,6 +321,10 @@ def _sharding(*axes: str) -> NamedSharding:
     return NamedSharding(
         jax.sharding.Mesh(np.array(jax.devices()), ("data",)), PartitionSpec(*axes)
     )
+
+
+def _spent(effort: Effort, step: jax.Array) -> jax.Array:
+    return effort.total + effort.ratio * (step - effort.since)
 
 
 def _key_of_step(state: State) -> jax.Array:

@@ -16,6 +16,7 @@ selection -> masks -> updates``. Modules import only from those before them::
                    back, and the conformance kit for methods
 """
 
+from granet_jax import flops as flops
 from granet_jax import metrics as metrics
 from granet_jax import report as report
 from granet_jax import schedules as schedules

@@ -49,15 +49,15 @@ class Distribution(Protocol):
 
 
 class Redistribution(Protocol):
-    """Deals out over layers what was dropped: ``(num_dropped, scores, live) -> num_grown``.
+    """Deals out over layers what was dropped: ``(num_dropped, growth, live) -> num_grown``.
 
-    ``num_dropped`` is int32 ``(layers,)``; ``scores`` (of growth) and ``live`` (before the drop)
+    ``num_dropped`` is int32 ``(layers,)``; ``growth`` (scores) and ``live`` (before the drop)
     are stacks as :func:`granet_jax.trees.split` makes them. ``num_grown``, int32 ``(layers,)``,
     has the same sum and fits into what is off in each layer after the drop.
     """
 
     def __call__(
-        self, num_dropped: jax.Array, scores: Sequence[jax.Array], live: Sequence[jax.Array]
+        self, num_dropped: jax.Array, growth: Sequence[jax.Array], live: Sequence[jax.Array]
     ) -> jax.Array: ...
 
 

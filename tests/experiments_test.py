@@ -78,7 +78,7 @@ def test_compare_prints_a_row_for_each_method(tmp_path):
 @pytest.mark.parametrize(
     ("program", "flags", "message"),
     [
-        ("train", ["--method=magic"], "should be one of <dense|static|set|rigl|"),
+        ("train", ["--method=magic"], "should be one of <dense|static|set|set_by_sign|"),
         ("train", ["--sparsity=98"], "error: final_sparsity must be in [0, 1), the fraction of"),
         ("train", ["--epochs=0"], "--epochs=0"),
         ("train", ["granet"], "error: 'granet' is no flag"),
@@ -166,7 +166,8 @@ def test_learning_rates(changes, steps, expected):
 )
 def test_decay_leaves_biases_alone_where_told(changes):
     trainer = training.make_trainer(config(decay_all=False, **changes), data.load("digits"))
-    optimizer = optimizers.make_optimizer(trainer.settings, 44, jax.random.key(0))
+    method = optimizers.make_method(trainer.settings, 44, jax.random.key(0))
+    optimizer = optimizers.make_optimizer(trainer.settings, 44, method)
     params = {"fc": {"kernel": jnp.ones((20, 20)), "bias": jnp.ones(20)}}
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)

@@ -15,9 +15,9 @@ ROOT = pathlib.Path(gj.__file__).parent
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "granet_jax."))
 ORDER = [
     *("types", "trees", "scores", "distributions", "schedules", "selection", "masks"),
-    *("methods", "transform", "metrics", "report", "checkpoint", "testing"),
+    *("methods", "transform", "metrics", "flops", "report", "checkpoint", "reparam", "testing"),
 ]
-SERVICES = ("metrics", "report", "checkpoint", "testing")  # never import methods
+SERVICES = ("metrics", "flops", "report", "checkpoint", "testing")  # never import methods
 
 
 def imports(path):

@@ -1,30 +1,12 @@
 """The networks are those of the papers: counts of weights and multiply-adds, taken from traces."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.models import MODELS
-from granet_jax import trees
-
-
-def multiply_adds(jaxpr):
-    total = 0
-    for eqn in jaxpr.eqns:
-        inputs, outputs = ([v.aval.shape for v in vs] for vs in (eqn.invars, eqn.outvars))
-        if eqn.primitive.name == "conv_general_dilated":
-            out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
-            total += math.prod(outputs[0]) * math.prod(inputs[1]) // inputs[1][out_axis]
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            total += math.prod(outputs[0]) * math.prod(inputs[0][axis] for axis in contracted)
-        for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)
-            total += multiply_adds(inner) if hasattr(inner, "eqns") else 0
-    return total
+from granet_jax import flops, trees
 
 
 def abstract(name, num_classes, shape, **kwargs):
@@ -50,8 +32,15 @@ def abstract(name, num_classes, shape, **kwargs):
 )
 def test_prunable_weights_and_multiply_adds(name, num_classes, shape, weights, macs):
     model, image, variables = abstract(name, num_classes, shape)
-    assert trees.num_prunable(trees.describe(variables["params"], ())) == weights
-    assert multiply_adds(jax.make_jaxpr(model.apply)(variables, image).jaxpr) == macs
+    params, rest = variables["params"], {k: v for k, v in variables.items() if k != "params"}
+    leaves = trees.describe(params, ())
+    assert trees.num_prunable(leaves) == weights
+    costs = flops.count(lambda p, r, x: model.apply({"params": p, **r}, x), params, rest, image)
+    assert sum(leaf.macs for leaf in costs.leaves) + costs.other == macs
+    # All products are those of prunable kernels, and all of these have one, but for attention.
+    assert [leaf.macs > 0 for leaf in costs.leaves] == [leaf.prunable for leaf in leaves]
+    tokens, width, depth = 64, 192, 6
+    assert costs.other == (depth * 2 * tokens**2 * width if name == "vit_small" else 0)
 
 
 def test_resnet50_has_the_published_number_of_parameters():

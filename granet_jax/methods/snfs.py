@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from granet_jax import distributions, schedules, scores, selection, trees
 from granet_jax.masks import compose, regenerate, start_from
@@ -72,8 +71,8 @@ def by_mean_score(
       [2, 2]
     """
     num_live = selection.count(live)
-    sizes = np.array([x[0].size for x in live for _ in range(len(x))])
-    room = sizes - num_live + num_dropped
+    sizes = [x[0].size for x in live for _ in range(len(x))]
+    room = jnp.array(sizes, jnp.int32) - num_live + num_dropped
     total = jnp.sum(num_dropped)
     sums = [
         jnp.sum(jnp.where(x & jnp.isfinite(s), s, 0.0), axis=tuple(range(1, x.ndim)))
