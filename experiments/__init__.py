@@ -9,6 +9,8 @@ In the order in which data flow::
     files, checkpoints       what a run leaves
     report, run              its page; a run that goes on where it was stopped
     train, compare           programs, with output for the terminal
+    lottery, plasticity      studies over many runs
+    collapse, flops          studies without training
 """
 
 import logging

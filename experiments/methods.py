@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
 import granet_jax as gj
 from granet_jax.types import Distribution
+
+SparseMethod: TypeAlias = gj.Method | gj.reparam.Reparameterisation
 
 
 class Plan(NamedTuple):
@@ -49,7 +51,7 @@ class AtInit(NamedTuple):
 class Entry(NamedTuple):
     """A row of the table."""
 
-    make: Callable[[Plan], gj.Method]
+    make: Callable[[Plan], SparseMethod]
     regeneration: Regeneration = Regeneration(0.0, 0.0, 1.0)
     dense_gradients: Callable[[int], float] = lambda update_every: 0.0  # share of steps with them
     at_init: Callable[[AtInit], Any] | None = None  # gives the masks of the start
@@ -122,12 +124,46 @@ def _dynamic(
     return Entry(make, regeneration, dense_gradients)
 
 
+def _before_training(find: Callable[[AtInit], Any]) -> Entry:
+    return Entry(_dense, at_init=find)
+
+
+def _snip(start: AtInit) -> Any:
+    return gj.at_init.snip(
+        start.loss, start.params, start.batches, sparsity=start.sparsity, prunable=start.prunable
+    )
+
+
+def _grasp(start: AtInit) -> Any:
+    return gj.at_init.grasp(
+        functools.partial(start.loss, temperature=200.0),
+        start.params,
+        start.batches,
+        sparsity=start.sparsity,
+        prunable=start.prunable,
+    )
+
+
+def _synflow(start: AtInit) -> Any:
+    return gj.at_init.synflow(
+        start.apply, start.params, start.image, sparsity=start.sparsity, prunable=start.prunable
+    )
+
+
+def _magnitude_at_init(start: AtInit) -> Any:
+    return gj.at_init.magnitude(start.params, sparsity=start.sparsity, prunable=start.prunable)
+
+
 _mest = functools.partial(gj.set_, drop=gj.scores.magnitude_and_gradient(0.01))
 _unfired = functools.partial(gj.set_itop, unexplored_first=True)
 
 METHODS: dict[str, Entry] = {
     "dense": Entry(_dense),
     "static": Entry(_static),
+    "snip": _before_training(_snip),
+    "grasp": _before_training(_grasp),
+    "synflow": _before_training(_synflow),
+    "magnitude_at_init": _before_training(_magnitude_at_init),
     "set": _dynamic(gj.set_, RIGL),
     "set_by_sign": _dynamic(functools.partial(gj.set_, by_sign=True), RIGL),
     "mest": _dynamic(_mest, RIGL),
@@ -142,4 +178,6 @@ METHODS: dict[str, Entry] = {
     "granet": _granet(0.0, gj.global_ranking),
     "granet_st": _granet(0.5, gj.global_ranking),
     "granet_uniform": _granet(0.0, gj.uniform),
+    "dst": Entry(lambda plan: gj.reparam.dst(prunable=plan.prunable)),
+    "str": Entry(lambda plan: gj.reparam.str_(prunable=plan.prunable)),
 }

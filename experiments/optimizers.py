@@ -1,6 +1,7 @@
 """The optimizer that the settings describe, made sparse by the method they name."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -10,7 +11,47 @@ from experiments import methods
 from experiments.settings import Settings
 
 
-def make_method(config: Settings, steps_per_epoch: int, key: jax.Array) -> gj.Method:
+class Family(NamedTuple):
+    """How parameters are held while a method trains them."""
+
+    start: Callable[[Any, optax.GradientTransformation], tuple[Any, Any]]
+    """(initial weights, optimizer) -> what is trained, optimizer state"""
+    weights: Callable[[Any], Any]  # what is trained -> what the network uses
+    masks: Callable[[Any, Any], Any]  # (what is trained, optimizer state) -> masks
+    explored: Callable[[Any], Any]  # optimizer state -> union of all masks; None = not tracked
+    is_update_step: Callable[[Any], Any]  # step -> whether FLOPs are measured anew after it
+
+
+def family_of(method: methods.SparseMethod, update_every: int) -> Family:
+    """Masks in the optimizer's state, or thresholds beside the weights."""
+    if isinstance(method, gj.Method):
+
+        def start(params: Any, tx: optax.GradientTransformation) -> tuple[Any, Any]:
+            opt_state = tx.init(params)
+            return gj.apply_masks(params, gj.get_masks(opt_state)), opt_state
+
+        return Family(
+            start,
+            lambda params: params,
+            lambda _, opt_state: gj.get_masks(opt_state),
+            lambda opt_state: gj.get_method_state(opt_state).explored,
+            method.is_update_step,
+        )
+
+    def start_pair(params: Any, tx: optax.GradientTransformation) -> tuple[Any, Any]:
+        pair = (params, method.init(params))
+        return pair, tx.init(pair)
+
+    return Family(
+        start_pair,
+        lambda pair: method.effective(*pair),
+        lambda pair, _: method.masks(*pair),
+        lambda opt_state: None,
+        gj.every(update_every),
+    )
+
+
+def make_method(config: Settings, steps_per_epoch: int, key: jax.Array) -> methods.SparseMethod:
     """The method that the settings name.
 
     Args:
@@ -34,9 +75,9 @@ def make_method(config: Settings, steps_per_epoch: int, key: jax.Array) -> gj.Me
 
 
 def make_optimizer(
-    config: Settings, steps_per_epoch: int, method: gj.Method
+    config: Settings, steps_per_epoch: int, method: methods.SparseMethod
 ) -> optax.GradientTransformation:
-    """Wraps SGD or AdamW in ``gj.sparsify``."""
+    """Wraps SGD or AdamW in ``gj.sparsify``, or in ``gj.reparam.penalise``."""
     schedule = learning_rate(config, steps_per_epoch)
     decayed = None if config.decay_all else _kernels
     if config.optimizer == "adamw":
@@ -46,7 +87,12 @@ def make_optimizer(
             optax.add_decayed_weights(config.weight_decay, decayed),
             optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
         )
-    return gj.sparsify(inner, method)
+    if isinstance(method, gj.Method):
+        return gj.sparsify(inner, method)
+    coefficient: Any = config.penalty
+    if config.penalty < 0:
+        coefficient = gj.reparam.steer(config.sparsity)
+    return gj.reparam.penalise(inner, method, coefficient)
 
 
 def learning_rate(config: Settings, steps_per_epoch: int) -> optax.Schedule:

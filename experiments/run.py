@@ -31,6 +31,8 @@ class Result(NamedTuple):
     """What a run leaves behind."""
 
     state: State  # after the last epoch
+    weights: Any  # what the network uses at the end, zeros where masked
+    masks: Any
     history: list[files.Record]  # one record for each epoch
 
 
@@ -132,12 +134,13 @@ def run_trainer(
         finally:
             if jax.process_index() == 0 and files.read_history(out_dir):
                 report.write(out_dir / "report.html", {config.method: [out_dir]})
-    return Result(state, history)
+    return Result(state, trainer.family.weights(state.params), _masks(trainer, state), history)
 
 
 def _layers(trainer: Trainer, state: State) -> list[dict[str, Any]]:
     """What there is to know of each leaf before training."""
-    leaves = gj.trees.describe(state.params, trainer.settings.prunable)
+    weights = trainer.family.weights(state.params)
+    leaves = gj.trees.describe(weights, trainer.settings.prunable)
     return [
         {
             "path": leaf.path,
@@ -188,7 +191,7 @@ def _train(
     saved_at = time.monotonic()
     while step < total_steps:
         num_steps = min(chunk_steps, trainer.steps_per_epoch - step % trainer.steps_per_epoch)
-        old_masks = jax.tree.map(jnp.copy, gj.get_masks(state.opt_state))
+        old_masks = jax.tree.map(jnp.copy, _masks(trainer, state))
         started = time.perf_counter()
         state, device_losses = trainer.run(state, stream, num_steps)
         losses = np.asarray(device_losses)
@@ -252,31 +255,33 @@ def _record(
 
 
 def _measure(trainer: Trainer, old_masks: Any, state: State) -> dict[str, Any]:
-    method_state = gj.get_method_state(state.opt_state)
-    return _numbers(
-        trainer.settings.prunable,
-        old_masks,
-        method_state.masks,
-        getattr(method_state, "explored", None),
-        state.params,
-    )
+    explored = trainer.family.explored(state.opt_state)
+    masks = _masks(trainer, state)
+    return _numbers(trainer.settings.prunable, old_masks, masks, explored, state.params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _numbers(
     prunable: gj.trees.Rules, old_masks: Any, masks: Any, explored: Any, params: Any
 ) -> dict[str, Any]:
+    def floats(tree: Any) -> Any:  # in place of the weights, of which shape and dtype matter
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), tree)
+
     numbers = {
-        "sparsity": gj.metrics.sparsity(masks, params, prunable),
-        "live": jnp.sum(gj.metrics.num_live(masks, params, prunable)),
+        "sparsity": gj.metrics.sparsity(masks, floats(masks), prunable),
+        "live": jnp.sum(gj.metrics.num_live(masks, floats(masks), prunable)),
         "grown": gj.metrics.num_grown(old_masks, masks),
         "nonfinite": gj.metrics.num_nonfinite(params),
-        **_named("density", gj.metrics.densities(masks, params, prunable)),
+        **_named("density", gj.metrics.densities(masks, floats(masks), prunable)),
     }
     if explored is not None:
-        numbers["exploration"] = 1 - gj.metrics.sparsity(explored, params, prunable)
-        numbers |= _named("exploration", gj.metrics.densities(explored, params, prunable))
+        numbers["exploration"] = 1 - gj.metrics.sparsity(explored, floats(masks), prunable)
+        numbers |= _named("exploration", gj.metrics.densities(explored, floats(masks), prunable))
     return numbers
+
+
+def _masks(trainer: Trainer, state: State) -> Any:
+    return trainer.family.masks(state.params, state.opt_state)
 
 
 def _named(name: str, by_path: dict[str, Any]) -> dict[str, Any]:

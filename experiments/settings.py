@@ -48,6 +48,12 @@ class Settings:
         choices=list(data.DATASETS),
     )
     model: str = _flag("the network", choices=list(models.MODELS))
+    init: str = _flag(
+        "initial weights: the model's own, or uniform within 1 / sqrt(fan-in) as PyTorch's",
+        "own",
+        choices=["own", "uniform"],
+    )
+    normalise: bool = _flag("inputs of mean 0 and deviation 1, instead of within [0, 1]", True)
     method: str = _flag(
         "how to train sparse; granet starts dense, granet_st starts from half of the weights",
         "granet",
@@ -62,6 +68,11 @@ class Settings:
     )
     prune_until: float = _flag(
         "gradual pruning ends at this fraction of training", 0.5, low=0, high=1
+    )
+    penalty: float = _flag(
+        "coefficient of the penalty of dst and str; -1: steered so that --sparsity is met",
+        -1.0,
+        low=-1,
     )
     optimizer: str = _flag("the optimizer inside", "sgd", choices=list(OPTIMIZERS))
     learning_rate: float = _flag("peak learning rate", 0.1, low=0)

@@ -37,16 +37,18 @@ def main(argv: list[str]) -> None:
         with output.progress(console, config.method, config.epochs, plain_every) as show:
             result = run.run(config, dataset, out_dir, show=show, **run.from_flags())
 
-    print(gj.report.table(result.state.params, gj.get_masks(result.state.opt_state)))
+    print(gj.report.table(result.weights, result.masks, config.prunable))
     last = result.history[-1]
     best, chosen = files.best(result.history), files.selected_by(last).split("_")[0]
     print(
         f"test accuracy {last['test_accuracy']:.2f} % after the last epoch, "
         f"{best['test_accuracy']:.2f} % after epoch {best['epoch']} "
-        f"(the best at this sparsity, on the {chosen} images), at sparsity {last['sparsity']:.4f}"
+        f"(the best at this sparsity, on the {chosen} images), at sparsity {last['sparsity']:.4f}; "
+        f"{last['inference_flops']:.4f} of the FLOPs of dense inference, "
+        f"{last['training_flops']:.4f} of dense training"
     )
-    masks, params = gj.get_masks(result.state.opt_state), result.state.params
-    print(f"sha256: masks {run.digest(masks)[:16]}, parameters {run.digest(params)[:16]}")
+    params = run.digest(result.state.params)[:16]
+    print(f"sha256: masks {run.digest(result.masks)[:16]}, parameters {params}")
     print(f"written: {out_dir}/report.html and what it is made from")
 
 

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import granet_jax as gj
 from experiments import augment, data, methods, models, optimizers, streams
+from experiments.models import layers
 from experiments.settings import Settings
 from experiments.streams import Batch, Stream
 
@@ -33,7 +34,7 @@ class State(NamedTuple):
     """All that training changes, and the key from which it draws."""
 
     step: jax.Array  # int32, updates done
-    params: Any
+    params: Any  # with a reparameterisation the pair of weights and extra parameters
     model_state: Any  # batch statistics
     opt_state: Any
     effort: Effort
@@ -51,6 +52,7 @@ class Trainer(NamedTuple):
     steps_per_epoch: int
     costs: gj.flops.Costs  # of the dense network, for one image
     abstract_state: State  # ShapeDtypeStructs with shardings
+    family: optimizers.Family  # what state.params are, and where the masks
     init: Callable[[int], State]  # seed -> state
     open_stream: Callable[[int], Any]  # seed -> an iterator of batches; None for data in memory
     run: Callable[[State, Any, int], tuple[State, jax.Array]]  # (.., stream, steps) -> .., losses
@@ -100,40 +102,58 @@ def make_trainer(
     # The methods' keys are in the state; the one given here is not used again.
     method = make_method(jax.random.key(0))
     update = optimizers.make_optimizer(config, steps_per_epoch, method).update
+    family = optimizers.family_of(method, config.update_every)
 
     def apply(params: Any, model_state: Any, x: jax.Array, train: bool, **rest: Any) -> Any:
         return model.apply({"params": params, **model_state}, x, **_told(model, train), **rest)
 
     def forward(params: Any, model_state: Any, images: jax.Array, train: bool, **rest: Any) -> Any:
-        return apply(params, model_state, _normalise(images, dataset), train, **rest)
+        x = images.astype(jnp.float32) / 255
+        if config.normalise:
+            x = (x - dataset.mean.reshape(1, 1, 1, -1)) / dataset.std.reshape(1, 1, 1, -1)
+        return apply(params, model_state, x, train, **rest)
 
     def init_model(key: jax.Array) -> tuple[Any, dict[str, Any]]:
         x = jnp.zeros(image.shape)
         variables = dict(model.init(key, x, **_told(model, False)))
-        return variables.pop("params"), variables
+        params = variables.pop("params")
+        if config.init == "uniform":
+            params = layers.uniform_init(jax.random.fold_in(key, 0), params)
+        return params, variables
 
-    params, model_state = jax.eval_shape(init_model, jax.random.key(0))
-    costs = gj.flops.count(lambda p, s, x: apply(p, s, x, False), params, model_state, image)
+    abstract_params, abstract_rest = jax.eval_shape(init_model, jax.random.key(0))
+    costs = gj.flops.count(
+        lambda params, rest, x: apply(params, rest, x, False),
+        abstract_params,
+        abstract_rest,
+        image,
+    )
 
-    def forward_ratio(opt_state: Any) -> jax.Array:
-        densities = gj.metrics.densities(gj.get_masks(opt_state), params, config.prunable)
+    def forward_ratio(params: Any, opt_state: Any) -> jax.Array:
+        masks = family.masks(params, opt_state)
+        densities = gj.metrics.densities(masks, abstract_params, config.prunable)
         return jnp.asarray(gj.flops.ratio(costs, densities), jnp.float32)
 
     def init(seed: Any) -> State:
         key = jax.random.key(seed)
         params, model_state = init_model(jax.random.fold_in(key, 0))
         method = make_method(jax.random.fold_in(key, 1))
-        opt_state = optimizers.make_optimizer(config, steps_per_epoch, method).init(params)
-        params = gj.apply_masks(params, gj.get_masks(opt_state))
+        tx = optimizers.make_optimizer(config, steps_per_epoch, method)
+        params, opt_state = optimizers.family_of(method, config.update_every).start(params, tx)
         step = jnp.zeros([], jnp.int32)
-        effort = Effort(forward_ratio(opt_state), step, jnp.zeros([]))
+        effort = Effort(forward_ratio(params, opt_state), step, jnp.zeros([]))
         return State(step, params, model_state, opt_state, effort, jax.random.fold_in(key, 2))
 
     def loss_fn(params: Any, state: State, batch: Batch) -> tuple[jax.Array, Any]:
         dropout = {"dropout": jax.random.fold_in(_key_of_step(state), 0)}
         collected = list(state.model_state)
         logits, model_state = forward(
-            params, state.model_state, batch.images, True, rngs=dropout, mutable=collected
+            family.weights(params),
+            state.model_state,
+            batch.images,
+            True,
+            rngs=dropout,
+            mutable=collected,
         )
         labels = jax.nn.one_hot(batch.labels, dataset.num_classes)
         labels = optax.smooth_labels(labels, config.label_smoothing)
@@ -151,15 +171,16 @@ def make_trainer(
         params = optax.apply_updates(state.params, updates)
         t = state.step + 1
         effort = jax.lax.cond(
-            method.is_update_step(t),
-            lambda: Effort(forward_ratio(opt_state), t, _spent(state.effort, t)),
+            family.is_update_step(t),
+            lambda: Effort(forward_ratio(params, opt_state), t, _spent(state.effort, t)),
             lambda: state.effort,
         )
         return State(t, params, model_state, opt_state, effort, state.key), loss
 
     @jax.jit
     def num_correct(state: State, batch: Batch) -> jax.Array:
-        logits = forward(state.params, state.model_state, batch.images, False)
+        weights = family.weights(state.params)
+        logits = forward(weights, state.model_state, batch.images, False)
         return jnp.sum(jnp.argmax(logits, axis=-1) == batch.labels)
 
     def accuracy(state: State, split: Batch | Stream) -> float:
@@ -194,8 +215,7 @@ def make_trainer(
         )
         params = gj.apply_masks(state.params, masks)
         opt_state = gj.set_masks(state.opt_state, masks)
-        ratio = forward_ratio(opt_state)
-        effort = state.effort._replace(ratio=ratio)
+        effort = state.effort._replace(ratio=forward_ratio(params, opt_state))
         state = state._replace(params=params, opt_state=opt_state, effort=effort)
         return jax.device_put(state, _sharding())
 
@@ -217,6 +237,7 @@ def make_trainer(
         steps_per_epoch,
         costs,
         abstract_state,
+        family,
         start,
         open_stream,
         run,
@@ -329,12 +350,6 @@ def _spent(effort: Effort, step: jax.Array) -> jax.Array:
 
 def _key_of_step(state: State) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
-
-
-def _normalise(images: jax.Array, dataset: data.Dataset) -> jax.Array:
-    """uint8 to float32 with mean 0 and deviation 1 in each channel."""
-    mean, std = (x.reshape(1, 1, 1, -1) for x in (dataset.mean, dataset.std))
-    return (images.astype(jnp.float32) / 255 - mean) / std
 
 
 def _place(batch: Batch) -> Batch:

@@ -10,14 +10,18 @@ selection -> masks -> updates``. Modules import only from those before them::
     schedules      cubic, cosine, every; counts to keep at a step
     selection      exact top-k masks without sorting
     masks          prune_to, regenerate, compose
-    methods        granet, gmp, rigl, set_, static, magnitude
+    methods        granet, gmp, rigl, set_, snfs, rigl_itop, set_itop, static, magnitude;
+                   at_init (SNIP, GraSP, SynFlow) and lottery, which give masks
     transform      sparsify: a method around any optax optimizer
-    metrics, report, checkpoint, testing   numbers, a table, a check of what a checkpoint gave
-                   back, and the conformance kit for methods
+    metrics, report, flops, checkpoint   numbers, a table, what it all costs, a check of what a
+                   checkpoint gave back
+    reparam        dst and str_: thresholds that are trained, a family of its own
+    testing        the conformance kit for methods
 """
 
 from granet_jax import flops as flops
 from granet_jax import metrics as metrics
+from granet_jax import reparam as reparam
 from granet_jax import report as report
 from granet_jax import schedules as schedules
 from granet_jax import scores as scores
@@ -34,10 +38,12 @@ from granet_jax.masks import prune_to as prune_to
 from granet_jax.masks import random_masks as random_masks
 from granet_jax.masks import regenerate as regenerate
 from granet_jax.masks import start_from as start_from
+from granet_jax.methods import at_init as at_init
 from granet_jax.methods import average_gradients as average_gradients
 from granet_jax.methods import by_mean_score as by_mean_score
 from granet_jax.methods import gmp as gmp
 from granet_jax.methods import granet as granet
+from granet_jax.methods import lottery as lottery
 from granet_jax.methods import magnitude as magnitude
 from granet_jax.methods import rigl as rigl
 from granet_jax.methods import rigl_itop as rigl_itop

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from granet_jax import trees
+from granet_jax import report, trees
 from granet_jax.types import PyTree
 
 # Which leaves of params a value is made of, and how many entries came from each (their ratio
@@ -229,14 +229,7 @@ def table(costs: Costs, densities: Mapping[str, Any] | None = None) -> str:
         flops = 2 * macs * density
         share = f"{100 * flops / max(total, 1.0):.1f} %"
         rows.append((path, shape, f"{macs:,}", f"{density:.4f}", f"{flops:,.0f}", share))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return report.aligned(rows)
 
 
 def _walk(jaxpr: Any, given: Sequence[_Origin]) -> tuple[list[_Origin], list[_Product]]:

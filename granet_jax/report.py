@@ -1,5 +1,7 @@
 """A table of what is prunable and how much of it is kept."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
@@ -44,17 +46,22 @@ def table(params: PyTree, masks: PyTree | None = None, prunable: trees.Rules = (
         total, live = total + leaf.size, live + kept
         empty += [leaf.path] if kept == 0 else []
     rows.append(("prunable", "", *_numbers(total, live)))
+    lines = [aligned(rows)]
+    if empty:
+        lines.append(f"Layer collapse: no weight is left in {', '.join(empty)}.")
+    return "\n".join(lines)
+
+
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows of cells as lines of text, the first two columns flush left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
+    return "\n".join(
         "  ".join(
             cell.ljust(width) if i < 2 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
-    ]
-    if empty:
-        lines.append(f"Layer collapse: no weight is left in {', '.join(empty)}.")
-    return "\n".join(lines)
+    )
 
 
 def _numbers(total: int, live: int) -> tuple[str, str, str]:

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(gj.__file__).parent
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "granet_jax."))
 ORDER = [
     *("types", "trees", "scores", "distributions", "schedules", "selection", "masks"),
-    *("methods", "transform", "metrics", "flops", "report", "checkpoint", "reparam", "testing"),
+    *("methods", "transform", "metrics", "report", "flops", "checkpoint", "reparam", "testing"),
 ]
 SERVICES = ("metrics", "flops", "report", "checkpoint", "testing")  # never import methods
 

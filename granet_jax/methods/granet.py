@@ -69,6 +69,9 @@ def granet(
     is 0); the schedule reaches ``final_sparsity`` (theirs makes its last prune one event before the
     end, so that it ends ``(s_f - s_i) / (number of events)^3`` short); ties go by index, so that
     no layer loses more than it is due; a random start has exact counts; nothing depends on epochs.
+    Their GraNet_uniform is ``scope=uniform``, without its rule that holds the classifier at a
+    density of .2 once the sparsity passes .8; their growth by momentum is
+    :func:`granet_jax.average_gradients` around this.
 
     Example:
       >>> import granet_jax as gj, jax, optax

@@ -1,0 +1,417 @@
+"""Pruning before training: SNIP, GraSP, SynFlow and magnitude. They return masks.
+
+Train under them with ``gj.static(masks=masks)``, or start any other method from them. The weights
+stay as they were initialised. Each method is a score function and :func:`masks_from`, which ranks
+scores; the baseline at random is ``gj.random_masks(key, params, sparsity, gj.global_ranking)``.
+
+All rank the whole network as one, as the papers do, so that a layer may lose all its weights (layer
+collapse): a warning names such layers, and so does :func:`collapsed`.
+
+Put batch norm into inference mode, as the code of the SynFlow paper does. A branch that starts at
+zero, such as a residual branch whose last scale is 0, has scores of 0 and goes first.
+
+Example: SNIP on linear regression.
+  >>> import granet_jax as gj, jax, jax.numpy as jnp, optax
+  >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 5)), "bias": jnp.zeros(5)}
+  >>> loss = lambda params, batch: jnp.mean(
+  ...     (batch[0] @ params["kernel"] + params["bias"][None] - batch[1]) ** 2
+  ... )
+  >>> batch = jax.random.normal(jax.random.key(1), (32, 8)), jnp.ones((32, 5))
+  >>> masks = gj.at_init.snip(loss, params, [batch], sparsity=0.9)
+  >>> tx = gj.sparsify(optax.sgd(0.1), gj.static(masks=masks))
+  >>> params = gj.apply_masks(params, masks)
+  >>> int((params["kernel"] != 0).sum())
+  4
+"""
+
+import functools
+import operator
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from granet_jax import distributions, selection, trees
+from granet_jax import scores as score_functions
+from granet_jax.masks import apply_masks, ones
+from granet_jax.types import Distribution, PyTree
+
+LossFn: TypeAlias = Callable[[PyTree, Any], jax.Array]  # (params, batch) -> scalar
+ApplyFn: TypeAlias = Callable[[PyTree, jax.Array], jax.Array]  # (params, inputs) -> outputs
+
+
+def snip(
+    loss_fn: LossFn,
+    params: PyTree,
+    batches: Iterable[Any],
+    *,
+    sparsity: Any,
+    scope: Distribution = distributions.global_ranking,
+    prunable: trees.Rules = (),
+) -> PyTree:
+    """Keeps the connections whose removal would change the loss most: :func:`snip_scores`.
+
+    Source: Lee et al. 2019, "SNIP: Single-shot network pruning based on connection sensitivity".
+
+    Args:
+      loss_fn: pure function ``(params, batch) -> scalar``.
+      params: tree of float arrays, as initialised.
+      batches: what the loss takes, pytrees of arrays. The paper takes one batch, the code of the
+        SynFlow paper 10 images for each class.
+      sparsity: fraction of zeros among prunable weights, in [0, 1).
+      scope: what is ranked together: ``global_ranking``, or ``uniform`` or ``erk`` by layer.
+      prunable: path rules, see :func:`granet_jax.trees.describe`.
+
+    Returns:
+      Masks: bool tree of ``params``; leaves not prunable are all True. Counts are exact.
+
+    Raises:
+      ValueError: no batch; scores that are not finite, or 0 throughout; a sparsity out of range.
+
+    Differs from the paper's code in that weights are not initialised anew before training.
+
+    Example: the gradient of this loss is (1, 2, 3, 4), so the scores are (4, 6, 6, 4).
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> params = {"kernel": jnp.array([[4.0, 3.0], [-2.0, 1.0]])}
+      >>> loss = lambda params, batch: jnp.vdot(params["kernel"], batch)
+      >>> batch = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> gj.at_init.snip(loss, params, [batch], sparsity=0.5)["kernel"].tolist()
+      [[False, True], [True, False]]
+    """
+    scores = snip_scores(loss_fn, params, batches)
+    return masks_from(scores, params, sparsity=sparsity, scope=scope, prunable=prunable)
+
+
+def snip_scores(loss_fn: LossFn, params: PyTree, batches: Iterable[Any]) -> PyTree:
+    """``|theta * g|``, with g the sum over batches of the gradient of the loss.
+
+    That is ``|dL/dm|`` at masks m of ones. The papers divide by the sum of all scores, which
+    changes no ranking. Arguments are those of :func:`snip`.
+
+    Returns:
+      float32 tree of ``params``.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> loss = lambda params, batch: 0.5 * batch * jnp.sum(params["w"] ** 2)
+      >>> gj.at_init.snip_scores(loss, {"w": jnp.array([1.0, -2.0])}, [1.0, 2.0])["w"].tolist()
+      [3.0, 12.0]
+    """
+    grads = _sum(jax.jit(jax.grad(loss_fn)), params, batches)
+    return score_functions.saliency(params, grads, None)
+
+
+def grasp(
+    loss_fn: LossFn,
+    params: PyTree,
+    batches: Iterable[Any],
+    *,
+    sparsity: Any,
+    scope: Distribution = distributions.global_ranking,
+    prunable: trees.Rules = (),
+) -> PyTree:
+    """Keeps the connections that the norm of the gradient needs most: :func:`grasp_scores`.
+
+    Source: Wang et al. 2020, "Picking winning tickets before training by preserving gradient flow".
+
+    Args:
+      loss_fn: pure function ``(params, batch) -> scalar``, twice differentiable. The paper's is the
+        cross-entropy of ``logits / 200``.
+      params: as in :func:`snip`.
+      batches: as in :func:`snip`. The paper's code takes 10 images for each class of CIFAR.
+      sparsity: as in :func:`snip`.
+      scope: as in :func:`snip`.
+      prunable: as in :func:`snip`.
+
+    Returns:
+      Masks, as :func:`snip`.
+
+    Raises:
+      ValueError: as :func:`snip`.
+
+    Differs from the paper's code in that: linear layers are not drawn anew before scoring; batches
+    are not split in halves; g holds the gradient of all parameters, biases and norms too; exactly
+    the number asked for is kept.
+
+    Example: on ``(a w0^2 + w1^2) / 2`` the scores are ``(a^2 w0^2, w1^2)``.
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> loss = lambda params, a: jnp.sum(jnp.array([[a, 1.0]]) * params["kernel"] ** 2) / 2
+      >>> params = {"kernel": jnp.array([[1.0, 2.0]])}
+      >>> gj.at_init.grasp(loss, params, [3.0], sparsity=0.5)["kernel"].tolist()
+      [[True, False]]
+    """
+    scores = grasp_scores(loss_fn, params, batches)
+    return masks_from(scores, params, sparsity=sparsity, scope=scope, prunable=prunable)
+
+
+def grasp_scores(loss_fn: LossFn, params: PyTree, batches: Iterable[Any]) -> PyTree:
+    """``theta * (H g)``: gradient g and Hessian H of the loss, each summed over batches. Signed.
+
+    To first order, removing a weight lowers ``|g|^2`` by twice its score. (The paper's score has
+    the other sign, and its largest go.) Arguments are those of :func:`grasp`; batches are gone
+    through twice.
+
+    Returns:
+      float32 tree of ``params``.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> loss = lambda params, batch: batch * jnp.sum(params["w"] ** 3) / 3
+      >>> gj.at_init.grasp_scores(loss, {"w": jnp.array([2.0, -1.0])}, [1.0])["w"].tolist()
+      [32.0, 2.0]
+    """
+    batches = tuple(batches)
+    grad = jax.grad(loss_fn)
+
+    @jax.jit
+    def hessian_times(vector: PyTree, params: PyTree, batch: Any) -> PyTree:
+        return jax.jvp(lambda p: grad(p, batch), (params,), (vector,))[1]
+
+    g = _sum(jax.jit(grad), params, batches)
+    g = jax.tree.map(lambda x, p: x.astype(p.dtype), g, params)
+    product = _sum(functools.partial(hessian_times, g), params, batches)
+    return jax.tree.map(lambda p, h: p.astype(jnp.float32) * h, params, product)
+
+
+def synflow(
+    apply_fn: ApplyFn,
+    params: PyTree,
+    example: Any,
+    *,
+    sparsity: Any,
+    rounds: int = 100,
+    scope: Distribution = distributions.global_ranking,
+    prunable: trees.Rules = (),
+) -> PyTree:
+    """Prunes in rounds by how much flows through a connection: :func:`synflow_scores`. No data.
+
+    Round i of n scores the network pruned so far and prunes it to density ``rho^(i/n)``, where rho
+    is the final one. What is pruned stays pruned.
+
+    Source: Tanaka et al. 2020, "Pruning neural networks without any data by iteratively conserving
+    synaptic flow", algorithm 1.
+
+    Args:
+      apply_fn: pure function ``(params, inputs) -> outputs``.
+      params: tree of float arrays, as initialised.
+      example: an array or ``ShapeDtypeStruct`` with shape and dtype of the inputs, one image say.
+      sparsity: fraction of zeros among prunable weights, in [0, 1).
+      rounds: how many, >= 1; the paper takes 100. With one, layers collapse as in other methods.
+      scope: as in :func:`snip`; applied in each round.
+      prunable: path rules, see :func:`granet_jax.trees.describe`.
+
+    Returns:
+      Masks, as :func:`snip`.
+
+    Raises:
+      ValueError: ``rounds < 1``; a sparsity out of range; scores that are not finite, or 0
+        throughout at the start.
+
+    Note:
+      What flows grows by a factor with each layer: float32 holds VGG-19, but deep residual networks
+      may overflow, which is an error. Where biases are 0, as they start, scaling inputs and outputs
+      changes no ranking: ``lambda params, x: 1e-15 * net(params, 1e-15 * x)``.
+
+    Differs from the paper's code in that: which weights are prunable follows from path rules (there
+    shortcut convolutions stay dense); counts are exact; statistics of batch norm are as
+    ``apply_fn`` has them (new ones, 0 and 1, need no absolute value).
+
+    Example: each score is the sum over paths through the connection; 1 * 4 of them is the least.
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> params = [jnp.array([[-1.0, 2.0]]), jnp.array([[4.0], [-3.0]])]
+      >>> net = lambda params, x: x @ params[0] @ params[1]
+      >>> masks = gj.at_init.synflow(net, params, jnp.zeros((1, 1)), sparsity=0.5, rounds=2)
+      >>> [mask.tolist() for mask in masks]
+      [[[False, True]], [[False], [True]]]
+    """
+    if operator.index(rounds) < 1:
+        raise ValueError(f"SynFlow takes at least one round, 100 in the paper; got {rounds=}.")
+    leaves = trees.describe(params, prunable)
+    shapes = trees.layer_shapes(leaves)
+    last = jnp.asarray(scope(shapes, sparsity), jnp.int32)
+    masks = ones(params)
+    for i in range(1, rounds + 1):
+        scores = synflow_scores(apply_fn, apply_masks(params, masks), example)
+        num_keep = scope(shapes, 1 - (1 - sparsity) ** (i / rounds)) if i < rounds else last
+        # A rounded count of a layer may rise from one round to the next; what is left suffices.
+        num_keep = jnp.maximum(jnp.asarray(num_keep, jnp.int32), last)
+        masks, largest = _select(scores, masks, num_keep, leaves)
+        if i > 1 and _known(largest) and not np.any(largest):
+            warnings.warn(
+                f"SynFlow: after round {i - 1} of {rounds} no path leads from inputs to outputs; "
+                "which weights go from then on is arbitrary. Take more rounds or a lower sparsity.",
+                stacklevel=2,
+            )
+        else:
+            _check(largest, leaves)
+    _warn_of_collapse(masks, params, prunable)
+    return masks
+
+
+def synflow_scores(apply_fn: ApplyFn, params: PyTree, example: Any) -> PyTree:
+    """``|theta * dR/dtheta|``: R sums the outputs of the network of ``|theta|`` on inputs of ones.
+
+    In a network of ReLUs without biases the scores of each layer add up to R. Arguments are those
+    of :func:`synflow`; of a pruned network, pass the masked parameters.
+
+    Returns:
+      float32 tree of ``params``.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> params = [jnp.array([[-1.0, 2.0]]), jnp.array([[4.0], [-3.0]])]
+      >>> net = lambda params, x: x @ params[0] @ params[1]
+      >>> [x.ravel().tolist() for x in gj.at_init.synflow_scores(net, params, jnp.zeros((1, 1)))]
+      [[4.0, 6.0], [4.0, 6.0]]
+    """
+    return _flow(params, apply_fn, tuple(example.shape), jnp.dtype(example.dtype))
+
+
+def magnitude(
+    params: PyTree,
+    *,
+    sparsity: Any,
+    scope: Distribution = distributions.global_ranking,
+    prunable: trees.Rules = (),
+) -> PyTree:
+    """Keeps the largest initial weights; arguments and result as in :func:`snip`.
+
+    A baseline: as layers differ in the scale of their initial weights, those of the smallest scale
+    collapse first.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> params = {"kernel": jnp.array([[1.0, -3.0], [2.0, 0.0]])}
+      >>> gj.at_init.magnitude(params, sparsity=0.5)["kernel"].tolist()
+      [[False, True], [True, False]]
+    """
+    scores = score_functions.magnitude(params, None, None)
+    return masks_from(scores, params, sparsity=sparsity, scope=scope, prunable=prunable)
+
+
+def masks_from(
+    scores: PyTree,
+    params: PyTree,
+    *,
+    sparsity: Any,
+    scope: Distribution = distributions.global_ranking,
+    prunable: trees.Rules = (),
+) -> PyTree:
+    """Keeps what scores highest: one set of scores serves many sparsities.
+
+    Args:
+      scores: float tree of ``params``, larger = better; compared in float32.
+      params: tree of arrays or ``ShapeDtypeStruct``s.
+      sparsity: as in :func:`snip`.
+      scope: as in :func:`snip`.
+      prunable: as in :func:`snip`.
+
+    Returns:
+      Masks, as :func:`snip`. Ties go by index.
+
+    Raises:
+      ValueError: as :func:`snip`.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+      >>> scores = {"kernel": jnp.array([[3.0, 1.0], [2.0, 4.0]]), "bias": jnp.zeros(2)}
+      >>> for sparsity in (0.25, 0.75):
+      ...     gj.at_init.masks_from(scores, params, sparsity=sparsity)["kernel"].tolist()
+      [[True, False], [True, True]]
+      [[False, False], [False, True]]
+    """
+    leaves = trees.describe(params, prunable)
+    num_keep = jnp.asarray(scope(trees.layer_shapes(leaves), sparsity), jnp.int32)
+    masks, largest = _select(scores, ones(params), num_keep, leaves)
+    _check(largest, leaves)
+    _warn_of_collapse(masks, params, prunable)
+    return masks
+
+
+def collapsed(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> list[str]:
+    """The paths of prunable leaves, or of layers stacked in them, that have no weight left.
+
+    Example: the first of two stacked layers is empty.
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> masks = {"kernel": jnp.array([[[False, False]], [[True, False]]])}
+      >>> rules = [("kernel", gj.Stacked(1))]
+      >>> gj.at_init.collapsed(masks, {"kernel": jnp.ones((2, 1, 2))}, rules)
+      ['kernel[0]']
+    """
+    leaves = trees.describe(params, prunable)
+    layers = [
+        leaf.path + (str([*map(int, index)]) if index else "")
+        for leaf in leaves
+        if leaf.prunable
+        for index in np.ndindex(leaf.shape[: leaf.stack_axes])
+    ]
+    num_live = np.asarray(selection.count(trees.split(masks, leaves)))
+    return [layer for layer, num in zip(layers, num_live, strict=True) if num == 0]
+
+
+def _sum(f: Callable[[PyTree, Any], PyTree], params: PyTree, batches: Iterable[Any]) -> PyTree:
+    """``f(params, batch)`` summed over batches in float32."""
+    total = None
+    for batch in batches:
+        new = jax.tree.map(lambda x: x.astype(jnp.float32), f(params, batch))
+        total = new if total is None else jax.tree.map(jnp.add, total, new)
+    if total is None:
+        raise ValueError("Scores need at least one batch; got none. (Is an iterator used up?)")
+    return total
+
+
+@functools.partial(jax.jit, static_argnames=("apply_fn", "shape", "dtype"))
+def _flow(params: PyTree, apply_fn: ApplyFn, shape: tuple[int, ...], dtype: Any) -> PyTree:
+    def total(weights: PyTree) -> jax.Array:
+        return jnp.sum(apply_fn(weights, jnp.ones(shape, dtype)))
+
+    weights = jax.tree.map(jnp.abs, params)
+    return score_functions.saliency(weights, jax.grad(total)(weights), None)
+
+
+@functools.partial(jax.jit, static_argnames="leaves")
+def _select(
+    scores: PyTree, masks: PyTree, num_keep: jax.Array, leaves: tuple[trees.Leaf, ...]
+) -> tuple[PyTree, jax.Array]:
+    """The best of the live weights; and the largest ``|score|`` among those of each leaf."""
+    stacks, live = trees.split(scores, leaves), trees.split(masks, leaves)
+    kept = selection.top_k(stacks, num_keep, live)
+    largest = [
+        jnp.max(jnp.where(mask, jnp.abs(x), 0.0)) for x, mask in zip(stacks, live, strict=True)
+    ]
+    return trees.join(kept, masks, leaves), jnp.stack(largest)
+
+
+def _check(largest: jax.Array, leaves: tuple[trees.Leaf, ...]) -> None:
+    """Refuses scores that rank nothing."""
+    if not _known(largest):
+        return
+    paths = [leaf.path for leaf in leaves if leaf.prunable]
+    if bad := [path for path, x in zip(paths, largest, strict=True) if not np.isfinite(x)]:
+        raise ValueError(
+            f"The scores of {', '.join(bad)} hold NaN or infinite values, which cannot be ranked. "
+            "Look at the loss and the parameters; for SynFlow, see the note in its docstring on "
+            "the range of float32."
+        )
+    if not np.any(largest):
+        raise ValueError(
+            f"The scores of all prunable weights ({', '.join(paths)}) are 0: there is nothing to "
+            "rank. Does a layer start at zeros, as some classifiers do?"
+        )
+
+
+def _warn_of_collapse(masks: PyTree, params: PyTree, prunable: trees.Rules) -> None:
+    if all(map(_known, jax.tree.leaves(masks))) and (empty := collapsed(masks, params, prunable)):
+        warnings.warn(
+            f"Layer collapse: no weight is left in {', '.join(empty)}. Lower the sparsity, or give "
+            "each layer its own count with scope=granet_jax.erk.",
+            stacklevel=3,
+        )
+
+
+def _known(x: Any) -> bool:
+    return not isinstance(x, jax.core.Tracer)

@@ -1,0 +1,105 @@
+"""Lottery tickets: the pure steps of iterative magnitude pruning; the loop is the caller's.
+
+One level trains under fixed masks (any optimizer in ``sparsify(..., static())``, the masks put in
+with :func:`granet_jax.set_masks`), and :func:`prune` then takes a fifth of the live weights. The
+rules of retraining differ in where the next level starts, which is one line each:
+
+* weight rewinding: ``apply_masks(params_k, masks)``, the weights after step k of the dense run,
+  and the schedule from step k on;
+* learning-rate rewinding: ``apply_masks(params, masks)``, the weights as they are, and the last
+  part of the schedule again;
+* fine-tuning: the same weights, and the last learning rate;
+* reset, the original lottery ticket: ``apply_masks(params_0, masks)`` and the whole schedule;
+* reinit, its control: ``apply_masks(init(new_key), masks)`` and the whole schedule.
+
+In all of them the optimizer starts with fresh moments.
+
+Source: Frankle & Carbin 2019, "The lottery ticket hypothesis" (reset, reinit); Frankle et al. 2020,
+"Linear mode connectivity and the lottery ticket hypothesis" (weight rewinding); Renda et al. 2020,
+"Comparing rewinding and fine-tuning in neural network pruning" (the comparison).
+
+Example: three levels of the original lottery ticket.
+  >>> import granet_jax as gj, jax, jax.numpy as jnp, optax
+  >>> from granet_jax.methods import lottery
+  >>> x, y = jax.random.normal(jax.random.key(0), (2, 50, 8))
+  >>> loss = lambda params: jnp.mean((x @ params["kernel"] - y) ** 2)
+  >>> tx = gj.sparsify(optax.sgd(optax.cosine_decay_schedule(0.1, 20)), gj.static(sparsity=0.0))
+  >>> params_0 = {"kernel": jax.random.normal(jax.random.key(1), (8, 8))}
+  >>> masks = gj.ones(params_0)
+  >>> for level in range(4):
+  ...     params = gj.apply_masks(params_0, masks)
+  ...     state = gj.set_masks(tx.init(params), masks)
+  ...     for _ in range(20):
+  ...         updates, state = tx.update(jax.grad(loss)(params), state, params)
+  ...         params = optax.apply_updates(params, updates)
+  ...     print(int(masks["kernel"].sum()))
+  ...     masks = lottery.prune(params, masks)
+  64
+  51
+  40
+  32
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from granet_jax import scores, selection, trees
+from granet_jax.masks import ceil_of_share, check_masks, prune_to
+from granet_jax.types import PyTree, ScoreFn
+
+
+def prune(
+    params: PyTree,
+    masks: PyTree,
+    *,
+    fraction: Any = 0.2,
+    by_layer: bool = False,
+    score: ScoreFn = scores.magnitude,
+    prunable: trees.Rules = (),
+) -> PyTree:
+    """Removes ``ceil(fraction * live)`` of the live prunable weights, those that score lowest.
+
+    After j levels of 20 % a share of about ``.8^j`` is left. The last live weight may go as well.
+
+    Source: Frankle & Carbin 2019, section 2, iterative pruning; one-shot is a single call with a
+    large fraction.
+
+    Args:
+      params: tree of arrays, the weights after training.
+      masks: bool tree of ``params``, under which they were trained.
+      fraction: share of the live weights to remove, in [0, 1); may be traced.
+      by_layer: take the share of each layer for itself, instead of ranking all layers together.
+      score: the lowest go. It is called with the parameters alone (gradients and key are None); a
+        function that closes over the initial weights scores by how far weights have moved.
+      prunable: path rules, see :func:`granet_jax.trees.describe`.
+
+    Returns:
+      New masks, a subset of ``masks``. Ties go by index. The count is computed in float32: above
+      10^6 weights it may be one off.
+
+    Raises:
+      ValueError: a fraction outside [0, 1), or masks of another tree.
+
+    Differs from open_lth in that: it removes one weight more, by a strict comparison with the
+    threshold, and counts weights of ignored layers among the live ones; here both are exact.
+
+    Example: of four live weights ceil(.3 * 4) = 2 go.
+      >>> import jax.numpy as jnp
+      >>> masks = {"kernel": jnp.array([[True, True, True], [True, False, False]])}
+      >>> params = {"kernel": jnp.array([[3.0, -1.0, 2.0], [-0.5, 0.0, 0.0]])}
+      >>> prune(params, masks, fraction=0.3)["kernel"].tolist()
+      [[True, False, True], [False, False, False]]
+    """
+    if not isinstance(fraction, jax.core.Tracer) and not 0.0 <= float(fraction) < 1.0:
+        raise ValueError(
+            f"fraction must be in [0, 1), the share of live weights to remove; got {fraction}."
+        )
+    masks = check_masks(masks, params)
+    num_live = selection.count(trees.split(masks, trees.describe(params, prunable)))
+    if not by_layer:
+        num_live = jnp.sum(num_live)
+    num_keep = num_live - ceil_of_share(fraction, num_live)
+    step = prune_to(lambda shapes, step: num_keep, score=score, prunable=prunable)
+    return step(masks, masks, params, None, jnp.zeros([], jnp.int32), None)[0]

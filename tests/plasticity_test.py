@@ -1,0 +1,344 @@
+"""The plasticity study: exact prunes and regrowth, branches that go on as they should, kills."""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import granet_jax as gj
+from experiments import data, files, optimizers, plasticity, settings, training
+from experiments.plasticity import Branch, Outcome, Plan
+from tests.images import random_images
+
+
+@pytest.mark.parametrize(
+    ("num_live", "rate", "scope", "expected"),
+    [
+        ([10, 1000], 0.3, "global", 707),
+        ([10, 1000], 0.3, "uniform", [7, 700]),  # in floats .3 * 10 is above 3
+        ([11, 1001], 0.5, "global", 506),
+        ([11, 1001], 0.5, "uniform", [5, 500]),
+        ([3, 2], 0.98, "uniform", [0, 0]),
+        ([20_000_000, 7], 0.2, "global", 16_000_005),
+    ],
+)
+def test_a_prune_removes_the_ceil_of_its_share(num_live, rate, scope, expected):
+    counts = plasticity.num_kept(jnp.array(num_live), rate, scope)
+    np.testing.assert_array_equal(counts, expected)
+    assert counts.dtype == np.int32
+
+
+PARAMS = {
+    "a": {"kernel": jnp.array([[5.0, -4.0, 0.3], [0.2, 0.0, 0.0]]), "bias": jnp.zeros(3)},
+    "b": {"kernel": jnp.array([[-3.0, 2.0], [0.1, 0.0]]), "bias": jnp.zeros(2)},
+}
+MASKS = {
+    "a": {"kernel": jnp.array([[1, 1, 1], [1, 0, 0]], bool), "bias": jnp.ones(3, bool)},
+    "b": {"kernel": jnp.array([[1, 1], [1, 0]], bool), "bias": jnp.ones(2, bool)},
+}
+GRADS = {
+    "a": {"kernel": jnp.array([[9.0, 9.0, 0.1], [-0.5, 0.2, -0.4]]), "bias": jnp.ones(3)},
+    "b": {"kernel": jnp.array([[9.0, 9.0], [0.1, 0.2]]), "bias": jnp.ones(2)},
+}
+
+
+def test_pruning_all_layers_together_by_hand():
+    new, kept = plasticity.pruned_masks(MASKS, PARAMS, 3)
+    assert kept["a"]["kernel"].tolist() == [[True, True, False], [False, False, False]]
+    assert kept["b"]["kernel"].tolist() == [[True, False], [False, False]]
+    assert kept["a"]["bias"].all()
+    chex.assert_trees_all_equal(new, kept)
+
+
+def test_each_layer_regrows_what_it_lost_where_gradients_are_largest():
+    new, kept = plasticity.pruned_masks(MASKS, PARAMS, 3, gj.scores.gradient, GRADS)
+    # a lost two: the one just pruned of gradient -.5 comes back, and a new one; b lost two.
+    assert new["a"]["kernel"].tolist() == [[True, True, False], [True, False, True]]
+    assert new["b"]["kernel"].tolist() == [[True, True], [False, True]]
+    assert kept["a"]["kernel"].tolist() == [[True, True, False], [False, False, False]]
+    assert kept["b"]["kernel"].tolist() == [[True, False], [False, False]]
+
+
+def test_each_layer_by_its_own_count():
+    new, kept = plasticity.pruned_masks(
+        MASKS, PARAMS, np.array([1, 2], np.int32), gj.scores.random, key=jax.random.key(0)
+    )
+    assert kept["a"]["kernel"].tolist() == [[True, False, False], [False, False, False]]
+    assert kept["b"]["kernel"].tolist() == [[True, True], [False, False]]
+    np.testing.assert_array_equal(gj.metrics.num_live(new, PARAMS), [4, 3])
+    assert new["a"]["kernel"][0, 0]
+    assert new["b"]["kernel"][0].all()
+
+
+def test_random_and_gradient_regrow_all_of_a_dense_network():
+    for grow in (gj.scores.random, gj.scores.gradient):
+        new, _ = plasticity.pruned_masks(gj.ones(PARAMS), PARAMS, 2, grow, GRADS, jax.random.key(0))
+        chex.assert_trees_all_equal(new, gj.ones(PARAMS))
+    assert plasticity.rules_for(0.0, plan()) == ("none", "gradient")
+    assert plasticity.rules_for(0.5, plan()) == ("none", "random", "gradient")
+
+
+class Net(nn.Module):
+    """Small, with batch norm."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(not train, name="norm")(nn.Dense(16, name="fc1")(x.reshape(len(x), -1)))
+        return nn.Dense(3, name="fc2")(nn.relu(x))
+
+
+def plan(**changes):
+    fields = {
+        "sparsities": (0.5,),
+        "prune_epochs": (1, 3),
+        "continue_epochs": 2,
+        "rates": (0.3, 0.9),
+        "rules": ("none", "random", "gradient"),
+        "scope": "global",
+        "gradient_batches": 2,
+        "recalibrate": 0,
+    }
+    return Plan(**{**fields, **changes})
+
+
+@functools.cache
+def make_trainer(**changes):
+    fields = {"dataset": "own", "model": "own", "method": "static", "sparsity": 0.5, "epochs": 6}
+    fields |= {"batch_size": 16, "update_every": 1, "learning_rate": 0.02}  # drops after 3 epochs
+    config = settings.Settings(**{**fields, **changes})
+    dataset = data.from_arrays(random_images(64), random_images(32, seed=1))
+    return training.make_trainer(config, dataset, Net()), list(
+        data.host_batches(dataset.train, config.batch_size)
+    )
+
+
+def trained(trainer, epochs):
+    state = trainer.init(0)
+    for _ in range(epochs):
+        state, _ = trainer.run(state, None, trainer.steps_per_epoch)
+    return state
+
+
+@pytest.mark.parametrize("optimizer_name", ["sgd", "adamw"])
+def test_what_is_pruned_or_regrown_starts_at_zero(optimizer_name):
+    trainer, _ = make_trainer(optimizer=optimizer_name)
+    config, steps = trainer.settings, trainer.steps_per_epoch
+    method = optimizers.make_method(config, steps, jax.random.key(0))
+    optimizer = optimizers.make_optimizer(config, steps, method)
+    state = trained(trainer, 1)
+    masks = gj.get_masks(state.opt_state)
+    new, kept = plasticity.pruned_masks(
+        masks, state.params, 100, gj.scores.random, key=jax.random.key(0)
+    )
+    start = plasticity.under_masks(optimizer, state, new, kept)
+    chex.assert_trees_all_equal(gj.get_masks(start.opt_state), new)
+
+    def moments(state):
+        fields = {"sgd": ["trace"], "adamw": ["mu", "nu"]}[optimizer_name]
+        return [optax.tree.get(state.opt_state, field) for field in fields]
+
+    for old_tree, tree in zip(
+        [state.params, *moments(state)], [start.params, *moments(start)], strict=True
+    ):
+        expected = jax.tree.map(lambda k, x: jnp.where(k, x, 0), kept, old_tree)
+        chex.assert_trees_all_equal(tree, expected)
+        assert tree["fc1"]["bias"].any()
+    back = new["fc1"]["kernel"] & masks["fc1"]["kernel"] & ~kept["fc1"]["kernel"]
+    assert back.any()
+    assert old_tree["fc1"]["kernel"][back].all()  # so it was not zero before
+
+    # It trains on under its masks, regrown weights, too, at the schedule's step.
+    after, _ = trainer.run(jax.tree.map(jnp.copy, start), None, 2)
+    chex.assert_trees_all_equal(gj.get_masks(after.opt_state), new)
+    kernel = after.params["fc1"]["kernel"]
+    assert not kernel[~new["fc1"]["kernel"]].any()
+    assert kernel[back].any()
+    assert int(after.step) == steps + 2
+    counts = optax.tree.get_all_with_path(after.opt_state, "count")
+    assert {int(count) for _, count in counts} == {steps + 2}
+
+
+def test_networks_trained_together_are_as_one_after_another():
+    trainer, batches = make_trainer()
+    state = trained(trainer, 2)
+    copies = [b._replace(epoch=2) for b in plasticity.branches(plan(), 0.5, 0) if b.epoch == 1]
+    outcomes, finals = [], []
+    for together in (False, True):
+        results = plasticity.prune_and_train_on(trainer, plan(), batches, state, copies, together)
+        outcomes.append(dict(results))
+        starts = [
+            state._replace(params=jax.tree.map(lambda p, i=i: p * i, state.params)) for i in (1, 2)
+        ]
+        starts = [jax.tree.map(jnp.copy, start) for start in starts]
+        finals.append(list(plasticity.train_on(trainer, starts, 2, together)))
+    assert list(outcomes[0]) == copies
+    assert outcomes[0].keys() == outcomes[1].keys()
+    for one, other in zip(outcomes[0].values(), outcomes[1].values(), strict=True):
+        assert one[:2] == other[:2]
+        assert one.recovered == pytest.approx(other.recovered, abs=7)  # 2 of 32 images
+    for one, other in zip(*finals, strict=True):
+        chex.assert_trees_all_close(one.params, other.params, atol=1e-4)
+        chex.assert_trees_all_close(one.model_state, other.model_state, atol=1e-4)
+        assert int(one.step) == int(other.step) == 4 * trainer.steps_per_epoch
+        assert one.key == other.key
+    total = 8 * 8 * 3 * 16 + 16 * 3
+    live = {(b.rate, b.rule): outcome.live for b, outcome in outcomes[0].items()}
+    assert live[0.3, "random"] == live[0.9, "gradient"] == total // 2
+    assert live[0.9, "none"] == total // 2 - -(-total // 2 * 9 // 10)
+
+
+def test_recalibration_renews_batch_norm_alone():
+    trainer, batches = make_trainer()
+    state = trained(trainer, 1)
+    copy = [Branch(0.5, 0, 1, 0.9, "none")]
+    seen = []
+
+    def evaluate(state):
+        seen.append(state)
+        return {"test": 0.0}
+
+    for number in (0, 4):
+        once = plan(recalibrate=number)
+        spy = trainer._replace(evaluate=evaluate)
+        list(plasticity.prune_and_train_on(spy, once, batches, state, copy, False))
+    stale, renewed = seen[0], seen[2]
+    chex.assert_trees_all_equal(stale.params, renewed.params)
+    chex.assert_trees_all_equal(stale.model_state, state.model_state)
+    old, new = (s.model_state["batch_stats"]["norm"]["mean"] for s in (stale, renewed))
+    assert not np.allclose(old, new, rtol=0.1)
+
+
+class Stop(Exception):
+    pass
+
+
+def study(trainer, batches, out_dir, results, show=lambda record: None):
+    out_dir.mkdir(exist_ok=True)
+    return plasticity.study(
+        trainer, plan(), batches, out_dir, results, resume=True, checkpoint_seconds=0, show=show
+    )
+
+
+def test_stopped_studies_go_on_and_repeat_nothing(tmp_path, monkeypatch):
+    trainer, batches = make_trainer()
+    straight = {}
+    history = study(trainer, batches, tmp_path / "straight", straight)
+    assert [record["epoch"] for record in history] == [1, 2, 3, 4, 5, 6]
+    assert list(straight) == plasticity.branches(plan(), 0.5, 0)
+    assert plasticity.read_results(tmp_path / "straight") == straight
+
+    written = plasticity.write_results
+
+    def stop_after(number):
+        def write(out_dir, results):
+            written(out_dir, results)
+            if len(results) == number:
+                raise Stop
+
+        return write
+
+    for number in (2, 8):  # within each of the two groups of six
+        monkeypatch.setattr(plasticity, "write_results", stop_after(number))
+        with pytest.raises(Stop):
+            study(trainer, batches, tmp_path / "a", plasticity.read_results(tmp_path / "a"))
+        assert len(plasticity.read_results(tmp_path / "a")) == number
+    monkeypatch.setattr(plasticity, "write_results", written)
+    results = plasticity.read_results(tmp_path / "a")
+    resumed = study(trainer, batches, tmp_path / "a", results)
+    assert results == straight
+    accuracies = [[record["test_accuracy"] for record in h] for h in (history, resumed)]
+    assert accuracies[0] == accuracies[1]
+
+    monkeypatch.setattr(plasticity, "prune_and_train_on", None)  # nothing left to be done
+    assert len(study(trainer, batches, tmp_path / "a", results)) == 6
+    with pytest.raises(ValueError, match="lacks 12 results"):
+        study(trainer, batches, tmp_path / "a", {})
+
+
+def test_plasticity_is_against_the_unpruned_network_of_the_same_epoch():
+    two = plan(sparsities=(0.0, 0.5), rates=(0.3,), rules=("none", "gradient"))
+    unpruned = {0.0: np.array([[50.0, 60, 70, 80, 90]]), 0.5: np.array([[10.0, 20, 30, 40, 55]])}
+    results = {
+        Branch(s, 0, e, 0.3, rule): Outcome(100 * e, 5.0, 42.0)
+        for s in two.sparsities
+        for e in two.prune_epochs
+        for rule in two.rules
+    }
+    found = plasticity.lines(two, results, unpruned)
+    assert [line[:3] for line in found] == [
+        *((0.0, 0.3, "none"), (0.0, 0.3, "gradient")),
+        *((0.5, 0.3, "none"), (0.5, 0.3, "gradient")),
+    ]
+    np.testing.assert_array_equal(found[0].damage, [[-45, -65]])
+    np.testing.assert_array_equal(found[0].plasticity, [[42 - 70, 42 - 90]])
+    np.testing.assert_array_equal(found[2].plasticity, [[42 - 30, 42 - 55]])
+    table = plasticity.rows(two, found, unpruned)
+    assert table[0]["epoch 1"] == "70.00"
+    assert table[1] == {
+        **{"sparsity": "", "rate": "0.3", "regrown": "just pruned", "weights": ""},
+        **{"epoch 1": "-45.00", "epoch 3": "-65.00"},
+    }
+    assert table[2]["weights"] == "100-300"
+    assert len(table) == 8
+
+
+def run(*flags, ok=True):
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.plasticity", *flags], capture_output=True, text=True
+    )
+    output = done.stdout + done.stderr
+    assert (done.returncode == 0) == ok, output
+    assert "Traceback" not in output
+    return output
+
+
+def test_program_leaves_its_files_and_guards_them(tmp_path):
+    flags = ["--epochs=3", "--seeds=1", "--prune_epochs=1,2", "--continue_epochs=1"]
+    flags += ["--rates=0.5,0.98", f"--out_dir={tmp_path}"]
+    output = run(*flags)
+    number = r" +[+-]\d+.\d\d"
+    for row in (
+        r"0\.9 +│ +│ +unpruned \(%\) +│ +│ +\d\d.\d\d │",
+        rf"0\.98 │ +just pruned │ +│{number} │{number} │",
+        rf"none │ +100 │{number} │{number} │",
+        rf"random │ +5,020 │{number} │{number} │",
+        rf"gradient │ +50,200 │{number} │{number} │",
+    ):
+        assert re.search(row, output), row
+        assert re.search(row, (tmp_path / "table.txt").read_text())
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * 2 * (2 + 3)
+    assert json.loads(lines[0])["rule"] == "none"
+    assert (tmp_path / "plasticity.svg").read_text().count("<svg") == 1
+    assert len(files.read_history(tmp_path / "unpruned-0.9-0")) == 3
+    before = (tmp_path / "results.jsonl").stat()
+    assert run(*flags).splitlines()[-3:] == output.splitlines()[-3:]
+    assert (tmp_path / "results.jsonl").stat().st_mtime_ns == before.st_mtime_ns
+    assert "other settings (rates" in run(*flags, "--rates=0.5", ok=False)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--rates=98", "error: --rates=98: give numbers in (0, 1), each once at most."),
+        ("--rates=a,b", "error: --rates=a,b: give numbers in (0, 1)"),
+        ("--sparsities=0,0", "error: --sparsities=0,0: give numbers in [0, 1), each once"),
+        ("--rules=none,best", "error: --rules=none,best: give some of none, random, gradient"),
+        ("--prune_epochs=50", "error: --prune_epochs=50: give epochs in [1, 49]"),
+        ("--continue_epochs=60", "error: --prune_epochs=: give epochs in [1, 0]"),
+        ("--scope=all", "should be one of <global|uniform>"),
+    ],
+)
+def test_wrong_flags_end_in_one_line(flag, message):
+    output = run(flag, ok=False)
+    assert message in output
+    assert len([line for line in output.splitlines() if line.startswith("error: ")]) <= 1
