@@ -91,7 +91,8 @@ def make_optimizer(
         return gj.sparsify(inner, method)
     coefficient: Any = config.penalty
     if config.penalty < 0:
-        coefficient = gj.reparam.steer(config.sparsity)
+        end_step = round(config.prune_until * config.epochs * steps_per_epoch)
+        coefficient = gj.reparam.steer(config.sparsity, end_step)
     return gj.reparam.penalise(inner, method, coefficient)
 
 

@@ -474,13 +474,12 @@ def _caption(config: Settings, plan: Plan, num_seeds: int) -> str:
     )
 
 
-def plan_from_flags(config: Settings) -> Plan:
+def plan_from_flags(config: Settings, given: flags.FlagValues = flags.FLAGS) -> Plan:
     """The plan that the flags tell.
 
     Raises:
       ValueError: a list is empty, or holds something else than expected, or something twice.
     """
-    given = flags.FLAGS
     continue_epochs = given.continue_epochs or max(1, round(3 / 16 * config.epochs))
     last = config.epochs - continue_epochs
     eighths = sorted({round(i * config.epochs / 8) for i in range(1, 8)})
@@ -515,31 +514,25 @@ def _all(
     return read
 
 
-def _define_flags() -> None:
-    settings.define_flags(leave_out=tuple(_UNUSED))
-    flags.DEFINE_list(
-        "sparsities", ["0", "0.9"], "of the networks to prune; 0 is dense, others have static masks"
-    )
-    flags.DEFINE_list(
-        "prune_epochs", None, "epochs after which to prune (default: every eighth of training)"
-    )
-    flags.DEFINE_integer(
-        "continue_epochs", None, "how long to train on (default: 3/16 of training)", lower_bound=1
-    )
-    flags.DEFINE_list("rates", ["0.2", "0.5", "0.9", "0.98"], "shares of live weights to prune")
-    flags.DEFINE_list("rules", list(RULES), f"what regrows, of: {', '.join(RULES)}")
-    flags.DEFINE_enum(
-        "scope", "global", ["global", "uniform"], "prune all layers together or each for itself"
-    )
-    flags.DEFINE_integer(
-        "gradient_batches", 10, "batches whose gradients decide what regrows", lower_bound=1
-    )
-    flags.DEFINE_integer(
-        "recalibrate", 0, "batches that renew batch norm after the prune", lower_bound=0
-    )
-    flags.DEFINE_integer("seeds", 3, "seeds 0, 1, ...", lower_bound=1)
-    flags.DEFINE_string("out_dir", None, "where to write (default: runs/plasticity-DATASET-...)")
-    run.define_flags()
+def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of settings and plan."""
+    to: dict[str, Any] = {"flag_values": flag_values}
+    settings.define_flags(leave_out=tuple(_UNUSED), **to)
+    sparsities = "of the networks to prune; 0 is dense, others have static random masks"
+    flags.DEFINE_list("sparsities", ["0", "0.9"], sparsities, **to)
+    prune_epochs = "epochs after which to prune (default: every eighth of training)"
+    flags.DEFINE_list("prune_epochs", None, prune_epochs, **to)
+    continue_epochs = "how long to train on (default: 3/16 of training)"
+    flags.DEFINE_integer("continue_epochs", None, continue_epochs, lower_bound=1, **to)
+    rates = ["0.2", "0.5", "0.9", "0.98"]
+    flags.DEFINE_list("rates", rates, "shares of live weights to prune", **to)
+    flags.DEFINE_list("rules", list(RULES), f"what regrows, of: {', '.join(RULES)}", **to)
+    scope = "prune all layers together or each for itself"
+    flags.DEFINE_enum("scope", "global", ["global", "uniform"], scope, **to)
+    gradient_batches = "batches whose gradients decide what regrows"
+    flags.DEFINE_integer("gradient_batches", 10, gradient_batches, lower_bound=1, **to)
+    recalibrate = "batches that renew batch norm after the prune"
+    flags.DEFINE_integer("recalibrate", 0, recalibrate, lower_bound=0, **to)
 
 
 def main(argv: list[str]) -> None:
@@ -600,5 +593,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _define_flags()
+    define_flags()
+    flags.DEFINE_integer("seeds", 3, "seeds 0, 1, ...", lower_bound=1)
+    flags.DEFINE_string("out_dir", None, "where to write (default: runs/plasticity-DATASET-...)")
+    run.define_flags()
     app.run(main)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import flax.linen as nn
 
 from experiments.models.lenet import LeNet5, LeNet300100
+from experiments.models.lstm import lstm_a, lstm_b
 from experiments.models.resnet import resnet20, resnet50, resnet50_cifar, wrn_22_2
 from experiments.models.vgg import vgg16, vgg19
 from experiments.models.vit import ViT
@@ -17,6 +18,8 @@ from experiments.models.vit import ViT
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet_300_100": LeNet300100,
     "lenet5": LeNet5,
+    "lstm_a": lstm_a,
+    "lstm_b": lstm_b,
     "vgg16": vgg16,
     "vgg19": vgg19,
     "resnet20": resnet20,

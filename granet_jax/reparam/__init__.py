@@ -1,6 +1,26 @@
-"""r."""
+"""Reparameterisations: sparsity that is trained by gradients, with extra parameters.
+
+A method is a :class:`Reparameterisation`, a tuple of pure functions; the network uses
+``method.effective(params, extra)``, and :func:`penalise` makes an optimizer train the pair::
+
+    method = granet_jax.reparam.dst()
+    pair = (params, method.init(params))
+    tx = granet_jax.reparam.penalise(optax.sgd(0.01, momentum=0.9), method, coefficient=5e-4)
+    ...
+    grads = jax.grad(lambda pair: loss(method.effective(*pair), batch))(pair)
+    updates, opt_state = tx.update(grads, opt_state, pair)
+    pair = optax.apply_updates(pair, updates)
+    ...
+    params, masks = granet_jax.reparam.export(method, *pair)
+
+Instead of a coefficient, ``steer(0.95, end_step=10_000)`` asks for a sparsity.
+"""
+
 from granet_jax.reparam.base import Reparameterisation as Reparameterisation
 from granet_jax.reparam.base import export as export
 from granet_jax.reparam.dst import dst as dst
+from granet_jax.reparam.penalise import Controller as Controller
+from granet_jax.reparam.penalise import PenaltyState as PenaltyState
 from granet_jax.reparam.penalise import penalise as penalise
+from granet_jax.reparam.penalise import steer as steer
 from granet_jax.reparam.str_ import str_ as str_

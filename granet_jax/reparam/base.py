@@ -12,20 +12,20 @@ from granet_jax.types import PyTree
 
 
 class Reparameterisation(NamedTuple):
-    """Weights as a trainable function of params and of extra parameters: pure functions.
+    """Weights as a function of trained parameters and of extra ones: pure functions.
 
-    What the network uses is ``effective(params, extra)``; which weights that leaves out follows
-    from values that are trained, not from a rule applied now and then. Everything is safe under
-    ``jit``, ``grad``, ``vmap`` and ``scan``.
+    The network uses ``effective(params, extra)``. Which weights are left out follows from values
+    that are trained by gradients, in every step; there are no events.
 
     Attributes:
       init: ``params -> extra``, a pytree of float arrays to train beside ``params``. Accepts
         ``ShapeDtypeStruct`` leaves and a tree without leaves.
-      effective: ``(params, extra) -> params``, called inside the loss; leaves that are not prunable
-        pass through.
-      masks: ``(params, extra) -> masks`` at these values: what reports count and export keeps.
+      effective: ``(params, extra) -> params``, to be called inside the loss; leaves that are not
+        prunable pass through.
+      masks: ``(params, extra) -> masks`` at these values, total: what reports count and
+        :func:`export` keeps.
       penalty: ``extra -> float32`` scalar, the regulariser without its coefficient.
-      reset: ``(params, extra) -> extra``, after every step and outside the gradient.
+      reset: ``(params, extra) -> extra``, to be called after every step, outside the gradient.
       prunable: the path rules that it was made with, for counts and reports.
     """
 
@@ -38,7 +38,7 @@ class Reparameterisation(NamedTuple):
 
 
 def export(method: Reparameterisation, params: PyTree, extra: PyTree) -> tuple[PyTree, PyTree]:
-    """Plain sparse parameters and their masks, for use without the method.
+    """Plain sparse parameters and their masks, which need the method no longer.
 
     Args:
       method: the reparameterisation that was trained.
@@ -46,14 +46,13 @@ def export(method: Reparameterisation, params: PyTree, extra: PyTree) -> tuple[P
       extra: its extra parameters.
 
     Returns:
-      The effective parameters with exact zeros where masked, and the masks; ready for inference,
-      or to be trained on by ``sparsify(..., static(masks=masks))``.
+      The effective parameters with +0 where masked, and the masks: ready for inference, or for
+      training on with ``granet_jax.sparsify(optimizer, granet_jax.static(masks=masks))``.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
-      >>> method = gj.reparam.dst()
-      >>> extra = {"kernel": jnp.array([0.0, 2.5])}
-      >>> params, masks = export(method, {"kernel": jnp.array([[1.0, 2.0], [-3.0, -4.0]])}, extra)
+      >>> params = {"kernel": jnp.array([[1.0, 2.0], [-3.0, -4.0]])}
+      >>> params, masks = export(gj.reparam.dst(), params, {"kernel": jnp.array([0.0, 2.5])})
       >>> params["kernel"].tolist()
       [[1.0, 0.0], [-3.0, -4.0]]
     """
@@ -69,15 +68,18 @@ def from_thresholds(
     penalty: Callable[[jax.Array], jax.Array],
     prunable: trees.Rules,
 ) -> Reparameterisation:
-    """Weights ``gate(w, |w| - threshold)``, of which those with ``|w| > threshold`` are kept.
+    """Each prunable weight becomes ``gate(w, |w| - threshold)``; kept is ``|w| - threshold > 0``.
+
+    The extra parameters are a dict ``{path: array}`` with one entry for each prunable leaf, so
+    they are the same for any kind of params tree. They and the thresholds are float32 whatever the
+    dtype of the weights, because they move by less than bfloat16 resolves.
 
     Args:
-      initial: a prunable leaf -> its extra parameters. The extra parameters of all are a dict by
-        the leaves' paths, in float32 whatever the dtype of the weights.
-      threshold: the extra parameters of a leaf -> thresholds that broadcast against its weights
-        as ``(layers, *layer_shape)``.
+      initial: a leaf -> its extra parameters at the start.
+      threshold: ``(extra parameters of a leaf, leaf) -> thresholds`` that broadcast against its
+        weights as ``(layers, *layer_shape)``.
       gate: ``(w, |w| - threshold) -> effective w``.
-      penalty: the extra parameters of a leaf -> an array whose sum is the leaf's penalty.
+      penalty: extra parameters of a leaf -> array; the penalty is the sum over all.
       prunable: path rules.
 
     Returns:
@@ -87,10 +89,16 @@ def from_thresholds(
     def init(params: PyTree) -> dict[str, jax.Array]:
         return {x.path: initial(x) for x in trees.describe(params, prunable) if x.prunable}
 
-    def excess(params: PyTree, extra: dict[str, jax.Array]) -> tuple[Any, list[Any], list[Any]]:
+    def excess(params: PyTree, extra: dict[str, jax.Array]) -> tuple[Any, ...]:
         leaves = trees.describe(params, prunable)
+        pruned = [x for x in leaves if x.prunable]
+        if missing := [x.path for x in pruned if x.path not in extra]:
+            raise ValueError(
+                f"No thresholds for {', '.join(missing)}; there are some for {list(extra)}. "
+                "Make them for these parameters: extra = method.init(params)."
+            )
         weights = trees.split(params, leaves)
-        thresholds = [threshold(extra[x.path], x) for x in leaves if x.prunable]
+        thresholds = [threshold(extra[x.path], x) for x in pruned]
         over = [jnp.abs(w) - t for w, t in zip(weights, thresholds, strict=True)]
         return leaves, weights, over
 
@@ -103,7 +111,9 @@ def from_thresholds(
         leaves, _, over = excess(params, extra)
         return trees.join([x > 0 for x in over], ones(params), leaves)
 
-    def total(extra: dict[str, jax.Array]) -> jax.Array:
-        return sum((jnp.sum(penalty(x)) for x in extra.values()), start=jnp.zeros([], jnp.float32))
+    def total_penalty(extra: dict[str, jax.Array]) -> jax.Array:
+        return sum((jnp.sum(penalty(x)) for x in extra.values()), start=jnp.zeros([]))
 
-    return Reparameterisation(init, effective, masks, total, lambda _, extra: extra, prunable)
+    return Reparameterisation(
+        init, effective, masks, total_penalty, lambda params, extra: extra, prunable
+    )

@@ -1,11 +1,10 @@
-"""DST: one trainable threshold for each output unit."""
+"""DST: a trainable threshold for each output unit."""
 
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from granet_jax import selection, trees
 from granet_jax.reparam.base import Reparameterisation, from_thresholds
@@ -13,40 +12,93 @@ from granet_jax.types import PyTree
 
 
 def dst(*, output_axis: int = -1, prunable: trees.Rules = ()) -> Reparameterisation:
-    """doc."""
+    """Dynamic sparse training: weights below a trained threshold are 0 in the forward pass.
 
-    def shape(leaf: trees.Leaf) -> tuple[int, ...]:
-        ndim = len(leaf.layer_shape)
-        if not -ndim <= output_axis < ndim:
-            raise ValueError("x")
-        axis = output_axis % ndim
-        return (leaf.num_layers, *(n if i == axis else 1 for i, n in enumerate(leaf.layer_shape)))
+    With one threshold ``t`` for each output unit of a layer and ``Q = |w| - t``, the network uses
+    ``w * M`` where ``M = 1 if Q > 0 else 0``. Backward, the step has the long-tailed derivative
+    ``H`` (:func:`long_tailed`)::
 
-    def initial(leaf: trees.Leaf) -> jax.Array:
-        return jnp.zeros((*leaf.shape[: leaf.stack_axes], math.prod(shape(leaf)[1:])))
+        dL/dw = dL/d(wM) * (M + |w| * H(Q))        dL/dt = -sum over inputs of dL/d(wM) * w * H(Q)
+
+    so masked weights go on learning and may come back. ``t`` starts at 0. The penalty is the sum
+    of ``exp(-t)`` over all thresholds. A layer that keeps 1 % of its weights or less has its
+    thresholds reset to 0 and starts dense again, so that no layer is wiped out; sparsities of 99 %
+    and more are therefore out of reach.
+
+    Thresholds may become negative, and then nothing of that unit is masked: a weight of exactly 0
+    counts as kept. Their optimizer moments live through a reset.
+
+    Source: Liu et al., "Dynamic Sparse Training: Find Efficient Sparse Network From Scratch With
+    Trainable Masked Layers", ICLR 2020, section 3.
+
+    Args:
+      output_axis: the axis of a kernel that counts output units: -1 in Flax and Haiku, 0 in
+        Equinox and PyTorch. In stacks of layers (``granet_jax.Stacked``), of a layer's own axes.
+      prunable: path rules, see :func:`granet_jax.trees.describe`. The paper prunes all layers, but
+        for the last of its LSTM.
+
+    Returns:
+      A reparameterisation; ``extra`` holds ``{path: float32 (out,)}``, or ``(layers, out)`` for
+      stacks of layers.
+
+    Raises:
+      ValueError: from its functions, where a prunable leaf has no such axis.
+
+    Differs from the paper's code in that a layer is reset after the step that emptied it, not in
+    the next forward pass, so that what is exported is never an empty layer.
+
+    Example: the threshold of the second unit masks one of its weights.
+      >>> import jax.numpy as jnp
+      >>> method = dst()
+      >>> params = {"kernel": jnp.array([[1.0, 2.0], [-3.0, -4.0]])}
+      >>> method.init(params)["kernel"].tolist()
+      [0.0, 0.0]
+      >>> method.effective(params, {"kernel": jnp.array([0.0, 2.5])})["kernel"].tolist()
+      [[1.0, 0.0], [-3.0, -4.0]]
+    """
+
+    def outputs(leaf: trees.Leaf) -> list[int]:
+        """The shape of a layer with all its axes but the outputs shrunk to 1."""
+        shape = [1] * len(leaf.layer_shape)
+        if not -len(shape) <= output_axis < len(shape):
+            raise ValueError(
+                f"{output_axis=} is no axis of {leaf.path}, whose layers have shape "
+                f"{leaf.layer_shape}. Leave it dense by a rule, e.g. ({leaf.path!r}, False)."
+            )
+        shape[output_axis] = leaf.layer_shape[output_axis]
+        return shape
 
     method = from_thresholds(
-        initial=initial,
-        threshold=lambda t, leaf: t.reshape(shape(leaf)),
-        gate=lambda w, x: w * _step(x),
+        initial=lambda x: jnp.zeros((*x.shape[: x.stack_axes], math.prod(outputs(x)))),
+        threshold=lambda t, x: t.reshape(x.num_layers, *outputs(x)),
+        gate=lambda w, over: w * _step(over),
         penalty=lambda t: jnp.exp(-t),
         prunable=prunable,
     )
 
     def reset(params: PyTree, extra: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        leaves = [x for x in trees.describe(params, prunable)]
-        num_live = selection.count(trees.split(method.masks(params, extra), leaves))
-        pruned = [x for x in leaves if x.prunable]
-        ends = np.cumsum([x.num_layers for x in pruned])
-        out = {}
-        for leaf, live in zip(pruned, jnp.split(num_live, ends[:-1]), strict=True):
-            wiped = (live <= math.prod(leaf.layer_shape) // 100).reshape(
-                (*leaf.shape[: leaf.stack_axes], 1)
-            )
-            out[leaf.path] = jnp.where(wiped, 0.0, extra[leaf.path])
-        return out
+        leaves = trees.describe(params, prunable)
+        masks = trees.split(method.masks(params, extra), leaves)
+        new = dict(extra)
+        for leaf, mask in zip([x for x in leaves if x.prunable], masks, strict=True):
+            is_empty = selection.count([mask]) <= mask[0].size // 100
+            t = extra[leaf.path]
+            new[leaf.path] = jnp.where(is_empty.reshape(*t.shape[:-1], 1), 0.0, t)
+        return new
 
     return method._replace(reset=reset)
+
+
+def long_tailed(x: jax.Array) -> jax.Array:
+    """The derivative that stands in for that of a step: 2 - 4|x| to .4, then .4 to 1, then 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> [round(float(h), 3) for h in long_tailed(jnp.array([0.0, -0.2, 0.4, 0.7, 1.1]))]
+      [2.0, 1.2, 0.4, 0.4, 0.0]
+    """
+    size = jnp.abs(x)
+    return jnp.where(size <= 0.4, 2.0 - 4.0 * size, jnp.where(size <= 1.0, 0.4, 0.0))
 
 
 @jax.custom_jvp
@@ -55,11 +107,6 @@ def _step(x: jax.Array) -> jax.Array:
 
 
 @_step.defjvp
-def _step_jvp(primals: Any, tangents: Any) -> Any:
+def _step_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[jax.Array, jax.Array]:
     (x,), (dx,) = primals, tangents
     return _step(x), long_tailed(x) * dx
-
-
-def long_tailed(x: jax.Array) -> jax.Array:
-    size = jnp.abs(x)
-    return jnp.where(size <= 0.4, 2 - 4 * size, jnp.where(size <= 1, 0.4, 0.0))

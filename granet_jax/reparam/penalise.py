@@ -1,4 +1,6 @@
-"""p."""
+"""``penalise``: any optax optimizer, training a reparameterisation; ``steer``: to a sparsity."""
+
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -6,38 +8,202 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from granet_jax import metrics
+from granet_jax import metrics, schedules
+from granet_jax.distributions import check_sparsity
 from granet_jax.reparam.base import Reparameterisation
 from granet_jax.types import PyTree
 
 
+class Controller(NamedTuple):
+    """How the coefficient of the penalty changes while training.
+
+    Attributes:
+      initial: the coefficient before the first step.
+      update: ``(coefficient, previous_sparsity, sparsity, step) -> coefficient`` of this step, all
+        float32 scalars but the int32 step. ``sparsity`` is that of this step's forward pass,
+        ``previous_sparsity`` that of the step before (0 at step 1).
+    """
+
+    initial: Any
+    update: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
 class PenaltyState(NamedTuple):
-    penalty_step: jax.Array
-    coefficient: jax.Array
-    sparsity: jax.Array
-    inner: Any
+    """State of :func:`penalise`."""
+
+    penalty_step: jax.Array  # int32 scalar, updates done
+    coefficient: jax.Array  # float32 scalar, of the last update
+    sparsity: jax.Array  # float32 scalar, of the forward pass before the last update
+    inner: Any  # the wrapped optimizer's state
 
 
-def penalise(inner, method, coefficient) -> optax.GradientTransformationExtraArgs:
+def penalise(
+    inner: optax.GradientTransformation,
+    method: Reparameterisation,
+    coefficient: float | jax.Array | Controller,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that it trains a reparameterisation, with its penalty and its resets.
+
+    The parameters are the pair ``(params, extra)``, and the loss is that of the task alone, on
+    ``method.effective(params, extra)``. One ``update``:
+
+    1. Adds ``coefficient * grad penalty(extra)`` to the gradients of ``extra``, before ``inner``
+       sees them: the same as ``coefficient * method.penalty(extra)`` added to the loss.
+    2. Runs ``inner`` on the pair.
+    3. Returns updates such that plain ``optax.apply_updates`` gives ``extra`` as
+       ``method.reset`` leaves it. What is reset to 0 becomes exactly 0.
+
+    The result is an optax transformation like any other. Its state tells the last ``coefficient``
+    and ``sparsity`` (``optax.tree.get(opt_state, "sparsity")``). Nothing after it in a chain may
+    touch the updates. In ``inner``, gradient clipping counts the penalty, and weight decay reaches
+    ``extra`` unless a mask keeps it off.
+
+    Args:
+      inner: any optax transformation that ends in parameter updates.
+      method: the reparameterisation, as ``dst()`` or ``str_()`` returns it.
+      coefficient: a number >= 0; or a :class:`Controller`, such as :func:`steer` returns.
+
+    Raises:
+      TypeError: ``inner`` or ``method`` is something else.
+      ValueError: a negative coefficient; in ``update``, parameters that are not a pair.
+
+    Example:
+      >>> import granet_jax as gj, jax, jax.numpy as jnp, optax
+      >>> method = gj.reparam.dst()
+      >>> tx = gj.reparam.penalise(optax.sgd(0.01, momentum=0.9), method, coefficient=5e-4)
+      >>> params = {"kernel": jnp.array([[0.5, -0.3]]), "bias": jnp.zeros(2)}
+      >>> pair = (params, method.init(params))
+      >>> state = tx.init(pair)
+      >>> def loss(pair):
+      ...     params = method.effective(*pair)
+      ...     return jnp.sum(params["kernel"] ** 2)
+      >>> updates, state = tx.update(jax.grad(loss)(pair), state, pair)
+      >>> pair = optax.apply_updates(pair, updates)
+      >>> [round(float(t), 4) for t in pair[1]["kernel"]]
+      [0.002, 0.0014]
+    """
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            f"penalise wraps an optax transformation, got {type(inner).__name__}. "
+            "Call it as penalise(optax.sgd(0.1), method, coefficient)."
+        )
+    if not isinstance(method, Reparameterisation):
+        raise TypeError(
+            f"penalise needs a Reparameterisation, got {type(method).__name__}. "
+            "Call the method first: penalise(inner, granet_jax.reparam.dst(), coefficient)."
+        )
     inner = optax.with_extra_args_support(inner)
-    control = coefficient if callable(coefficient) else lambda *_: jnp.asarray(coefficient, jnp.float32)
+    control = coefficient if isinstance(coefficient, Controller) else _constant(coefficient)
 
-    def init(params):
-        zero = jnp.zeros([], jnp.float32)
-        return PenaltyState(jnp.zeros([], jnp.int32), zero, zero, inner.init(params))
+    def init(pair: PyTree) -> PenaltyState:
+        return PenaltyState(
+            jnp.zeros([], jnp.int32),
+            jnp.asarray(control.initial, jnp.float32),
+            jnp.zeros([], jnp.float32),
+            inner.init(pair),
+        )
 
-    def update(grads, state, params=None, **extra_args):
-        weights, extra = params
+    def update(
+        grads: PyTree, state: PenaltyState, pair: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, PenaltyState]:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise ValueError(
+                "penalise needs the pair of parameters, tx.update(grads, opt_state, (params, "
+                f"extra)) with extra = method.init(params); got {type(pair).__name__}."
+            )
+        params, extra = pair
         step = optax.safe_increment(state.penalty_step)
-        sparsity = metrics.sparsity(method.masks(weights, extra), weights, method.prunable)
-        c = control(state.coefficient, sparsity, state.sparsity, step)
-        slope = jax.grad(method.penalty)(extra)
-        weight_grads, extra_grads = grads
-        extra_grads = jax.tree.map(lambda g, d: g + c * d, extra_grads, slope)
-        updates, inner_state = inner.update((weight_grads, extra_grads), state.inner, params, **extra_args)
-        new_weights, new_extra = optax.apply_updates(params, updates)
-        reset = method.reset(new_weights, new_extra)
-        u = jax.tree.map(lambda u, old, new, r: jnp.where(r == new, u, r - old), updates[1], extra, new_extra, reset)
-        return (updates[0], u), PenaltyState(step, c, sparsity, inner_state)
+        sparsity = metrics.sparsity(method.masks(params, extra), params, method.prunable)
+        coefficient = control.update(state.coefficient, state.sparsity, sparsity, step)
+
+        slopes = jax.grad(method.penalty)(extra)
+        task_grads, extra_grads = grads
+        extra_grads = jax.tree.map(lambda g, d: g + coefficient * d, extra_grads, slopes)
+        updates, inner_state = inner.update(
+            _like(grads, task_grads, extra_grads), state.inner, pair, **extra_args
+        )
+        new_params, new_extra = optax.apply_updates(pair, updates)
+        extra_updates = jax.tree.map(
+            lambda u, old, new, reset: jnp.where(reset == new, u, reset - old),
+            updates[1],
+            extra,
+            new_extra,
+            method.reset(new_params, new_extra),
+        )
+        updates = _like(updates, updates[0], extra_updates)
+        return updates, PenaltyState(step, coefficient, sparsity, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+GAIN = 10.0  # a density 10 % above its reference raises the coefficient e-fold
+LARGEST_ERROR = 0.3  # and a density far from it no more than e^3-fold at once
+RANGE = 1e4  # the coefficient stays within this factor of the initial one
+
+
+def steer(sparsity: float, end_step: int, initial: float = 1e-4) -> Controller:
+    """Steers the coefficient of the penalty so that a requested sparsity is met, and then held.
+
+    The reference for the density (1 - sparsity) falls from 1 to the density requested, by the same
+    fraction in each step, until ``end_step``, and stays there. A proportional-integral controller
+    acts on the logarithm of the coefficient; with ``e = log(density / reference)`` within +-.3::
+
+        log c_t = log c_(t-1) + 10 * (e_t - e_(t-1)) + 10 * e_t / (end_step / 10)
+
+    Relative errors and relative changes make it independent of the scale of weights, learning rate
+    and penalty. The sparsity is met on average, not exactly: what is left is the noise of training
+    from step to step, tenths of a point at a constant learning rate, less where it decays.
+
+    Args:
+      sparsity: fraction of zeros among the prunable weights, in [0, 1).
+      end_step: the update at which it is to be met, >= 10; half of the training is a good choice,
+        so that the rest can settle.
+      initial: the coefficient at the start, > 0. One that is wrong by a factor of 100 does little
+        harm; the coefficient stays within a factor of 10^4 of it.
+
+    Returns:
+      A controller for :func:`penalise`.
+
+    Raises:
+      ValueError: a sparsity outside [0, 1), an initial coefficient that is not positive, or
+        ``end_step < 10``.
+
+    Example:
+      >>> import granet_jax as gj, optax
+      >>> controller = steer(0.95, end_step=10_000)
+      >>> tx = gj.reparam.penalise(optax.sgd(0.01, momentum=0.9), gj.reparam.dst(), controller)
+      >>> float(controller.update(1e-3, 0.95, 0.95, 20_000))  # as requested: no change
+      0.0010000000474974513
+    """
+    check_sparsity("sparsity", sparsity)
+    schedules.check_steps(end_step=end_step)
+    if end_step < 10:
+        raise ValueError(f"steer needs end_step >= 10 updates to act in; got {end_step}.")
+    if not initial > 0:
+        raise ValueError(f"The initial coefficient must be > 0 to be scaled; got {initial}.")
+
+    def error(sparsity_now: jax.Array, step: jax.Array) -> jax.Array:
+        reference = math.log(1 - sparsity) * jnp.minimum(step / end_step, 1.0)
+        density = jnp.maximum(1 - sparsity_now, 1e-9)
+        return jnp.clip(jnp.log(density) - reference, -LARGEST_ERROR, LARGEST_ERROR)
+
+    def update(
+        coefficient: jax.Array, previous_sparsity: jax.Array, sparsity: jax.Array, step: jax.Array
+    ) -> jax.Array:
+        now, before = error(sparsity, step), error(previous_sparsity, step - 1)
+        factor = jnp.exp(GAIN * (now - before + now / (end_step / 10)))
+        return jnp.clip(coefficient * factor, initial / RANGE, initial * RANGE)
+
+    return Controller(initial, update)
+
+
+def _constant(coefficient: Any) -> Controller:
+    if not isinstance(coefficient, jax.core.Tracer) and not coefficient >= 0:
+        raise ValueError(f"The coefficient of a penalty must be >= 0; got {coefficient}.")
+    value = jnp.asarray(coefficient, jnp.float32)
+    return Controller(value, lambda *_: value)
+
+
+def _like(pair: PyTree, params: PyTree, extra: PyTree) -> PyTree:
+    """A pair of the same kind, tuple or NamedTuple."""
+    return jax.tree.unflatten(jax.tree.structure(pair), jax.tree.leaves((params, extra)))
