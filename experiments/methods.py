@@ -19,6 +19,7 @@ class Plan(NamedTuple):
     update_every: int
     prune_end_step: int
     total_steps: int
+    initial_threshold: float
     prunable: gj.trees.Rules
     key: jax.Array
 
@@ -154,6 +155,10 @@ def _magnitude_at_init(start: AtInit) -> Any:
     return gj.at_init.magnitude(start.params, sparsity=start.sparsity, prunable=start.prunable)
 
 
+def _str(plan: Plan) -> gj.reparam.Reparameterisation:
+    return gj.reparam.str_(initial=plan.initial_threshold, prunable=plan.prunable)
+
+
 _mest = functools.partial(gj.set_, drop=gj.scores.magnitude_and_gradient(0.01))
 _unfired = functools.partial(gj.set_itop, unexplored_first=True)
 
@@ -179,5 +184,5 @@ METHODS: dict[str, Entry] = {
     "granet_st": _granet(0.5, gj.global_ranking),
     "granet_uniform": _granet(0.0, gj.uniform),
     "dst": Entry(lambda plan: gj.reparam.dst(prunable=plan.prunable)),
-    "str": Entry(lambda plan: gj.reparam.str_(prunable=plan.prunable)),
+    "str": Entry(_str),
 }

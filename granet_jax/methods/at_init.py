@@ -1,14 +1,13 @@
 """Pruning before training: SNIP, GraSP, SynFlow and magnitude. They return masks.
 
-Train under them with ``gj.static(masks=masks)``, or start any other method from them. The weights
-stay as they were initialised. Each method is a score function and :func:`masks_from`, which ranks
-scores; the baseline at random is ``gj.random_masks(key, params, sparsity, gj.global_ranking)``.
+Train under them with ``gj.static(masks=masks)``, or start another method from them; the weights
+stay as they were initialised. Each is a score function and :func:`masks_from`, which ranks scores;
+the baseline at random is ``gj.random_masks(key, params, sparsity, gj.global_ranking)``.
 
 All rank the whole network as one, as the papers do, so that a layer may lose all its weights (layer
-collapse): a warning names such layers, and so does :func:`collapsed`.
-
-Put batch norm into inference mode, as the code of the SynFlow paper does. A branch that starts at
-zero, such as a residual branch whose last scale is 0, has scores of 0 and goes first.
+collapse): a warning names such layers, and so does :func:`collapsed`. Put batch norm into inference
+mode, as the code of the SynFlow paper does. A residual branch that starts at zero, as where its
+last scale is 0, has scores of 0 and goes first.
 
 Example: SNIP on linear regression.
   >>> import granet_jax as gj, jax, jax.numpy as jnp, optax
@@ -88,11 +87,8 @@ def snip(
 def snip_scores(loss_fn: LossFn, params: PyTree, batches: Iterable[Any]) -> PyTree:
     """``|theta * g|``, with g the sum over batches of the gradient of the loss.
 
-    That is ``|dL/dm|`` at masks m of ones. The papers divide by the sum of all scores, which
-    changes no ranking. Arguments are those of :func:`snip`.
-
-    Returns:
-      float32 tree of ``params``.
+    That is ``|dL/dm|`` at masks m of ones, in float32. The papers divide by the sum of all scores,
+    which changes no ranking. Arguments are those of :func:`snip`.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -115,26 +111,13 @@ def grasp(
 ) -> PyTree:
     """Keeps the connections that the norm of the gradient needs most: :func:`grasp_scores`.
 
+    Arguments, result and errors as in :func:`snip`, but the loss is differentiated twice, and is
+    the cross-entropy of ``logits / 200`` in the paper.
+
     Source: Wang et al. 2020, "Picking winning tickets before training by preserving gradient flow".
 
-    Args:
-      loss_fn: pure function ``(params, batch) -> scalar``, twice differentiable. The paper's is the
-        cross-entropy of ``logits / 200``.
-      params: as in :func:`snip`.
-      batches: as in :func:`snip`. The paper's code takes 10 images for each class of CIFAR.
-      sparsity: as in :func:`snip`.
-      scope: as in :func:`snip`.
-      prunable: as in :func:`snip`.
-
-    Returns:
-      Masks, as :func:`snip`.
-
-    Raises:
-      ValueError: as :func:`snip`.
-
     Differs from the paper's code in that: linear layers are not drawn anew before scoring; batches
-    are not split in halves; g holds the gradient of all parameters, biases and norms too; exactly
-    the number asked for is kept.
+    are not split in halves; g holds the gradient of biases and norms, too; counts are exact.
 
     Example: on ``(a w0^2 + w1^2) / 2`` the scores are ``(a^2 w0^2, w1^2)``.
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -151,11 +134,7 @@ def grasp_scores(loss_fn: LossFn, params: PyTree, batches: Iterable[Any]) -> PyT
     """``theta * (H g)``: gradient g and Hessian H of the loss, each summed over batches. Signed.
 
     To first order, removing a weight lowers ``|g|^2`` by twice its score. (The paper's score has
-    the other sign, and its largest go.) Arguments are those of :func:`grasp`; batches are gone
-    through twice.
-
-    Returns:
-      float32 tree of ``params``.
+    the other sign, and its largest go.) Arguments are those of :func:`grasp`; scores are float32.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -200,26 +179,25 @@ def synflow(
       example: an array or ``ShapeDtypeStruct`` with shape and dtype of the inputs, one image say.
       sparsity: fraction of zeros among prunable weights, in [0, 1).
       rounds: how many, >= 1; the paper takes 100. With one, layers collapse as in other methods.
-      scope: as in :func:`snip`; applied in each round.
-      prunable: path rules, see :func:`granet_jax.trees.describe`.
+      scope: as in :func:`snip`, in each round.
+      prunable: as in :func:`snip`.
 
     Returns:
       Masks, as :func:`snip`.
 
     Raises:
-      ValueError: ``rounds < 1``; a sparsity out of range; scores that are not finite, or 0
-        throughout at the start.
+      ValueError: as :func:`snip`; or ``rounds < 1``.
 
     Note:
-      What flows grows by a factor with each layer: float32 holds VGG-19, but deep residual networks
-      may overflow, which is an error. Where biases are 0, as they start, scaling inputs and outputs
-      changes no ranking: ``lambda params, x: 1e-15 * net(params, 1e-15 * x)``.
+      What flows is multiplied by each layer: float32 holds VGG-19, but deeper networks may
+      overflow, which is an error. Where biases are 0, as they start, scaling inputs and outputs
+      changes no ranking: ``lambda params, x: 1e-25 * net(params, 1e-25 * x)``.
 
-    Differs from the paper's code in that: which weights are prunable follows from path rules (there
-    shortcut convolutions stay dense); counts are exact; statistics of batch norm are as
-    ``apply_fn`` has them (new ones, 0 and 1, need no absolute value).
+    Differs from the paper's code in that: counts are exact; shortcut convolutions are prunable
+    unless a rule says otherwise; statistics of batch norm are as ``apply_fn`` has them (new ones, 0
+    and 1, need no absolute value).
 
-    Example: each score is the sum over paths through the connection; 1 * 4 of them is the least.
+    Example: a score is the sum over paths through the connection; the path 1 * 4 goes.
       >>> import granet_jax as gj, jax.numpy as jnp
       >>> params = [jnp.array([[-1.0, 2.0]]), jnp.array([[4.0], [-3.0]])]
       >>> net = lambda params, x: x @ params[0] @ params[1]
@@ -236,7 +214,7 @@ def synflow(
     for i in range(1, rounds + 1):
         scores = synflow_scores(apply_fn, apply_masks(params, masks), example)
         num_keep = scope(shapes, 1 - (1 - sparsity) ** (i / rounds)) if i < rounds else last
-        # A rounded count of a layer may rise from one round to the next; what is left suffices.
+        # Counts of layers are rounded: none may fall below the last.
         num_keep = jnp.maximum(jnp.asarray(num_keep, jnp.int32), last)
         masks, largest = _select(scores, masks, num_keep, leaves)
         if i > 1 and _known(largest) and not np.any(largest):
@@ -255,10 +233,7 @@ def synflow_scores(apply_fn: ApplyFn, params: PyTree, example: Any) -> PyTree:
     """``|theta * dR/dtheta|``: R sums the outputs of the network of ``|theta|`` on inputs of ones.
 
     In a network of ReLUs without biases the scores of each layer add up to R. Arguments are those
-    of :func:`synflow`; of a pruned network, pass the masked parameters.
-
-    Returns:
-      float32 tree of ``params``.
+    of :func:`synflow`; of a pruned network, pass the masked parameters. Scores are float32.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -303,17 +278,11 @@ def masks_from(
     """Keeps what scores highest: one set of scores serves many sparsities.
 
     Args:
-      scores: float tree of ``params``, larger = better; compared in float32.
-      params: tree of arrays or ``ShapeDtypeStruct``s.
-      sparsity: as in :func:`snip`.
-      scope: as in :func:`snip`.
-      prunable: as in :func:`snip`.
-
-    Returns:
-      Masks, as :func:`snip`. Ties go by index.
-
-    Raises:
-      ValueError: as :func:`snip`.
+      scores: float tree of ``params``, larger = better; compared in float32, ties go by index.
+      params: tree of arrays.
+      sparsity: as in :func:`snip`, and so are scope, prunable, result and errors.
+      scope: what is ranked together.
+      prunable: path rules.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -344,7 +313,7 @@ def collapsed(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> list
     """
     leaves = trees.describe(params, prunable)
     layers = [
-        leaf.path + (str([*map(int, index)]) if index else "")
+        f"{leaf.path}{list(index) or ''}"
         for leaf in leaves
         if leaf.prunable
         for index in np.ndindex(leaf.shape[: leaf.stack_axes])
@@ -394,8 +363,8 @@ def _check(largest: jax.Array, leaves: tuple[trees.Leaf, ...]) -> None:
     if bad := [path for path, x in zip(paths, largest, strict=True) if not np.isfinite(x)]:
         raise ValueError(
             f"The scores of {', '.join(bad)} hold NaN or infinite values, which cannot be ranked. "
-            "Look at the loss and the parameters; for SynFlow, see the note in its docstring on "
-            "the range of float32."
+            "Look at the loss and the parameters. Where SynFlow overflows float32, scale inputs "
+            "and outputs: lambda params, x: 1e-25 * net(params, 1e-25 * x)."
         )
     if not np.any(largest):
         raise ValueError(
