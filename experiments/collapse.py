@@ -164,10 +164,17 @@ def random_images(num_classes: int, seed: int) -> Batch:
     return Batch(images, draw.integers(num_classes, size=num, dtype=np.int32))
 
 
-def climb(find: Pruner, params: Any) -> Climb:
-    """Prunes ever more, until a layer is empty or there are fewer weights than layers."""
+def climb(find: Pruner, params: Any, show: Callable[[float], None] = lambda c: None) -> Climb:
+    """Prunes ever more, until a layer is empty or there are fewer weights than layers.
+
+    Args:
+      find: gives masks at a sparsity.
+      params: what the masks are for.
+      show: called with each log10 compression before it is tried.
+    """
     smallest: list[int] = []
     for i in range(1, int(_limit(params) / STEP) + 1):
+        show(STEP * i)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that layers collapse is what we ask
             masks = find(1 - 10 ** (-STEP * i))
@@ -217,6 +224,7 @@ def draw(path: pathlib.Path, climbs: Mapping[str, Sequence[Climb]], title: str) 
                 axes.plot(x[-1], 0, "x", color=f"C{i}")
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=-0.2)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("log10 compression")
     axes.set_title(f"{title}: weights left in the smallest layer", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
@@ -232,14 +240,18 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {argv[1]!r} is no flag; flags look like --seeds=3. See --help.")
     console, name, source = Console(), flags.FLAGS.model, flags.FLAGS.dataset
     climbs: dict[str, list[Climb]] = {method: [] for method in METHODS}
-    with settings.errors_in_one_line():
+    with settings.errors_in_one_line(), console.status("scoring") as status:
+
+        def show(compression: float) -> None:
+            status.update(f"seed {seed}, {method}, log10 compression {compression:.2f}")
+
         dataset = None if source == "random" else data.load(source, flags.FLAGS.data_dir)
         num_classes = dataset.num_classes if dataset else flags.FLAGS.num_classes
         for seed in range(flags.FLAGS.seeds):
             images = load_images(dataset, seed) if dataset else random_images(num_classes, seed)
             network = make_network(name, num_classes, images, seed)
             for method, prepare in METHODS.items():
-                climbs[method].append(climb(prepare(network), network.params))
+                climbs[method].append(climb(prepare(network), network.params, show))
                 print(f"seed {seed}  {method:9}  {reached(climbs[method][-1]):.2f}", flush=True)
         out_dir = pathlib.Path(flags.FLAGS.out_dir or f"runs/collapse-{source}-{name}")
         out_dir.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ import numpy as np
 from absl import app
 from markupsafe import Markup
 from matplotlib import pyplot as plt
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator
 
 from experiments import files
 
@@ -159,7 +159,8 @@ def _curves(histories: Mapping[str, Sequence[list[files.Record]]]) -> Any:
         if name == "loss":
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axes.yaxis.set_minor_formatter("{x:g}")
     for axes in list(grid.flat)[len(shown) :]:
         axes.axis("off")
     if len(histories) > 1:

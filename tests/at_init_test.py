@@ -130,18 +130,6 @@ def test_grasp_on_a_quadratic_loss_in_closed_form():
         np.testing.assert_allclose(change, -2 * step * expected[i], rtol=1e-2, atol=1e-8)
 
 
-def test_temperature_of_grasp_changes_what_it_keeps_and_that_of_snip_only_its_scale():
-    params, data = mlp([8, 16, 4]), batches(1, 32, 8, 4)
-
-    def hot(params, batch):
-        return loss(params[:-1] + [{"kernel": params[-1]["kernel"] / 200}], batch)
-
-    scores = at_init.grasp_scores(hot, params, data)
-    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(scores))
-    cold, warm = (at_init.grasp(f, params, data, sparsity=0.5) for f in (loss, hot))
-    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (cold, warm)), strict=True))
-
-
 # SynFlow
 
 
@@ -186,8 +174,9 @@ def numpy_synflow(params, sparsity, rounds):
     return masks
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("sparsity", "rounds"), [(0.5, 1), (0.9, 7), (0.98, 30)])
+@pytest.mark.parametrize(
+    ("sparsity", "rounds", "bias"), [(0.5, 1, False), (0.9, 7, True), (0.98, 30, False)]
+)
 def test_synflow_equals_numpy(sparsity, rounds, bias):
     params = mlp([7, 25, 12, 3], bias=bias)
     example = jax.ShapeDtypeStruct((1, 7), jnp.float32)
@@ -297,7 +286,13 @@ def test_stacked_layers_are_layers():
     assert at_init.collapsed(masks, stacked, rules) == ["scan/kernel[1, 2]"]
 
 
-def test_tuples_path_rules_low_precision_and_jit():
+def test_jit_changes_nothing():
+    params, image = mlp([6, 8]), jnp.ones((1, 6))
+    prune = lambda params: at_init.synflow(net, params, image, sparsity=0.8, rounds=2)  # noqa: E731
+    chex.assert_trees_all_equal(prune(params), jax.jit(prune)(params))
+
+
+def test_tuples_path_rules_and_low_precision():
     params = tuple(jax.tree.map(lambda p: p.astype(jnp.bfloat16), mlp([6, 12, 4], bias=True)))
     data, rules = batches(1, 8, 6, 4), [("^1/kernel", False)]
     image = data[0][0][:1]
@@ -312,7 +307,6 @@ def test_tuples_path_rules_low_precision_and_jit():
         assert num_live(masks, params, rules) == [round(72 * 0.2)]
         assert masks[1]["kernel"].all()
         assert masks[0]["bias"].all()
-        chex.assert_trees_all_equal(masks, jax.jit(prune)(params))
     for scores in (
         at_init.snip_scores(loss, params, data),
         at_init.grasp_scores(loss, params, data),
@@ -349,35 +343,39 @@ def test_errors():
             prune()
 
 
-def test_methods_train_on_from_these_masks():
-    params, data = mlp([6, 20, 20, 4], bias=True), batches(1, 32, 6, 4)
-    masks = at_init.synflow(net, params, data[0][0][:1], sparsity=0.8, rounds=10)
-    start = num_live(masks, params)
-    events = {"update_every": 2, "total_steps": 12, "masks": masks}
-    for method, end in (
-        (gj.static(masks=masks), start),
-        (gj.rigl(sparsity=0.8, **events), start),
-        (gj.granet(initial_sparsity=0.8, final_sparsity=0.9, end_step=8, **events), None),
-    ):
-        tx = gj.sparsify(optax.sgd(0.1, momentum=0.9), method)
-        state, weights = tx.init(params), gj.apply_masks(params, masks)
-        chex.assert_trees_all_equal(gj.get_masks(state), masks)
+EVENTS = {"update_every": 2, "total_steps": 12}
 
-        @jax.jit
-        def step(weights, state, tx=tx):
-            updates, state = tx.update(jax.grad(loss)(weights, data[0]), state, weights)
-            return optax.apply_updates(weights, updates), state
 
-        for _ in range(12):
-            weights, state = step(weights, state)
-        live = num_live(gj.get_masks(state), params)
-        assert live == end if end else sum(live) == round(600 * 0.1)
-        pruned = jax.tree.map(lambda w, m: (w[~m] == 0).all(), weights, gj.get_masks(state))
-        assert all(jax.tree.leaves(pruned))
+@pytest.mark.parametrize(
+    ("make", "kept"),
+    [
+        (lambda masks: gj.static(masks=masks), 80),
+        (lambda masks: gj.rigl(sparsity=0.8, masks=masks, **EVENTS), 80),
+        (lambda masks: gj.granet(final_sparsity=0.9, end_step=8, masks=masks, **EVENTS), 40),
+    ],
+    ids=["static", "rigl", "granet"],
+)
+def test_methods_train_on_from_these_masks(make, kept):
+    params, data = mlp([10, 40], bias=True), batches(1, 32, 10, 4)
+    masks = at_init.magnitude(params, sparsity=0.8)
+    tx = gj.sparsify(optax.sgd(0.1, momentum=0.9), make(masks))
+    state, params = tx.init(params), gj.apply_masks(params, masks)
+    chex.assert_trees_all_equal(gj.get_masks(state), masks)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params, data[0]), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(12):
+        params, state = step(params, state)
+    end = gj.get_masks(state)
+    assert num_live(end, params) == [kept]
+    assert (params[0]["kernel"][~end[0]["kernel"]] == 0).all()
 
 
 def test_the_collapse_study_as_a_person_runs_it(tmp_path):
-    flags = ["--dataset=digits", "--model=lenet_300_100", "--rounds=20", f"--out_dir={tmp_path}"]
+    flags = ["--dataset=digits", "--model=lenet_300_100", "--rounds=5", f"--out_dir={tmp_path}"]
     program = [sys.executable, "-m", "experiments.collapse", *flags]
     done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -12,11 +12,20 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from sklearn.datasets import load_digits
 
 import granet_jax as gj
 from granet_jax.reparam.dst import long_tailed
 
 METHODS = {"dst": gj.reparam.dst(), "str": gj.reparam.str_(initial=-3.0)}
+
+
+@pytest.fixture(autouse=True)
+def _compile_quickly():
+    """Compiling is most of the time here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def both(test):
@@ -165,15 +174,15 @@ def test_stacked_layers_have_thresholds_of_their_own():
         }
         extra["blocks"] = extra["blocks"].at[1].set(0.7).at[2].set(9.0)
         single = gj.reparam.dst(output_axis=axis)
+        stacked, one = [
+            jax.jit(lambda p, e, m=m: (m.effective(p, e), m.reset(p, e))) for m in (method, single)
+        ]
+        effective, reset = stacked(p, extra)
         for i in range(3):
-            layer, thresholds = {"w": p["blocks"][i]}, {"w": extra["blocks"][i]}
-            np.testing.assert_array_equal(
-                method.effective(p, extra)["blocks"][i], single.effective(layer, thresholds)["w"]
-            )
-            np.testing.assert_array_equal(
-                method.reset(p, extra)["blocks"][i], single.reset(layer, thresholds)["w"]
-            )
-        assert [float(t[0]) for t in method.reset(p, extra)["blocks"]] == [0, np.float32(0.7), 0]
+            alone, alone_reset = one({"w": p["blocks"][i]}, {"w": extra["blocks"][i]})
+            np.testing.assert_array_equal(effective["blocks"][i], alone["w"])
+            np.testing.assert_array_equal(reset["blocks"][i], alone_reset["w"])
+        assert [float(t[0]) for t in reset["blocks"]] == [0, np.float32(0.7), 0]
     method = gj.reparam.str_(prunable=rules)
     assert {k: v.shape for k, v in method.init(p).items()} == {"blocks": (3,), "deep": (2, 3)}
     extra = {"blocks": jnp.array([-9.0, 0.0, 9.0]), "deep": jnp.zeros((2, 3))}
@@ -186,7 +195,9 @@ def test_stacked_layers_have_thresholds_of_their_own():
 def test_masks_are_total_and_dense_leaves_pass_through(method):
     p = gj.testing.example_params()
     extra = lifted(method, p)
-    effective, masks = method.effective(p, extra), method.masks(p, extra)
+    effective, masks = jax.jit(lambda *pair: (method.effective(*pair), method.masks(*pair)))(
+        p, extra
+    )
     chex.assert_trees_all_equal_shapes_and_dtypes(effective, p)
     chex.assert_trees_all_equal_structs(masks, p)
     for leaf, m, e, w in zip(
@@ -204,18 +215,23 @@ def test_masks_are_total_and_dense_leaves_pass_through(method):
 
 @both
 def test_export_gives_plain_params_for_static_training(method):
-    p = gj.testing.example_params()
+    p = small_params()
     p["conv"]["kernel"] = p["conv"]["kernel"].at[0].set(jnp.nan)
     extra = lifted(method, p)
     sparse, masks = gj.reparam.export(method, p, extra)
     assert not masks["conv"]["kernel"][0].any()
-    chex.assert_trees_all_equal(sparse, gj.apply_masks(sparse, masks))
-    chex.assert_trees_all_equal(sparse, gj.apply_masks(method.effective(p, extra), masks))
+    for path in (("conv", "kernel"), ("fc", "kernel"), ("fc", "bias")):
+        value, mask, dense = (
+            np.asarray(tree[path[0]][path[1]])
+            for tree in (sparse, masks, method.effective(p, extra))
+        )
+        np.testing.assert_array_equal(value.view(np.int32)[~mask], 0)  # +0
+        np.testing.assert_array_equal(value[mask], dense[mask])
     tx = gj.sparsify(optax.sgd(0.1), gj.static(masks=masks))
     state = tx.init(sparse)
     updates, state = tx.update(p, state, sparse)
     trained = optax.apply_updates(sparse, updates)
-    assert (trained["hidden"]["kernel"] != 0).sum() == masks["hidden"]["kernel"].sum()
+    assert (trained["fc"]["kernel"] != 0).sum() == masks["fc"]["kernel"].sum() < 72
 
 
 class Linear(nnx.Module):
@@ -288,15 +304,17 @@ OPTIMIZERS = {
 }
 
 
-def toy_loss(method, pair, step):
+def small_params():
+    keys = jax.random.split(jax.random.key(5), 2)
+    conv, fc = (jax.random.normal(keys[0], (3, 3, 2, 4)), jax.random.normal(keys[1], (12, 6)))
+    return {"conv": {"kernel": conv}, "fc": {"kernel": fc, "bias": jnp.zeros(6)}}
+
+
+def small_loss(method, pair, step):
     """A loss of all parameters that differs from step to step."""
-    return optax.tree.sum(
-        jax.tree.map(
-            lambda w, p: 0.1 * (w - jnp.cos(step + 9 * p)) ** 2,
-            method.effective(*pair),
-            gj.testing.example_params(),
-        )
-    )
+    weights = method.effective(*pair)
+    errors = jax.tree.map(lambda w, p: (w - jnp.cos(step + 9 * p)) ** 2, weights, small_params())
+    return 0.01 * optax.tree.sum(errors)
 
 
 @both
@@ -304,31 +322,29 @@ def toy_loss(method, pair, step):
 def test_penalise_equals_the_gradient_of_the_total_loss(method, inner):
     coefficient = 0.02
     tx = gj.reparam.penalise(inner, method, coefficient)
-    pair = plain = (gj.testing.example_params(), method.init(gj.testing.example_params()))
-    state, plain_state = tx.init(pair), inner.init(plain)
 
-    @jax.jit
-    def step(pair, state, t):
-        grads = jax.grad(lambda pair: toy_loss(method, pair, t))(pair)
-        updates, state = tx.update(grads, state, pair)
-        return optax.apply_updates(pair, updates), state
+    def penalised(pair, t):
+        return small_loss(method, pair, t)
 
-    @jax.jit
-    def plain_step(pair, state, t):
-        def total(pair):
-            return toy_loss(method, pair, t) + coefficient * method.penalty(pair[1])
+    def total(pair, t):
+        return small_loss(method, pair, t) + coefficient * method.penalty(pair[1])
 
-        updates, state = inner.update(jax.grad(total)(pair), state, pair)
-        return optax.apply_updates(pair, updates), state
+    def train(tx, loss):
+        def step(carry, t):
+            pair, state = carry
+            updates, state = tx.update(jax.grad(loss)(pair, t), state, pair)
+            return (optax.apply_updates(pair, updates), state), pair
 
-    for t in range(8):
-        before = pair
-        pair, state = step(pair, state, t)
-        plain, plain_state = plain_step(plain, plain_state, t)
-    chex.assert_trees_all_close(pair, plain, rtol=1e-5, atol=1e-6)
-    chex.assert_trees_all_close(state.inner, plain_state, rtol=1e-5, atol=1e-6)
-    masks = method.masks(*before)
-    np.testing.assert_allclose(state.sparsity, gj.metrics.sparsity(masks, before[0]))
+        pair = (small_params(), method.init(small_params()))
+        return jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(8.0)))((pair, tx.init(pair)))
+
+    (pair, state), pairs = train(tx, penalised)
+    (expected, expected_state), _ = train(inner, total)
+    chex.assert_trees_all_close(pair, expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(state.inner, expected_state, rtol=1e-5, atol=1e-6)
+    last = jax.tree.map(lambda x: x[-1], pairs)
+    sparsity = gj.metrics.sparsity(method.masks(*last), last[0])
+    assert state.sparsity == sparsity > 0
     assert state.penalty_step == 8
     assert state.coefficient == np.float32(coefficient)
 
@@ -354,40 +370,38 @@ def test_eager_jit_scan_vmap_and_donation_agree(method):
     tx = gj.reparam.penalise(optax.adam(1e-2), method, gj.reparam.steer(0.5, 10))
 
     def start(scale):
-        p = jax.tree.map(lambda x: scale * x, gj.testing.example_params())
+        p = jax.tree.map(lambda x: scale * x, small_params())
         pair = (p, method.init(p))
         return pair, tx.init(pair)
 
     def step(carry, t):
         pair, state = carry
-        grads = jax.grad(lambda pair: toy_loss(method, pair, t))(pair)
+        grads = jax.grad(lambda pair: small_loss(method, pair, t))(pair)
         updates, state = tx.update(grads, state, pair)
         return (optax.apply_updates(pair, updates), state), state.sparsity
 
-    carry = start(1.0)
-    shapes = jax.tree.map(jax.typeof, carry)
-    assert jax.tree.map(jax.typeof, jax.eval_shape(start, 1.0)) == shapes
-    jitted = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
-    for t in range(5):
-        carry, _ = jitted(carry, t)
-    assert jax.tree.map(jax.typeof, carry) == shapes
-
-    eager = start(1.0)
-    for t in range(5):
+    carry = eager = start(1.0)
+    types = jax.tree.map(jax.typeof, carry)
+    assert jax.tree.map(jax.typeof, jax.eval_shape(start, 1.0)) == types
+    for t in range(2):
         eager, _ = step(eager, t)
+    jitted = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
+    for t in range(2):
+        carry, _ = jitted(carry, t)
+    assert jax.tree.map(jax.typeof, carry) == types
     chex.assert_trees_all_close(eager, carry, rtol=1e-4, atol=1e-5)
 
-    many, sparsities = jax.vmap(lambda scale: jax.lax.scan(step, start(scale), jnp.arange(5)))(
+    many, sparsities = jax.vmap(lambda scale: jax.lax.scan(step, start(scale), jnp.arange(2)))(
         jnp.array([1.0, 2.0])
     )
     chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], many), carry, rtol=1e-4, atol=1e-5)
-    assert sparsities.shape == (2, 5)
+    assert sparsities.shape == (2, 2)
 
 
 def test_wrappers_of_optax():
     method = METHODS["dst"]
-    pair = (gj.testing.example_params(), method.init(gj.testing.example_params()))
-    grads = jax.grad(lambda pair: toy_loss(method, pair, 0))(pair)
+    pair = (small_params(), method.init(small_params()))
+    grads = jax.tree.map(jnp.ones_like, pair)
     plain = gj.reparam.penalise(optax.sgd(0.1), method, 0.5)
     expected, _ = plain.update(grads, plain.init(pair), pair)
 
@@ -411,7 +425,7 @@ class Pair(NamedTuple):
 
 def test_a_named_pair_and_extra_arguments():
     method = METHODS["str"]
-    pair = Pair(gj.testing.example_params(), method.init(gj.testing.example_params()))
+    pair = Pair(small_params(), method.init(small_params()))
 
     def update(updates, state, params, *, scale):
         return jax.tree.map(lambda u: scale * u, updates), state
@@ -426,24 +440,28 @@ def test_a_named_pair_and_extra_arguments():
 
 @both
 def test_bfloat16_weights_have_float32_thresholds(method):
-    p = gj.testing.example_params(jnp.bfloat16)
-    extra = lifted(method, p)
-    pair = (p, extra)
-    assert {e.dtype for e in extra.values()} == {np.dtype("float32")}
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), p)
-    chex.assert_trees_all_equal(method.masks(p, extra), method.masks(wide, extra))
-    chex.assert_trees_all_equal_dtypes(method.effective(p, extra), p)
-    grads = jax.grad(
-        lambda pair: optax.tree.sum(
-            jax.tree.map(lambda x: x.astype(jnp.float32), method.effective(*pair))
-        )
-    )(pair)
-    chex.assert_trees_all_equal_dtypes(grads, pair)
+    p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), small_params())
+    pair = (p, lifted(method, p))
+    assert {e.dtype for e in pair[1].values()} == {np.dtype("float32")}
     tx = gj.reparam.penalise(optax.sgd(1e-5), method, 1.0)
-    updates, _ = tx.update(grads, tx.init(pair), pair)
-    chex.assert_trees_all_equal_dtypes(updates, pair)
+
+    def loss(pair):
+        effective = method.effective(*pair)
+        chex.assert_trees_all_equal_dtypes(effective, p)
+        return jnp.sum(effective["fc"]["kernel"].astype(jnp.float32))
+
+    @jax.jit
+    def step(pair):
+        grads = jax.grad(loss)(pair)
+        updates, _ = tx.update(grads, tx.init(pair), pair)
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), p)
+        return grads, updates, method.masks(*pair), method.masks(wide, pair[1])
+
+    grads, updates, masks, masks_of_wide = step(pair)
+    chex.assert_trees_all_equal(masks, masks_of_wide)
+    chex.assert_trees_all_equal_dtypes(grads, updates, pair)
     new = optax.apply_updates(pair, updates)[1]
-    assert all((new[path] != extra[path]).any() for path in extra)
+    assert all((new[path] != pair[1][path]).any() for path in new)
 
 
 @both
@@ -471,19 +489,19 @@ def test_masks_are_sharded_as_their_params(method, axis_type):
     assert state.sparsity == np.float32(1 - np.mean(masks["kernel"]))
 
 
-def run_plant(controller, steps, speed, push, noise=0.0, threshold=0.0, delay=0.9):
+def run_plant(controller, steps, speed, push=3e-4):
     """A threshold with momentum, pulled up by the coefficient and down by the task, on weights of
     a Laplace distribution: the density is exp(-threshold).
     """
-    coefficient, previous, momentum = jnp.float32(controller.initial), jnp.float32(0), 0.0
+    coefficient, previous = jnp.float32(controller.initial), jnp.float32(0)
+    threshold = momentum = 0.0
     update = jax.jit(controller.update)
-    rng = np.random.default_rng(0)
     sparsities, coefficients = [], []
     for step in range(1, steps + 1):
-        sparsity = 1 - np.exp(-max(threshold, 0.0) - abs(noise * rng.normal()))
+        sparsity = 1 - np.exp(-threshold)
         coefficient = update(coefficient, previous, jnp.float32(sparsity), jnp.int32(step))
         previous = jnp.float32(sparsity)
-        momentum = delay * momentum + (1 - delay) * speed * (float(coefficient) - push)
+        momentum = 0.9 * momentum + 0.1 * speed * (float(coefficient) - push)
         threshold = max(threshold + momentum, 0.0)
         sparsities.append(sparsity)
         coefficients.append(float(coefficient))
@@ -491,10 +509,9 @@ def run_plant(controller, steps, speed, push, noise=0.0, threshold=0.0, delay=0.
 
 
 @pytest.mark.parametrize("speed", [3.0, 300.0])
-@pytest.mark.parametrize("push", [0.0, 3e-4])
 @pytest.mark.parametrize("requested", [0.0, 0.8, 0.99])
-def test_steer_meets_and_holds_on_a_toy_plant(requested, push, speed):
-    sparsities, coefficients = run_plant(gj.reparam.steer(requested, 1000), 2000, speed, push)
+def test_steer_meets_and_holds_on_a_toy_plant(requested, speed):
+    sparsities, coefficients = run_plant(gj.reparam.steer(requested, 1000), 2000, speed)
     assert np.abs(sparsities[1500:] - requested).max() < 0.005
     assert np.all(coefficients > 0)
 
@@ -513,38 +530,45 @@ def test_steer_follows_its_reference_and_stays_within_bounds():
     for step in range(2000, 2100):
         steady = update(steady, 1 - 0.25 * np.exp(0.1), 1 - 0.25 * np.exp(0.1), step)
     np.testing.assert_allclose(steady, 1e-3 * np.e, rtol=1e-3)
-    # No jump does more than e^3 (and e^6 from one side to the other); an empty network is a number.
+    # From on target to off by far: e^3 at once. No weight left is a number, too.
     np.testing.assert_allclose(update(1e-3, 0.75, 0.0, 2000), 1e-3 * np.exp(3.03), rtol=1e-4)
     np.testing.assert_allclose(update(1e-3, 0.75, 1.0, 2000), 1e-3 * np.exp(-3.03), rtol=1e-4)
-    assert update(9.0, 0.0, 0.0, 2000) == 10.0
-    np.testing.assert_allclose(update(1.1e-7, 1.0, 1.0, 2000), 1.07e-7, rtol=1e-2)
-    np.testing.assert_allclose(update(1e-7, 1.0, 1.0, 2000), 1e-7, rtol=1e-6)
+    # The coefficient stays within 10^4 of the initial one.
+    assert update(9.9, 0.0, 0.0, 2000) == 10.0
+    np.testing.assert_allclose(update(1.01e-7, 1.0, 1.0, 2000), 1e-7, rtol=1e-6)
 
 
 @both
 def test_steer_meets_a_sparsity_in_training(method):
-    """A student learns a random linear map; the requested sparsity is met within a point."""
-    requested, steps = 0.8, 1500
-    teacher = jax.random.laplace(jax.random.key(2), (40, 25))
-    p = {"kernel": 0.15 * jax.random.normal(jax.random.key(3), (40, 25))}
-    tx = gj.reparam.penalise(
-        optax.sgd(0.02, momentum=0.9), method, gj.reparam.steer(requested, steps // 2)
+    """Digits, 800 steps: the requested sparsity is met in the second half, within half a point."""
+    requested, steps = 0.9, 800
+    images, labels = (jnp.asarray(x) for x in load_digits(return_X_y=True))
+    keys = jax.random.split(jax.random.key(0), steps + 2)
+    p = (jax.random.normal(keys[0], (64, 100)) / 6, jax.random.normal(keys[1], (100, 10)) / 10)
+    inner = optax.chain(
+        optax.add_decayed_weights(1e-3),
+        optax.sgd(optax.cosine_decay_schedule(0.1, steps), momentum=0.9),
     )
-    pair = (p, method.init(p))
+    tx = gj.reparam.penalise(inner, method, gj.reparam.steer(requested, steps // 2))
+
+    def loss(pair, batch):
+        w1, w2 = method.effective(*pair)
+        logits = jax.nn.relu(images[batch] / 16 @ w1) @ w2
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean()
 
     def step(carry, key):
         pair, state = carry
-        x = jax.random.normal(key, (32, 40))
-        grads = jax.grad(
-            lambda pair: jnp.mean((x @ (method.effective(*pair)["kernel"] - teacher)) ** 2)
-        )(pair)
+        batch = jax.random.randint(key, (64,), 0, len(labels))
+        grads = jax.grad(loss)(pair, batch)
         updates, state = tx.update(grads, state, pair)
         return (optax.apply_updates(pair, updates), state), state.sparsity
 
-    keys = jax.random.split(jax.random.key(4), steps)
-    _, sparsities = jax.jit(lambda carry: jax.lax.scan(step, carry, keys))((pair, tx.init(pair)))
-    assert abs(float(jnp.mean(sparsities[-steps // 4 :])) - requested) < 0.01
-    assert jnp.abs(sparsities[-steps // 4 :] - requested).max() < 0.03
+    pair = (p, method.init(p))
+    _, sparsities = jax.jit(lambda carry: jax.lax.scan(step, carry, keys[2:]))(
+        (pair, tx.init(pair))
+    )
+    np.testing.assert_allclose(sparsities[-200:], requested, atol=0.005)
+    assert sparsities[200] < 0.8
 
 
 def test_errors():

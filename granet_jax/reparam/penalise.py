@@ -95,40 +95,40 @@ def penalise(
     inner = optax.with_extra_args_support(inner)
     control = coefficient if isinstance(coefficient, Controller) else _constant(coefficient)
 
-    def init(pair: PyTree) -> PenaltyState:
+    def init(params: PyTree) -> PenaltyState:
         return PenaltyState(
             jnp.zeros([], jnp.int32),
             jnp.asarray(control.initial, jnp.float32),
             jnp.zeros([], jnp.float32),
-            inner.init(pair),
+            inner.init(params),
         )
 
     def update(
-        grads: PyTree, state: PenaltyState, pair: PyTree | None = None, **extra_args: Any
+        grads: PyTree, state: PenaltyState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, PenaltyState]:
-        if not isinstance(pair, tuple) or len(pair) != 2:
+        if not isinstance(params, tuple) or len(params) != 2:
             raise ValueError(
                 "penalise needs the pair of parameters, tx.update(grads, opt_state, (params, "
-                f"extra)) with extra = method.init(params); got {type(pair).__name__}."
+                f"extra)) with extra = method.init(params); got {type(params).__name__}."
             )
-        params, extra = pair
+        weights, extra = params
         step = optax.safe_increment(state.penalty_step)
-        sparsity = metrics.sparsity(method.masks(params, extra), params, method.prunable)
+        sparsity = metrics.sparsity(method.masks(weights, extra), weights, method.prunable)
         coefficient = control.update(state.coefficient, state.sparsity, sparsity, step)
 
         slopes = jax.grad(method.penalty)(extra)
         task_grads, extra_grads = grads
         extra_grads = jax.tree.map(lambda g, d: g + coefficient * d, extra_grads, slopes)
         updates, inner_state = inner.update(
-            _like(grads, task_grads, extra_grads), state.inner, pair, **extra_args
+            _like(grads, task_grads, extra_grads), state.inner, params, **extra_args
         )
-        new_params, new_extra = optax.apply_updates(pair, updates)
+        new_weights, new_extra = optax.apply_updates(params, updates)
         extra_updates = jax.tree.map(
             lambda u, old, new, reset: jnp.where(reset == new, u, reset - old),
             updates[1],
             extra,
             new_extra,
-            method.reset(new_params, new_extra),
+            method.reset(new_weights, new_extra),
         )
         updates = _like(updates, updates[0], extra_updates)
         return updates, PenaltyState(step, coefficient, sparsity, inner_state)
@@ -204,6 +204,6 @@ def _constant(coefficient: Any) -> Controller:
     return Controller(value, lambda *_: value)
 
 
-def _like(pair: PyTree, params: PyTree, extra: PyTree) -> PyTree:
+def _like(pair: PyTree, first: PyTree, second: PyTree) -> PyTree:
     """A pair of the same kind, tuple or NamedTuple."""
-    return jax.tree.unflatten(jax.tree.structure(pair), jax.tree.leaves((params, extra)))
+    return jax.tree.unflatten(jax.tree.structure(pair), jax.tree.leaves((first, second)))
