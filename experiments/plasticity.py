@@ -59,6 +59,8 @@ _UNUSED: dict[str, Any] = {  # settings that are no flags here
     "sparsity": 0.0,
     "update_every": 1,
     "prune_until": 0.5,
+    "penalty": 0.0,
+    "initial_threshold": 0.0,
     "validation": 0,
     "seed": 0,
 }

@@ -129,44 +129,58 @@ def trained(trainer, epochs):
     return state
 
 
+def optimizer_of(trainer):
+    config, steps = trainer.settings, trainer.steps_per_epoch
+    method = optimizers.make_method(config, steps, jax.random.key(0))
+    return optimizers.make_optimizer(config, steps, method)
+
+
+def regrown(optimizer, state):
+    """The state with 100 weights kept and the rest regrown at random; and what was kept."""
+    key = jax.random.key(0)
+    masks = gj.get_masks(state.opt_state)
+    new, kept = plasticity.pruned_masks(masks, state.params, 100, gj.scores.random, key=key)
+    return plasticity.under_masks(optimizer, state, new, kept), new, kept
+
+
 @pytest.mark.parametrize(
     ("changes", "names"), [({}, ["trace"]), ({"optimizer": "adamw"}, ["mu", "nu"])]
 )
 def test_what_is_pruned_or_regrown_starts_at_zero(changes, names):
     trainer, _ = make_trainer(**changes)
-    config, steps = trainer.settings, trainer.steps_per_epoch
-    method = optimizers.make_method(config, steps, jax.random.key(0))
-    optimizer = optimizers.make_optimizer(config, steps, method)
-    state = trained(trainer, 1)
-    masks = gj.get_masks(state.opt_state)
-    new, kept = plasticity.pruned_masks(
-        masks, state.params, 100, gj.scores.random, key=jax.random.key(0)
-    )
-    start = plasticity.under_masks(optimizer, state, new, kept)
+    optimizer, state = optimizer_of(trainer), trainer.init(0)
+    grads = jax.tree.map(jnp.ones_like, state.params)
+    updates, opt_state = jax.jit(optimizer.update)(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    state = state._replace(params=params, opt_state=opt_state)
+    start, new, kept = regrown(optimizer, state)
     chex.assert_trees_all_equal(gj.get_masks(start.opt_state), new)
+    masks = gj.get_masks(opt_state)["fc1"]["kernel"]
+    back = new["fc1"]["kernel"] & masks & ~kept["fc1"]["kernel"]
+    assert back.any()
 
-    def moments(state):
-        return [optax.tree.get(state.opt_state, name) for name in names]
+    def trees(state):
+        return [state.params, *(optax.tree.get(state.opt_state, name) for name in names)]
 
-    for old_tree, tree in zip(
-        [state.params, *moments(state)], [start.params, *moments(start)], strict=True
-    ):
-        expected = jax.tree.map(lambda k, x: jnp.where(k, x, 0), kept, old_tree)
+    for old, tree in zip(trees(state), trees(start), strict=True):
+        expected = jax.tree.map(lambda k, x: jnp.where(k, x, 0), kept, old)
         chex.assert_trees_all_equal(tree, expected)
         assert tree["fc1"]["bias"].any()
-    back = new["fc1"]["kernel"] & masks["fc1"]["kernel"] & ~kept["fc1"]["kernel"]
-    assert back.any()
-    assert old_tree["fc1"]["kernel"][back].all()  # so it was not zero before
+        assert old["fc1"]["kernel"][back].all()
+        assert not tree["fc1"]["kernel"][back].any()
 
-    # It trains on under its masks, regrown weights, too, at the schedule's step.
-    after, _ = trainer.run(jax.tree.map(jnp.copy, start), None, steps)
+
+def test_it_trains_on_under_its_masks_at_the_same_step():
+    trainer, _ = make_trainer()
+    start, new, kept = regrown(optimizer_of(trainer), trained(trainer, 1))
+    after, _ = trainer.run(jax.tree.map(jnp.copy, start), None, trainer.steps_per_epoch)
     chex.assert_trees_all_equal(gj.get_masks(after.opt_state), new)
     kernel = after.params["fc1"]["kernel"]
     assert not kernel[~new["fc1"]["kernel"]].any()
-    assert kernel[back].any()
-    assert int(after.step) == 2 * steps
+    assert kernel[new["fc1"]["kernel"] & ~kept["fc1"]["kernel"]].any()
     counts = optax.tree.get_all_with_path(after.opt_state, "count")
-    assert {int(count) for _, count in counts} == {2 * steps}
+    assert {int(count) for _, count in counts} == {2 * trainer.steps_per_epoch}
+    assert int(after.step) == 2 * trainer.steps_per_epoch
 
 
 def spied(trainer):

@@ -191,7 +191,7 @@ def synflow(
     Note:
       What flows is multiplied by each layer: float32 holds VGG-19, but deeper networks may
       overflow, which is an error. Where biases are 0, as they start, scaling inputs and outputs
-      changes no ranking: ``lambda params, x: 1e-25 * net(params, 1e-25 * x)``.
+      changes no ranking: ``lambda params, x: 1e-30 * net(params, 1e-30 * x)``.
 
     Differs from the paper's code in that: counts are exact; shortcut convolutions are prunable
     unless a rule says otherwise; statistics of batch norm are as ``apply_fn`` has them (new ones, 0
@@ -364,7 +364,7 @@ def _check(largest: jax.Array, leaves: tuple[trees.Leaf, ...]) -> None:
         raise ValueError(
             f"The scores of {', '.join(bad)} hold NaN or infinite values, which cannot be ranked. "
             "Look at the loss and the parameters. Where SynFlow overflows float32, scale inputs "
-            "and outputs: lambda params, x: 1e-25 * net(params, 1e-25 * x)."
+            "and outputs: lambda params, x: 1e-30 * net(params, 1e-30 * x)."
         )
     if not np.any(largest):
         raise ValueError(
