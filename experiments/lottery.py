@@ -56,6 +56,8 @@ _FIXED: dict[str, Any] = {
     "sparsity": 0.0,
     "update_every": 1,
     "prune_until": 0.5,
+    "penalty": -1.0,
+    "initial_threshold": -10.0,
     "chunk_steps": 0,
     "seed": 0,
 }

@@ -591,6 +591,8 @@ def main(argv: list[str]) -> None:
             figure.savefig(out_dir / "plasticity.png", dpi=110)
             plt.close(figure)
     print("Points of test accuracy above the unpruned network; mean and deviation over seeds.")
+    if any(rules_for(sparsity, plan) != plan.rules for sparsity in plan.sparsities):
+        print("The dense network regrows all it lost; at random would be as by gradient.")
     print(f"written: {out_dir}/plasticity.svg, .png, table.txt, results.jsonl and a folder a run")
 
 

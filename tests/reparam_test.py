@@ -383,13 +383,12 @@ def test_eager_jit_scan_vmap_and_donation_agree(method):
     carry = eager = start(1.0)
     types = jax.tree.map(jax.typeof, carry)
     assert jax.tree.map(jax.typeof, jax.eval_shape(start, 1.0)) == types
-    for t in range(2):
-        eager, _ = step(eager, t)
+    eager, _ = step(eager, 0)
     jitted = jax.jit(chex.assert_max_traces(step, n=1), donate_argnums=0)
-    for t in range(2):
-        carry, _ = jitted(carry, t)
-    assert jax.tree.map(jax.typeof, carry) == types
+    carry, _ = jitted(carry, 0)
     chex.assert_trees_all_close(eager, carry, rtol=1e-4, atol=1e-5)
+    carry, _ = jitted(carry, 1)
+    assert jax.tree.map(jax.typeof, carry) == types
 
     many, sparsities = jax.vmap(lambda scale: jax.lax.scan(step, start(scale), jnp.arange(2)))(
         jnp.array([1.0, 2.0])
@@ -533,6 +532,11 @@ def test_steer_follows_its_reference_and_stays_within_bounds():
     # From on target to off by far: e^3 at once. No weight left is a number, too.
     np.testing.assert_allclose(update(1e-3, 0.75, 0.0, 2000), 1e-3 * np.exp(3.03), rtol=1e-4)
     np.testing.assert_allclose(update(1e-3, 0.75, 1.0, 2000), 1e-3 * np.exp(-3.03), rtol=1e-4)
+    # The requested sparsity may be traced.
+    many = jax.vmap(lambda s: gj.reparam.steer(s, 1000, 1e-3).update(1e-3, 0.75, 0.75, 2000))
+    np.testing.assert_allclose(
+        many(jnp.array([0.75, 0.8])), [1e-3, 1e-3 * np.exp(0.1 * np.log(1.25))], rtol=1e-3
+    )
     # The coefficient stays within 10^4 of the initial one.
     assert update(9.9, 0.0, 0.0, 2000) == 10.0
     np.testing.assert_allclose(update(1.01e-7, 1.0, 1.0, 2000), 1e-7, rtol=1e-6)

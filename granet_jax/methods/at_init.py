@@ -197,7 +197,7 @@ def synflow(
     unless a rule says otherwise; statistics of batch norm are as ``apply_fn`` has them (new ones, 0
     and 1, need no absolute value).
 
-    Example: a score is the sum over paths through the connection; the path 1 * 4 goes.
+    Example: a score is the sum over paths through the connection; the path 1 * 4 goes first.
       >>> import granet_jax as gj, jax.numpy as jnp
       >>> params = [jnp.array([[-1.0, 2.0]]), jnp.array([[4.0], [-3.0]])]
       >>> net = lambda params, x: x @ params[0] @ params[1]

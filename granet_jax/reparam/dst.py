@@ -34,6 +34,7 @@ def dst(*, output_axis: int = -1, prunable: trees.Rules = ()) -> Reparameterisat
     Args:
       output_axis: the axis of a kernel that counts output units: -1 in Flax and Haiku, 0 in
         Equinox and PyTorch. In stacks of layers (``granet_jax.Stacked``), of a layer's own axes.
+        A kernel with two output axes (attention heads) shares thresholds along the other.
       prunable: path rules, see :func:`granet_jax.trees.describe`. The paper prunes all layers, but
         for the last of its LSTM.
 

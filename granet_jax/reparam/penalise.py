@@ -1,6 +1,5 @@
 """``penalise``: any optax optimizer, training a reparameterisation; ``steer``: to a sparsity."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -154,8 +153,12 @@ def steer(sparsity: float, end_step: int, initial: float = 1e-4) -> Controller:
     and penalty. The sparsity is met on average, not exactly: what is left is the noise of training
     from step to step, tenths of a point at a constant learning rate, less where it decays.
 
+    The coefficient stays positive: the penalty makes networks sparser, and the loss brings weights
+    back. So a sparsity is out of reach where weight decay alone goes further, and where the method
+    itself has a limit (99 % for DST).
+
     Args:
-      sparsity: fraction of zeros among the prunable weights, in [0, 1).
+      sparsity: fraction of zeros among the prunable weights, in [0, 1); may be traced.
       end_step: the update at which it is to be met, >= 10; half of the training is a good choice,
         so that the rest can settle.
       initial: the coefficient at the start, > 0. One that is wrong by a factor of 100 does little
@@ -183,7 +186,7 @@ def steer(sparsity: float, end_step: int, initial: float = 1e-4) -> Controller:
         raise ValueError(f"The initial coefficient must be > 0 to be scaled; got {initial}.")
 
     def error(sparsity_now: jax.Array, step: jax.Array) -> jax.Array:
-        reference = math.log(1 - sparsity) * jnp.minimum(step / end_step, 1.0)
+        reference = jnp.log1p(-sparsity) * jnp.minimum(step / end_step, 1.0)
         density = jnp.maximum(1 - sparsity_now, 1e-9)
         return jnp.clip(jnp.log(density) - reference, -LARGEST_ERROR, LARGEST_ERROR)
 
@@ -200,8 +203,7 @@ def steer(sparsity: float, end_step: int, initial: float = 1e-4) -> Controller:
 def _constant(coefficient: Any) -> Controller:
     if not isinstance(coefficient, jax.core.Tracer) and not coefficient >= 0:
         raise ValueError(f"The coefficient of a penalty must be >= 0; got {coefficient}.")
-    value = jnp.asarray(coefficient, jnp.float32)
-    return Controller(value, lambda *_: value)
+    return Controller(coefficient, lambda *_: jnp.asarray(coefficient, jnp.float32))
 
 
 def _like(pair: PyTree, first: PyTree, second: PyTree) -> PyTree:

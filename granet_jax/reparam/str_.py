@@ -28,11 +28,13 @@ def str_(
     * the paper's, one decay for weights and ``s`` alike: ``optax.add_decayed_weights(decay)``
       before the optimizer, without a mask, and ``coefficient=0`` in ``penalise``;
     * a decay of its own for ``s``, as ``coefficient`` in ``penalise``: the penalty is the sum of
-      ``s^2 / 2``. With ``steer`` it meets a sparsity asked for.
+      ``s^2 / 2``. Leave ``s`` out of the decay of the weights then, but keep that one: weights
+      without decay outgrow a threshold that never passes ``a(0)``. With ``steer`` the coefficient
+      follows from a sparsity asked for.
 
-    Decay must be coupled, added to the gradients before momentum as both ways do: under ``adamw``
-    ``s`` moves on another scale. And a decay mask that leaves out biases by their rank would leave
-    out ``s``, which is a scalar.
+    Decay must be coupled, added to the gradients before momentum as both ways do; that of
+    ``adamw`` is not. And a mask that keeps decay off biases by their rank keeps it off ``s``, too,
+    which is a scalar.
 
     Source: Kusupati et al., "Soft Threshold Weight Reparameterization for Learnable Sparsity",
     ICML 2020, section 3.
