@@ -19,7 +19,7 @@ test-all: lint  ## also the full product of methods, optimizers and wrappers
 test-oldest: $(OLDEST)/.installed  ## the library on the oldest supported JAX
 	$(OLDEST)/bin/python -m pytest -n 2 tests/selection_test.py tests/trees_test.py \
 		tests/distributions_test.py tests/schedules_test.py tests/masks_test.py \
-		tests/reference_test.py tests/errors_test.py
+		tests/reference_test.py tests/errors_test.py tests/rules_test.py tests/flops_test.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check

@@ -1,8 +1,10 @@
 """Lottery tickets: prunes a trained network level by level and compares ways to retrain it.
 
 Example:
-  python -m experiments.lottery
+  python -m experiments.lottery --epochs=20
   python -m experiments.lottery --dataset=mnist --data_dir=FOLDER --momentum=0 --weight_decay=0
+
+The first takes two minutes and shows the machinery: digits are too few to tell the rules apart.
 
 Each seed trains dense once. From there every rule has a ladder of its own: each level prunes a
 fifth of the weights that the level before ended with, and trains what is left, starting from
