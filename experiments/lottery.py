@@ -46,7 +46,7 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 
 import granet_jax as gj
-from experiments import data, files, optimizers, output, run, settings, training
+from experiments import data, files, optimizers, output, report, run, settings, training
 from experiments.training import State, Trainer
 from granet_jax.methods import lottery
 
@@ -304,7 +304,10 @@ def table(curves: Curves) -> list[dict[str, str]]:
     return [
         {
             "weights kept": f"{100 * _density(curves, level):.2f} %",
-            **{name: _mean_and_std(_accuracies(levels[level])) for name, levels in curves.items()},
+            **{
+                name: report.mean_and_std(_accuracies(levels[level]))
+                for name, levels in curves.items()
+            },
         }
         for level in range(len(next(iter(curves.values()))))
     ]
@@ -342,11 +345,6 @@ def _density(curves: Curves, level: int) -> float:
 
 def _accuracies(level: Sequence[History]) -> list[float]:
     return [history[-1]["test_accuracy"] for history in level]
-
-
-def _mean_and_std(values: Sequence[float]) -> str:
-    std = f" ± {np.std(values, ddof=1):4.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):5.2f}{std}"
 
 
 def _define_flags() -> None:

@@ -136,7 +136,7 @@ def penalise(
 
 
 GAIN = 10.0  # a density 10 % above its reference raises the coefficient e-fold
-LARGEST_ERROR = 0.3  # and a density far from it no more than e^3-fold at once
+LARGEST_ERROR = 0.1  # a density further off acts as one 10 % off: no jump does more than e-fold
 RANGE = 1e4  # the coefficient stays within this factor of the initial one
 
 
@@ -145,7 +145,7 @@ def steer(sparsity: float, end_step: int, initial: float = 1e-4) -> Controller:
 
     The reference for the density (1 - sparsity) falls from 1 to the density requested, by the same
     fraction in each step, until ``end_step``, and stays there. A proportional-integral controller
-    acts on the logarithm of the coefficient; with ``e = log(density / reference)`` within +-.3::
+    acts on the logarithm of the coefficient; with ``e = log(density / reference)`` within +-.1::
 
         log c_t = log c_(t-1) + 10 * (e_t - e_(t-1)) + 10 * e_t / (end_step / 10)
 
