@@ -79,7 +79,7 @@ def test_compare_prints_a_row_for_each_method(tmp_path):
 @pytest.mark.parametrize(
     ("program", "flags", "message"),
     [
-        ("train", ["--method=magic"], "should be one of <dense|static|set|set_by_sign|"),
+        ("train", ["--method=magic"], "should be one of <dense|static|snip|grasp|"),
         ("train", ["--sparsity=98"], "error: final_sparsity must be in [0, 1), the fraction of"),
         ("train", ["--epochs=0"], "--epochs=0"),
         ("train", ["granet"], "error: 'granet' is no flag"),
