@@ -155,7 +155,7 @@ def steer(sparsity: float, end_step: int, initial: float = 1e-4) -> Controller:
 
     The coefficient stays positive: the penalty makes networks sparser, and the loss brings weights
     back. So a sparsity is out of reach where weight decay alone goes further, and where the method
-    itself has a limit (99 % for DST).
+    itself has a limit (99 % of any layer for DST, which may be met at less in total).
 
     Args:
       sparsity: fraction of zeros among the prunable weights, in [0, 1); may be traced.
