@@ -1,6 +1,5 @@
 """``sparsify``: any optax optimizer, training sparse. The only file that knows optimizer state."""
 
-import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -232,67 +231,35 @@ def _do_if(
 
 def _mask_moments(inner_state: Any, params: PyTree, keep: PyTree) -> Any:
     """``where(keep, s, 0)`` for the leaves of the inner state that are moments of a parameter."""
-    owners = trees.by_path(params)
     masks = trees.by_path(keep)
-    prefixes = _prefixes(inner_state, owners)
 
-    def mask(path: tuple[Any, ...], leaf: Any) -> Any:
-        names = trees.names(path)
-        start = _owner_start(names, owners, prefixes)
-        if start is None or leaf.shape != owners[names[start:]].shape:
+    def mask(leaf: Any, owner: trees.Owner | None) -> Any:
+        if owner is None or not owner.same_shape or owner.field in _NOT_MOMENTS:
             return leaf
-        if names[start - 1 : start] and names[start - 1] in _NOT_MOMENTS:
-            return leaf
-        return jnp.where(masks[names[start:]], leaf, jnp.zeros_like(leaf))
+        return jnp.where(masks[owner.names], leaf, jnp.zeros_like(leaf))
 
-    return jax.tree_util.tree_map_with_path(mask, inner_state)
+    return trees.map_with_owner(mask, inner_state, params)
 
 
 def _check_maskable(inner_state: Any, params: PyTree) -> None:
     """Refuses a state with buffers of a parameter's size that mirror no parameter."""
-    owners = trees.by_path(params)
-    largest = max((x.size for x in owners.values() if len(x.shape) >= 2), default=None)
+    sizes = {path: x.size for path, x in trees.by_path(params).items()}
+    matrices = (x.size for x in jax.tree.leaves(params) if len(x.shape) >= 2)
+    largest = max(matrices, default=None)
     if largest is None:
         return
-    prefixes = _prefixes(inner_state, owners)
+    owners = trees.owners(inner_state, params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(inner_state):
-        names = trees.names(path)
-        start = _owner_start(names, owners, prefixes)
-        owner = None if start is None else owners[names[start:]]
-        if owner is not None and (leaf.shape == owner.shape or leaf.size < owner.size):
+        owner = owners[path]
+        if owner is not None and (owner.same_shape or leaf.size < sizes[owner.names]):
             continue  # a moment, or a factored one
         if leaf.size >= largest:
             raise ValueError(
                 f"The state of this optimizer cannot be masked: {_type_on_path(inner_state, path)}"
-                f" holds {'/'.join(names)} of shape {leaf.shape}, which mirrors no parameter. "
-                "Use an optimizer whose moments have the parameters' shapes (not flattened, no "
-                "limited-memory history)."
+                f" holds {'/'.join(trees.names(path))} of shape {leaf.shape}, which mirrors no "
+                "parameter. Use an optimizer whose moments have the parameters' shapes (not "
+                "flattened, no limited-memory history)."
             )
-
-
-def _prefixes(
-    inner_state: Any, owners: dict[tuple[str, ...], Any]
-) -> collections.Counter[tuple[str, ...]]:
-    """How many parameters the inner state holds under each path: those are its moment trees."""
-    paths = jax.tree_util.tree_leaves_with_path(inner_state)
-    all_names = [trees.names(path) for path, _ in paths]
-    return collections.Counter(
-        names[:i] for names in all_names for i in range(len(names) + 1) if names[i:] in owners
-    )
-
-
-def _owner_start(
-    names: tuple[str, ...],
-    owners: dict[tuple[str, ...], Any],
-    prefixes: collections.Counter[tuple[str, ...]],
-) -> int | None:
-    """Where in a state's path the path of its parameter begins; None = it has none.
-
-    With a parameter called "mu", more than one split may fit: the one whose front part holds the
-    most parameters is a moment tree.
-    """
-    fits = [i for i in range(len(names) + 1) if names[i:] in owners]
-    return max(fits, key=lambda i: prefixes[names[:i]], default=None)
 
 
 def _type_on_path(state: Any, path: tuple[Any, ...]) -> str:

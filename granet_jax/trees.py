@@ -4,9 +4,10 @@ What is prunable is *static*: it follows from paths, shapes and rules alone, so 
 while tracing and never has to be stored beside the masks.
 """
 
+import collections
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -74,6 +75,44 @@ def by_path(tree: PyTree) -> dict[tuple[str, ...], Any]:
         twice = sorted({path for path in paths if paths.count(path) > 1})
         raise ValueError(f"Leaves need paths of their own; more than one is called {twice}.")
     return found
+
+
+class Owner(NamedTuple):
+    """The parameter that a leaf of an optimizer's state belongs to."""
+
+    names: tuple[str, ...]  # the parameter's, as of :func:`by_path`
+    field: str  # what the state calls it, e.g. "mu"; "" where it says nothing
+    same_shape: bool  # False for factored moments and the like
+
+
+def owners(state: PyTree, params: PyTree) -> dict[tuple[Any, ...], Owner | None]:
+    """For each leaf of a state, by its key path, the parameter whose path its own ends in.
+
+    Leaves that belong to none (step counters, keys) have None. With a parameter called "mu", more
+    than one split of a path may fit: the one whose front part holds the most parameters is taken.
+    """
+    shapes = {path: x.shape for path, x in by_path(params).items()}
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    all_names = [names(path) for path, _ in leaves]
+    in_front = collections.Counter(
+        words[:i] for words in all_names for i in range(len(words) + 1) if words[i:] in shapes
+    )
+
+    def owner(words: tuple[str, ...], leaf: Any) -> Owner | None:
+        fits = [i for i in range(len(words) + 1) if words[i:] in shapes]
+        start = max(fits, key=lambda i: in_front[words[:i]], default=None)
+        if start is None:
+            return None
+        field = "".join(words[start - 1 : start])
+        return Owner(words[start:], field, leaf.shape == shapes[words[start:]])
+
+    return {path: owner(w, x) for w, (path, x) in zip(all_names, leaves, strict=True)}
+
+
+def map_with_owner(f: Callable[[Any, Owner | None], Any], state: PyTree, params: PyTree) -> PyTree:
+    """``f(leaf, owner)`` for each leaf of a state, see :func:`owners`."""
+    found = owners(state, params)
+    return jax.tree_util.tree_map_with_path(lambda path, x: f(x, found[path]), state)
 
 
 def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
