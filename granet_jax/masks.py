@@ -6,7 +6,7 @@ mask steps together into a method.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -135,8 +135,8 @@ def prune_to(
         key: jax.Array | None,
     ) -> tuple[PyTree, PyTree]:
         leaves = trees.describe(params, prunable)
-        kept = selection.top_k(
-            trees.split(score(params, grads, key), leaves),
+        kept = selection.top_k_of(
+            *_stacks(score, params, grads, key, leaves),
             num_keep(trees.layer_shapes(leaves), step),
             trees.split(masks, leaves),
         )
@@ -185,13 +185,6 @@ def regenerate(
       ([[True, False], [False, True]], [[True, False], [False, False]])
     """
 
-    def dropped_from(
-        part: list[jax.Array], drop_scores: list[jax.Array], share: jax.Array
-    ) -> tuple[list[jax.Array], jax.Array]:
-        num = selection.count(part)
-        num_dropped = ceil_of_share(share, num)
-        return selection.top_k(drop_scores, num - num_dropped, part), num_dropped
-
     def mask_step(
         masks: PyTree,
         keep: PyTree,
@@ -209,21 +202,49 @@ def regenerate(
                 [x & (w < 0) for x, w in zip(live, weights, strict=True)],
                 [x & ~(w < 0) for x, w in zip(live, weights, strict=True)],
             ]
-        drop_scores = trees.split(drop(params, grads, key), leaves)
-        kept, num_dropped = zip(
-            *(dropped_from(part, drop_scores, fraction(step)) for part in parts), strict=True
-        )
+        num_live = [selection.count(part) for part in parts]
+        num_dropped = [ceil_of_share(fraction(step), num) for num in num_live]
+        drop_scores = _stacks(drop, params, grads, key, leaves)
+        kept = [
+            selection.top_k_of(*drop_scores, num - dropped, part)
+            for part, num, dropped in zip(parts, num_live, num_dropped, strict=True)
+        ]
         survivors = [functools.reduce(jnp.logical_or, layer) for layer in zip(*kept, strict=True)]
-
-        grow_scores = trees.split(grow(params, grads, key), leaves)
-        num_grown = sum(num_dropped)
+        growth, inputs = _stacks(grow, params, grads, key, leaves)
+        num_grown = functools.reduce(jnp.add, num_dropped)
         if redistribute is not None:
-            num_grown = redistribute(num_grown, grow_scores, live)
-        grown = selection.top_k(grow_scores, num_grown, [~s for s in survivors])
+            num_grown = redistribute(num_grown, growth(inputs), live)
+        grown = selection.top_k_of(growth, inputs, num_grown, [~s for s in survivors])
         masks = trees.join([s | g for s, g in zip(survivors, grown, strict=True)], masks, leaves)
         return masks, _and(keep, masks)
 
     return mask_step
+
+
+_ARITHMETIC = frozenset({"abs", "add", "convert_element_type", "mul", "neg", "sub"})
+
+
+def _stacks(
+    score: ScoreFn,
+    params: PyTree,
+    grads: PyTree,
+    key: jax.Array | None,
+    leaves: Sequence[trees.Leaf],
+) -> tuple[Callable[[PyTree], list[jax.Array]], PyTree]:
+    """A function and its inputs, which give the scores of prunable leaves as stacks.
+
+    Scores that are plain arithmetic on entries are left to be computed where they are needed;
+    others (random ones, those of a method of one's own) are computed here.
+    """
+
+    def scores(inputs: PyTree) -> PyTree:
+        return score(inputs[0], inputs[1], key)
+
+    inputs = (params, grads)
+    if any(x.primitive.name not in _ARITHMETIC for x in jax.make_jaxpr(scores)(inputs).eqns):
+        return lambda stacks: stacks, trees.split(scores(inputs), leaves)
+    stacks = tuple(trees.stack(x, leaves) for x in inputs)
+    return lambda stacks: trees.pick(scores(stacks), leaves), stacks
 
 
 def ceil_of_share(fraction: Any, num_live: jax.Array) -> jax.Array:

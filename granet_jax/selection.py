@@ -1,10 +1,12 @@
 """Exact top-k masks without sorting.
 
 Sorting 25 million scores takes seconds on a CPU and, on sharded arrays, gathers them all. Here the
-k-th largest score is found by counting: floats are mapped to integers of the same order, and the
-bits of the k-th largest integer are settled one by one by asking how many integers are at least
-as large as a candidate. Ties are settled by the same search over linear indices. Only counts ever
-leave a device, so the same scores give the same mask on any number of devices.
+k-th largest score is found by counting: floats are mapped to integers of the same order, and a
+bracket around the k-th largest closes by asking how many integers are above a candidate. Candidates
+come from a small sample, then from interpolation between counts, and from bisection where neither
+gets on; whatever they are, the mask is the same. Ties are settled by the same search over linear
+indices. Only counts ever leave a device, so the same scores give the same mask on any number of
+devices.
 
 Scores come as *stacks*: arrays ``(layers, *layer_shape)``. The number of weights to keep is either
 a scalar, for one ranking over all stacks, or one int for each layer, for a ranking within each.
@@ -12,18 +14,21 @@ a scalar, for one ranking over all stacks, or one int for each layer, for a rank
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from granet_jax.types import PyTree
+
 _INELIGIBLE = np.int32(-(2**31))  # the lowest key
 _NAN = np.int32(-(2**31) + 1)
 _MAGNITUDE = np.int32(2**31 - 1)
-_INFINITY = np.int32(0x7F800000)
+_INFINITY = np.int32(0x7F800000)  # the highest key
 _TOP_BIT = np.uint32(2**31)
-_ALL_BITS = np.uint32(2**32 - 1)  # above every index
+_SAMPLE = 8192  # scores sampled from all layers for one ranking
+_SAMPLE_OF_LAYER = 1024  # from each, for a ranking within each
 
 
 def top_k_mask(scores: jax.Array, k: Any, eligible: jax.Array | None = None) -> jax.Array:
@@ -75,52 +80,237 @@ def top_k(
       >>> [m.tolist() for m in top_k(stacks, jnp.array([1, 1]))]
       [[[True, False, False]], [[True, False]]]
     """
-    if not scores:
-        return []
+    return top_k_of(lambda stacks: stacks, list(scores), num_keep, eligible)
+
+
+def top_k_of(
+    score: Callable[[PyTree], Sequence[jax.Array]],
+    inputs: PyTree,
+    num_keep: Any,
+    eligible: Sequence[jax.Array] | None = None,
+) -> list[jax.Array]:
+    """As :func:`top_k` of ``score(inputs)``, without storing what that computes.
+
+    Each count computes the scores anew: memory is what counts wait for.
+
+    Args:
+      score: arithmetic on entries, from ``inputs`` to stacks of scores, whatever the shapes.
+      inputs: tree of stacks.
+      num_keep: as for ``top_k``.
+      eligible: as for ``top_k``.
+    """
+    scores = jax.eval_shape(score, inputs)
+    if not any(x.size for x in scores):
+        return [jnp.zeros_like(x, bool) for x in score(inputs)]
     num_keep = jnp.asarray(num_keep, jnp.int32)
-    ranked = sum(x.size for x in scores) if num_keep.ndim == 0 else max(map(_layer_size, scores))
-    if ranked >= 2**31:
+    by_layer = num_keep.ndim == 1
+    sizes = np.array([_layer_size(x) for x in scores for _ in range(x.shape[0])], np.int64)
+    ranked = sizes if by_layer else sizes.sum(keepdims=True)  # how many each ranking has
+    if ranked.max() >= 2**31:
         raise ValueError(
-            f"One ranking over {ranked} weights does not fit int32 counts (at most 2^31 - 1); "
-            "use a distribution that gives each layer its own count."
+            f"One ranking over {ranked.max()} weights does not fit int32 counts (at most "
+            "2^31 - 1); use a distribution that gives each layer its own count."
         )
-    keys = [_sortable(x) for x in scores]
+    before = np.zeros_like(sizes) if by_layer else np.cumsum(sizes) - sizes  # within its ranking
+
+    if jax.device_count() == 1:  # on several this would move weights between them
+        inputs, eligible = jax.tree.map(lambda x: x.reshape(len(x), -1), (inputs, eligible))
+
+    def stacks(inputs: PyTree, eligible: Sequence[jax.Array] | None) -> list[_Stack]:
+        made = score(inputs)
+        return [_Stack(*x) for x in zip(made, eligible or [None] * len(made), strict=True)]
+
+    def best(stacks: list[_Stack], cut: _Cut) -> list[jax.Array]:
+        keys = jnp.broadcast_to(_to_key(cut.key), sizes.shape)
+        ends = jnp.maximum(cut.end, before.astype(np.uint32)) - before.astype(np.uint32)
+        return [
+            _keys(x) + (_linear_index(x.scores) < end).astype(jnp.int32) > key
+            for x, key, end in zip(
+                stacks, _by_stack(stacks, keys), _by_stack(stacks, ends), strict=True
+            )
+        ]
+
+    def num_best(cut: _Cut) -> jax.Array:
+        # Without the barriers XLA would compute the keys once and store them.
+        def renewed(x: jax.Array) -> jax.Array:
+            return jax.lax.optimization_barrier((x, cut))[0]
+
+        counts = count(best(stacks(*jax.tree.map(renewed, (inputs, eligible))), cut))
+        return counts if by_layer else jnp.sum(counts, keepdims=True)
+
+    num_eligible = jnp.asarray(ranked, jnp.int32)
     if eligible is not None:
-        keys = [jnp.where(e, x, _INELIGIBLE) for e, x in zip(eligible, keys, strict=True)]
-
-    # Stacks of one layer shape (and one sharding) become one stack: fewer loops to compile. From
-    # here on, whatever holds one entry for each layer is in the order of the groups.
-    groups = _by_layer_shape(scores)
-    stacks = [jnp.concatenate([keys[i] for i in group]) for group in groups]
-    first = np.cumsum([0] + [len(x) for x in scores])
-    order = np.concatenate([np.arange(first[i], first[i + 1]) for group in groups for i in group])
-    if num_keep.ndim == 1:
-        num_keep = num_keep[order]
-
-    threshold, at_least = _kth_largest(stacks, num_keep)
-    above = _count(stacks, jnp.greater, threshold)
-    ties = at_least - above
-    if num_keep.ndim == 1:
-        wanted_ties = num_keep - above
-    else:  # over all layers, the earlier ones take their ties first
-        in_layer_order = jnp.zeros_like(ties).at[order].set(ties)
-        taken_before = (jnp.cumsum(in_layer_order) - in_layer_order)[order]
-        wanted_ties = num_keep - jnp.sum(above) - taken_before
-    bound = _index_bound(stacks, threshold, ties, jnp.clip(wanted_ties, 0, ties))
-
-    masks: dict[int, jax.Array] = {}
-    for group, x, t, b in zip(
-        groups, stacks, _by_stack(stacks, threshold), _by_stack(stacks, bound), strict=True
-    ):
-        best = (x > t) | ((x == t) & (_linear_index(x) < b) & (x != _INELIGIBLE))
-        ends = np.cumsum([len(scores[i]) for i in group])
-        masks |= zip(group, jnp.split(best, ends[:-1]), strict=True)
-    return [masks[i] for i in range(len(scores))]
+        num_eligible = count(eligible)
+        num_eligible = num_eligible if by_layer else jnp.sum(num_eligible, keepdims=True)
+    wanted = jnp.clip(jnp.atleast_1d(num_keep), 0, num_eligible)
+    guesses = _guess(stacks(inputs, eligible), wanted, ranked, by_layer)
+    cut = _search(num_best, wanted, num_eligible, ranked.astype(np.uint32), guesses)
+    masks = best(stacks(inputs, eligible), cut)
+    return [mask.reshape(x.shape) for mask, x in zip(masks, scores, strict=True)]
 
 
 def count(stacks: Sequence[jax.Array]) -> jax.Array:
     """How many entries of each layer are True: bool stacks -> int32 ``(sum of layers_i,)``."""
-    return jnp.concatenate([_count_true(x) for x in stacks])
+    return jnp.concatenate([_replicated(_count_true(x)) for x in stacks])
+
+
+class _Stack(NamedTuple):
+    """Layers of one shape, ``(layers, *layer_shape)``."""
+
+    scores: jax.Array  # any float dtype
+    eligible: jax.Array | None  # bool; None = all
+
+
+class _Cut(NamedTuple):
+    """Best are the entries of a higher key, and of this very key those before the end."""
+
+    key: jax.Array  # uint32 (rankings,), see :func:`_to_key`
+    end: jax.Array  # uint32 (rankings,)
+
+
+class _Bracket(NamedTuple):
+    """Two positions in each ranking, between which the cut lies, and how many are best there.
+
+    Positions are keys at first. Where nothing is left between ``low`` and ``high`` and the entries
+    of the key ``high`` tie for what is wanted, they are indices from there on: told from the end,
+    so that fewer are best the higher the position, as with keys. All ``(rankings,)``.
+    """
+
+    low: jax.Array  # uint32
+    high: jax.Array  # uint32
+    at_low: jax.Array  # int32, not fewer than wanted
+    at_high: jax.Array  # int32, not more than wanted
+    gap: jax.Array  # int32, at_low - at_high one round ago
+    gap_before: jax.Array  # int32, two rounds ago
+    is_tie: jax.Array  # bool, are positions indices?
+    key: jax.Array  # uint32, of those that tie
+
+
+_NO_GAP = np.int32(2**31 - 1)
+
+
+def _search(
+    num_best: Callable[[_Cut], jax.Array],
+    wanted: jax.Array,
+    num_eligible: jax.Array,
+    sizes: np.ndarray,
+    guesses: Sequence[jax.Array],
+) -> _Cut:
+    """Closes a bracket until exactly as many are best as wanted; a count of all in each round.
+
+    Positions are tried as the guesses say, then as the counts suggest; but the bracket is halved
+    where its gap is still wide or has not fallen to a quarter in two rounds, so that it closes
+    whatever the scores.
+    """
+
+    def cut_at(b: _Bracket, position: jax.Array) -> _Cut:
+        return _Cut(jnp.where(b.is_tie, b.key, position), jnp.where(b.is_tie, sizes - position, 0))
+
+    def is_open(b: _Bracket) -> jax.Array:
+        return (b.at_low != wanted) & (b.at_high != wanted)
+
+    def close(carry: tuple[jax.Array, _Bracket]) -> tuple[jax.Array, _Bracket]:
+        turn, b = carry
+        gap = b.at_low - b.at_high
+        is_wide = ~b.is_tie & (gap > (sizes // 8).astype(np.int32))
+        halve = is_wide | (gap > b.gap_before // 4)
+        position = b.low + jnp.where(halve, (b.high - b.low) // 2, _interpolate(b, wanted))
+        for i, guess in enumerate(guesses):
+            position = jnp.where((turn == i) & (b.low < guess) & (guess < b.high), guess, position)
+        position = jnp.clip(position, b.low + 1, b.high - 1)
+        found = num_best(cut_at(b, position))
+        enough = found >= wanted
+        closer = b._replace(
+            low=jnp.where(enough, position, b.low),
+            high=jnp.where(enough, b.high, position),
+            at_low=jnp.where(enough, found, b.at_low),
+            at_high=jnp.where(enough, b.at_high, found),
+            gap=jnp.where(halve, _NO_GAP, gap),
+            gap_before=jnp.where(halve, _NO_GAP, b.gap),
+        )
+        closer = _where(is_open(closer) & (closer.high - closer.low == 1), to_ties(closer), closer)
+        return turn + 1, _where(is_open(b), closer, b)
+
+    def to_ties(b: _Bracket) -> _Bracket:
+        none = jnp.full_like(b.gap, _NO_GAP)
+        low, high = jnp.zeros_like(b.low), jnp.broadcast_to(sizes, b.high.shape)
+        yes = jnp.ones_like(b.is_tie)
+        return _Bracket(low, high, b.at_low, b.at_high, none, none, yes, key=b.high)
+
+    no_key, none = jnp.zeros_like(wanted, jnp.uint32), jnp.full_like(wanted, _NO_GAP)
+    highest = jnp.full_like(no_key, _TOP_BIT + np.uint32(_INFINITY))
+    no = jnp.zeros_like(wanted, bool)
+    start = _Bracket(no_key, highest, num_eligible, jnp.zeros_like(wanted), none, none, no, no_key)
+    _, b = jax.lax.while_loop(
+        lambda carry: jnp.any(is_open(carry[1])), close, (jnp.zeros([], jnp.int32), start)
+    )
+    return cut_at(b, jnp.where(b.at_high == wanted, b.high, b.low))
+
+
+def _interpolate(b: _Bracket, wanted: jax.Array) -> jax.Array:
+    """How far above ``low`` as many are best as wanted, if counts fall in a straight line.
+
+    Aims past that, away from the nearer end, by as much as chance moves a count: so both ends
+    come close.
+    """
+    from_low = (b.at_low - wanted).astype(jnp.float32)
+    from_high = (wanted - b.at_high).astype(jnp.float32)
+    past = 0.7 * jnp.sqrt(jnp.minimum(from_low, from_high))
+    aim = from_low + jnp.where(from_low < from_high, past, -past)
+    share = jnp.clip(aim / jnp.maximum(from_low + from_high, 1), 0, 1)
+    distance = share * (b.high - b.low).astype(jnp.float32)
+    return jnp.minimum(distance, 2.0**32 - 256).astype(jnp.uint32)  # the largest below 2^32
+
+
+def _guess(
+    stacks: list[_Stack], wanted: jax.Array, sizes: np.ndarray, by_layer: bool
+) -> tuple[jax.Array, ...]:
+    """Two keys of each ranking that most likely have the wanted one between them: from a sample.
+
+    Where all entries are in the sample, that is certain. None on several devices, which would have
+    to collect a sample.
+    """
+    if jax.device_count() > 1:
+        return ()
+    rows = []
+    for stack in stacks:
+        row = stack.scores.shape[1]
+        stride = -(-row // _SAMPLE_OF_LAYER) if by_layer else -(-int(sizes[0]) // _SAMPLE)
+        stride |= 1  # odd, lest the sample be of one column of a matrix
+        rows.append(_keys(jax.tree.map(lambda x: x[:, ::stride], stack)))  # noqa: B023
+    if by_layer:
+        drawn = np.array([x.shape[1] for x in rows for _ in range(len(x))])
+        rows = [
+            jnp.pad(x, ((0, 0), (0, drawn.max() - x.shape[1])), constant_values=_INELIGIBLE)
+            for x in rows
+        ]
+        sample = jnp.concatenate(rows)
+    else:
+        sample = jnp.concatenate([x.reshape(1, -1) for x in rows], axis=1)
+        drawn = np.array([sample.shape[1]])
+    best_last = jnp.sort(sample, axis=1)
+    rank = wanted * (drawn / np.maximum(sizes, 1)).astype(np.float32)
+    margin = 2.5 * jnp.sqrt(rank * jnp.maximum(0, 1 - rank / np.maximum(drawn, 1))) + 1
+    margin = jnp.where(drawn < sizes, margin, 0)
+
+    def key_at(rank: jax.Array) -> jax.Array:
+        position = sample.shape[1] - 1 - rank.astype(jnp.int32)[:, None]
+        keys = jnp.take_along_axis(best_last, position, axis=1, mode="clip")[:, 0]
+        return jnp.where((rank >= 0) & (rank < drawn), _to_bits(keys), 0)
+
+    above = key_at(jnp.floor(rank - 1 - margin))
+    below = key_at(jnp.ceil(rank - 1 + margin))
+    return above, below - (below > 0)
+
+
+def _where(condition: jax.Array, a: _Bracket, b: _Bracket) -> _Bracket:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def _keys(stack: _Stack) -> jax.Array:
+    """int32 of the scores' shape and order, the lowest where not eligible."""
+    keys = _sortable(stack.scores)
+    return keys if stack.eligible is None else jnp.where(stack.eligible, keys, _INELIGIBLE)
 
 
 def _sortable(scores: jax.Array) -> jax.Array:
@@ -134,90 +324,39 @@ def _sortable(scores: jax.Array) -> jax.Array:
     return jnp.where(magnitude > _INFINITY, _NAN, keys)
 
 
-def _kth_largest(stacks: Sequence[jax.Array], k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The k-th largest key of each layer (k one a layer) or of all (k a scalar), bit by bit.
-
-    Where k <= 0 it is above every key, and where there are fewer than k entries the lowest.
-
-    Returns:
-      The key, int32 of the shape of k; and for each layer how many of its keys are >= that.
-    """
-
-    def settle_bit(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
-        bits, at_least = found
-        candidate = bits | (_TOP_BIT >> i.astype(jnp.uint32))
-        counts = _count(stacks, jnp.greater_equal, _to_key(candidate))
-        enough = (jnp.sum(counts) if k.ndim == 0 else counts) >= k
-        return jnp.where(enough, candidate, bits), jnp.where(enough, counts, at_least)
-
-    everything = np.array([_layer_size(x) for x in stacks for _ in range(len(x))], np.int32)
-    start = (jnp.zeros_like(k, jnp.uint32), jnp.asarray(everything))
-    bits, at_least = jax.lax.fori_loop(0, 32, settle_bit, start)
-    return _to_key(bits), at_least
-
-
 def _to_key(bits: jax.Array) -> jax.Array:
     """uint32 to int32 of the same order."""
     return jax.lax.bitcast_convert_type(bits ^ _TOP_BIT, jnp.int32)
 
 
-def _index_bound(
-    stacks: Sequence[jax.Array], threshold: jax.Array, ties: jax.Array, wanted: jax.Array
-) -> jax.Array:
-    """For each layer, the index below which lie just the ``wanted`` first ties."""
-    num_bits = max(map(_layer_size, stacks)).bit_length()
-    thresholds = _by_stack(stacks, threshold)
-
-    def settle_bit(i: jax.Array, bound: jax.Array) -> jax.Array:
-        candidate = bound | (np.uint32(1) << (num_bits - 1 - i).astype(jnp.uint32))
-        bounds = _by_stack(stacks, candidate)
-        below = count(
-            [
-                (x == t) & (_linear_index(x) < b)
-                for x, t, b in zip(stacks, thresholds, bounds, strict=True)
-            ]
-        )
-        return jnp.where(below <= wanted, candidate, bound)
-
-    # A conditional, for XLA moves what does not change (the indices) out of a loop of no trips.
-    return jax.lax.cond(
-        jnp.any(wanted < ties),
-        lambda: jax.lax.fori_loop(0, num_bits, settle_bit, jnp.zeros_like(ties, jnp.uint32)),
-        lambda: jnp.full_like(ties, _ALL_BITS, jnp.uint32),
-    )
-
-
-def _count(
-    stacks: Sequence[jax.Array],
-    compare: Callable[[jax.Array, jax.Array], jax.Array],
-    values: jax.Array,
-) -> jax.Array:
-    """How many keys of each layer compare so with that layer's value."""
-    return count([compare(x, v) for x, v in zip(stacks, _by_stack(stacks, values), strict=True)])
+def _to_bits(key: jax.Array) -> jax.Array:
+    """int32 to uint32 of the same order."""
+    return jax.lax.bitcast_convert_type(key, jnp.uint32) ^ _TOP_BIT
 
 
 def _count_true(x: jax.Array) -> jax.Array:
-    size = _layer_size(x)
-    if size % 8 == 0 and jax.default_backend() == "cpu" and jax.device_count() == 1:
-        # XLA:CPU is slow to sum booleans. Adding up eighths first is 2.5 to 3 times as fast.
-        eighths = x.reshape(len(x), 8, size // 8).astype(jnp.int32)
-        return jnp.sum(sum(eighths[:, i] for i in range(8)), axis=1, dtype=jnp.int32)
-    return jnp.sum(x, axis=tuple(range(1, x.ndim)), dtype=jnp.int32)
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return jnp.sum(x, axis=tuple(range(1, x.ndim)), dtype=jnp.int32)
+    # XLA:CPU is slow to sum booleans. Adding up eighths first makes it as fast as memory.
+    x = x.reshape(len(x), -1)
+    length = x.shape[1] // 8
+    eighths = x[:, : 8 * length].reshape(len(x), 8, length).astype(jnp.int32)
+    partial = jnp.sum(sum(eighths[:, i] for i in range(8)), axis=1, dtype=jnp.int32)
+    return partial + jnp.sum(x[:, 8 * length :], axis=1, dtype=jnp.int32)
 
 
-def _by_layer_shape(scores: Sequence[jax.Array]) -> list[list[int]]:
-    groups: dict[Any, list[int]] = {}
-    for i, x in enumerate(scores):
-        groups.setdefault((x.shape[1:], jax.typeof(x).sharding), []).append(i)
-    return list(groups.values())
+def _replicated(counts: jax.Array) -> jax.Array:
+    """Counts of layers that are stacked along an axis of an explicit mesh, on every device."""
+    if any(axis is not None for axis in jax.typeof(counts).sharding.spec):
+        return jax.sharding.reshard(counts, jax.sharding.PartitionSpec())
+    return counts
 
 
-def _by_stack(stacks: Sequence[jax.Array], values: jax.Array) -> list[jax.Array]:
-    """One value for each layer (or for all) -> one array for each stack, shaped to broadcast."""
-    lengths = [len(x) for x in stacks]
-    values = jnp.broadcast_to(values, (sum(lengths),))
-    parts = jnp.split(values, np.cumsum(lengths)[:-1])
-    return [v.reshape(-1, *[1] * (x.ndim - 1)) for v, x in zip(parts, stacks, strict=True)]
+def _by_stack(stacks: Sequence[_Stack], values: jax.Array) -> list[jax.Array]:
+    """One value for each layer -> one array for each stack, shaped to broadcast."""
+    ends = np.cumsum([len(x.scores) for x in stacks])
+    parts = jnp.split(values, ends[:-1])
+    return [v.reshape(-1, *[1] * (x.scores.ndim - 1)) for v, x in zip(parts, stacks, strict=True)]
 
 
 def _linear_index(x: jax.Array) -> jax.Array:
