@@ -13,8 +13,8 @@ selection -> masks -> updates``. Modules import only from those before them::
     methods        granet, gmp, rigl, set_, snfs, rigl_itop, set_itop, static, magnitude;
                    at_init (SNIP, GraSP, SynFlow) and lottery, which give masks
     transform      sparsify: a method around any optax optimizer
-    metrics, report, flops, checkpoint   numbers, a table, what it all costs, a check of what a
-                   checkpoint gave back
+    metrics, report, flops   numbers, a table, what it all costs
+    sharding, checkpoint   where a state lies on many devices, whether one came back whole
     reparam        dst and str_: thresholds that are trained, a family of its own
     testing        the conformance kit for methods
 """
@@ -25,6 +25,7 @@ from granet_jax import reparam as reparam
 from granet_jax import report as report
 from granet_jax import schedules as schedules
 from granet_jax import scores as scores
+from granet_jax import sharding as sharding
 from granet_jax import testing as testing
 from granet_jax import trees as trees
 from granet_jax.checkpoint import check_restored as check_restored

@@ -15,9 +15,11 @@ ROOT = pathlib.Path(gj.__file__).parent
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "granet_jax."))
 ORDER = [
     *("types", "trees", "scores", "distributions", "schedules", "selection", "masks"),
-    *("methods", "transform", "metrics", "report", "flops", "checkpoint", "reparam", "testing"),
+    *("methods", "transform", "metrics", "report", "flops", "sharding", "checkpoint"),
+    *("reparam", "testing"),
 ]
-SERVICES = ("metrics", "flops", "report", "checkpoint", "testing")  # never import methods
+# Never import methods.
+SERVICES = ("metrics", "flops", "report", "sharding", "checkpoint", "testing")
 
 
 def imports(path):
