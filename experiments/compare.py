@@ -12,10 +12,11 @@ import dataclasses
 import pathlib
 import sys
 
+import jax
 from absl import app, flags
 from rich.console import Console
 
-from experiments import data, files, methods, output, report, run, settings, training
+from experiments import data, distributed, files, methods, output, report, run, settings, training
 
 settings.define_flags(leave_out=("method", "seed"))
 flags.DEFINE_list(
@@ -26,15 +27,17 @@ flags.DEFINE_list(
 flags.DEFINE_integer("seeds", 3, "seeds 0, 1, ... for each method", lower_bound=1)
 flags.DEFINE_string("out_dir", None, "where to write (default: runs/compare-DATASET-MODEL-...)")
 run.define_flags()
+distributed.define_flags()
 
 
 def main(argv: list[str]) -> None:
     """Runs what the flags say."""
     if len(argv) > 1:
         sys.exit(f"error: {argv[1]!r} is no flag; flags look like --seeds=3. See --help.")
-    console = Console()
     names = flags.FLAGS.methods
     with settings.errors_in_one_line():
+        distributed.start()
+        console = Console(quiet=jax.process_index() != 0)
         unknown = [name for name in names if name not in methods.METHODS]
         if unknown or not names or len(set(names)) < len(names):
             raise ValueError(
@@ -76,6 +79,8 @@ def main(argv: list[str]) -> None:
         if not runs:
             raise ValueError("; ".join(diverged))
 
+    if jax.process_index() != 0:
+        return
     histories = {
         name: [files.read_history(folder) for folder in folders] for name, folders in runs.items()
     }

@@ -70,12 +70,13 @@ def first(action: Callable[[], object]) -> None:
 
     Raises:
       ValueError: as ``action`` does.
+      OSError: as ``action`` does.
     """
-    error = None
+    error: Exception | None = None
     if jax.process_index() == 0:
         try:
             action()
-        except ValueError as raised:
+        except (ValueError, OSError) as raised:
             error = raised
     if agree(error is not None):
         raise error or ValueError("process 0 does not start; it tells why.")

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from experiments import distributed
+
 Record = dict[str, float]
 
 
@@ -22,9 +24,13 @@ def opened(out_dir: pathlib.Path, config: dict[str, Any], resume: bool) -> Itera
     Raises:
       ValueError: the folder holds a run of other settings, or another process is at work there.
     """
-    if jax.process_index() != 0:
+    with contextlib.ExitStack() as stack:
+        distributed.first(lambda: stack.enter_context(_opened(out_dir, config, resume)))
         yield
-        return
+
+
+@contextlib.contextmanager
+def _opened(out_dir: pathlib.Path, config: dict[str, Any], resume: bool) -> Iterator[None]:
     out_dir.mkdir(parents=True, exist_ok=True)
     with (out_dir / "lock").open("w") as lock:  # freed by the system however the process ends
         try:

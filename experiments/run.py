@@ -22,7 +22,7 @@ import numpy as np
 from absl import flags
 
 import granet_jax as gj
-from experiments import checkpoints, data, files, methods, optimizers, report, training
+from experiments import checkpoints, data, distributed, files, methods, optimizers, report, training
 from experiments.settings import Settings
 from experiments.training import State, Trainer
 
@@ -77,8 +77,8 @@ def run(
     """Trains to the end, from the last checkpoint if there is one.
 
     A run that was stopped at any moment, even by ``kill -9``, and goes on, ends with the same bits
-    as one straight through, on the same number of devices (on GPUs, as far as XLA's kernels give
-    the same bits twice).
+    as one straight through, on as many devices in as many processes (on GPUs, as far as XLA's
+    kernels give the same bits twice).
 
     Args:
       config: the settings.
@@ -87,8 +87,8 @@ def run(
       model: a Flax module of your own, see :func:`experiments.training.make_trainer`.
       resume: False = a folder that holds a run is an error.
       checkpoint_seconds: a checkpoint is written after the first chunk of steps that ends this long
-        after the last one, and at the end.
-      show: called with the record of each epoch.
+        after the last one, by the clock of process 0, and at the end.
+      show: called with the record of each epoch, in process 0.
 
     Returns:
       The last state and the records of all epochs.
@@ -214,7 +214,9 @@ def _train(
         notes = {"epoch": epoch._asdict(), "stream": stream.get_state() if stream else None}
         if record and files.best(history) is record:
             best_unsaved = (step, jax.tree.map(jnp.copy, state), notes, record)
-        if step == total_steps or time.monotonic() - saved_at >= checkpoint_seconds:
+        if step == total_steps or distributed.agree(
+            time.monotonic() - saved_at >= checkpoint_seconds
+        ):
             if best_unsaved:
                 checkpoints.save(manager, *best_unsaved)
             checkpoints.save(manager, step, state, notes, record)
@@ -317,7 +319,7 @@ def _logger(
     Event files are written anew in each session, for a killed one may not have flushed its own.
     """
     if jax.process_index() != 0:
-        yield show
+        yield lambda record: None
         return
     writer: Any = contextlib.nullcontext()
     if importlib.util.find_spec("tensorboardX"):

@@ -6,29 +6,34 @@ Example:
   python -m experiments.train --flagfile=experiments/recipes/cifar10-vgg19-granet.flags
 
 Leaves in --out_dir what experiments/run.py tells, above all report.html. Stopped at any moment, the
-same command goes on.
+same command goes on. In several processes, of which the first writes, each is started with
+  python -m experiments.train --coordinator=HOST:PORT --num_processes=2 --process_id=0 ...
+and all of them in a folder that all can read.
 """
 
 import pathlib
 import sys
 
+import jax
 from absl import app, flags
 from rich.console import Console
 
 import granet_jax as gj
-from experiments import data, files, output, run, settings
+from experiments import data, distributed, files, output, run, settings
 
 settings.define_flags()
 flags.DEFINE_string("out_dir", None, "where to write (default: runs/DATASET-MODEL-METHOD-...)")
 run.define_flags()
+distributed.define_flags()
 
 
 def main(argv: list[str]) -> None:
     """Runs what the flags say."""
     if len(argv) > 1:
         sys.exit(f"error: {argv[1]!r} is no flag; flags look like --method=granet. See --help.")
-    console = Console()
     with settings.errors_in_one_line():
+        distributed.start()
+        console = Console(quiet=jax.process_index() != 0)
         config = settings.from_flags()
         name = f"{config.dataset}-{config.model}-{config.method}-{config.sparsity:g}-{config.seed}"
         out_dir = pathlib.Path(flags.FLAGS.out_dir or f"runs/{name}")
@@ -37,6 +42,8 @@ def main(argv: list[str]) -> None:
         with output.progress(console, config.method, config.epochs, plain_every) as show:
             result = run.run(config, dataset, out_dir, show=show, **run.from_flags())
 
+    if jax.process_index() != 0:
+        return
     print(gj.report.table(result.weights, result.masks, config.prunable))
     last = result.history[-1]
     best, chosen = files.best(result.history), files.selected_by(last).split("_")[0]
