@@ -26,10 +26,8 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
 
-benchmark: $(VENV)/.installed  ## what sparsity and the input cost
-	$(VENV)/bin/python -m experiments.benchmarks.mask_update
-	$(VENV)/bin/python -m experiments.benchmarks.training_step
-	$(VENV)/bin/python -m experiments.benchmarks.input
+benchmark: $(VENV)/.installed  ## what sparsity and the input cost, into docs/benchmarks.md
+	$(VENV)/bin/python -m experiments.benchmarks
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info

@@ -6,15 +6,18 @@ mask steps together into a method.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import optax
 
 from granet_jax import distributions, scores, selection, trees
 from granet_jax.types import (
+    Counts,
     Distribution,
     MaskState,
     MaskStep,
@@ -135,13 +138,15 @@ def prune_to(
         key: jax.Array | None,
     ) -> tuple[PyTree, PyTree]:
         leaves = trees.describe(params, prunable)
-        kept = selection.top_k_of(
-            *_stacks(score, params, grads, key, leaves),
+        live = trees.split(masks, leaves)
+        kept = _best_of(
+            _scores(score, params, grads, key, leaves),
+            live,
             num_keep(trees.layer_shapes(leaves), step),
-            trees.split(masks, leaves),
+            selection.count(live),
         )
-        masks = trees.join(kept, masks, leaves)
-        return masks, _and(keep, masks)
+        fewer = trees.join(kept, masks, leaves)
+        return fewer, fewer if keep is masks else _and(keep, fewer)
 
     return mask_step
 
@@ -204,47 +209,78 @@ def regenerate(
             ]
         num_live = [selection.count(part) for part in parts]
         num_dropped = [ceil_of_share(fraction(step), num) for num in num_live]
-        drop_scores = _stacks(drop, params, grads, key, leaves)
+        drop_scores = _scores(drop, params, grads, key, leaves)
         kept = [
-            selection.top_k_of(*drop_scores, num - dropped, part)
+            _best_of(drop_scores, part, num - dropped, num)
             for part, num, dropped in zip(parts, num_live, num_dropped, strict=True)
         ]
         survivors = [functools.reduce(jnp.logical_or, layer) for layer in zip(*kept, strict=True)]
-        growth, inputs = _stacks(grow, params, grads, key, leaves)
-        num_grown = functools.reduce(jnp.add, num_dropped)
+        growth = _scores(grow, params, grads, key, leaves)
+        num_grown = sum(num_dropped, start=jnp.int32(0))
+        sizes = [math.prod(shape) for shape in trees.layer_shapes(leaves)]
+        num_off = jnp.array(sizes, jnp.int32) - sum(num_live) + num_grown
         if redistribute is not None:
-            num_grown = redistribute(num_grown, growth(inputs), live)
-        grown = selection.top_k_of(growth, inputs, num_grown, [~s for s in survivors])
+            num_grown = redistribute(num_grown, growth.compute(growth.inputs), live)
+        grown = _best_of(growth, survivors, num_grown, num_off, among=jnp.logical_not)
         masks = trees.join([s | g for s, g in zip(survivors, grown, strict=True)], masks, leaves)
         return masks, _and(keep, masks)
 
     return mask_step
 
 
+class _Scores(NamedTuple):
+    """The scores of prunable leaves as stacks, and what they are computed from."""
+
+    compute: Callable[[list[jax.Array]], list[jax.Array]]
+    inputs: list[jax.Array]  # stacks
+
+
 _ARITHMETIC = frozenset({"abs", "add", "convert_element_type", "mul", "neg", "sub"})
 
 
-def _stacks(
+def _scores(
     score: ScoreFn,
     params: PyTree,
     grads: PyTree,
     key: jax.Array | None,
-    leaves: Sequence[trees.Leaf],
-) -> tuple[Callable[[PyTree], list[jax.Array]], PyTree]:
-    """A function and its inputs, which give the scores of prunable leaves as stacks.
+    leaves: tuple[trees.Leaf, ...],
+) -> _Scores:
+    """Scores that are plain arithmetic on entries are left to be computed where they are needed.
 
-    Scores that are plain arithmetic on entries are left to be computed where they are needed;
-    others (random ones, those of a method of one's own) are computed here.
+    Storing them would take 4 bytes a weight. Others (random ones, say) are computed here.
     """
+    closed = jax.make_jaxpr(lambda p, g: trees.pick(score(p, g, key), leaves))(params, grads)
+    is_arithmetic = all(x.primitive.name in _ARITHMETIC for x in closed.eqns)
+    if not is_arithmetic or any(jnp.ndim(x) for x in closed.consts):
+        return _Scores(lambda stacks: stacks, trees.split(score(params, grads, key), leaves))
+    given = [tree for tree in (params, grads) if tree is not None]
+    args = list(zip(leaves * len(given), closed.jaxpr.invars, strict=True))
 
-    def scores(inputs: PyTree) -> PyTree:
-        return score(inputs[0], inputs[1], key)
+    def compute(stacks: list[jax.Array]) -> list[jax.Array]:
+        rest = iter(stacks)
+        unused = (jnp.zeros([], x.aval.dtype) for leaf, x in args if not leaf.prunable)
+        return jax.extend.core.jaxpr_as_fun(closed)(
+            *(next(rest if leaf.prunable else unused) for leaf, _ in args)
+        )
 
-    inputs = (params, grads)
-    if any(x.primitive.name not in _ARITHMETIC for x in jax.make_jaxpr(scores)(inputs).eqns):
-        return lambda stacks: stacks, trees.split(scores(inputs), leaves)
-    stacks = tuple(trees.stack(x, leaves) for x in inputs)
-    return lambda stacks: trees.pick(scores(stacks), leaves), stacks
+    return _Scores(compute, [x for tree in given for x in trees.split(tree, leaves)])
+
+
+def _best_of(
+    scores: _Scores,
+    marks: list[jax.Array],
+    num_keep: Counts,
+    num_eligible: jax.Array,
+    among: Callable[[jax.Array], jax.Array] = lambda marks: marks,
+) -> list[jax.Array]:
+    """The ``num_keep`` best of the entries where ``among(marks)`` is True."""
+
+    def rank(inputs: Any) -> list[selection.Stack]:
+        stacks, marks = inputs
+        pairs = zip(scores.compute(stacks), marks, strict=True)
+        return [selection.Stack(x, among(m)) for x, m in pairs]
+
+    return selection.top_k_of(rank, (scores.inputs, marks), num_keep, num_eligible)
 
 
 def ceil_of_share(fraction: Any, num_live: jax.Array) -> jax.Array:

@@ -27,6 +27,8 @@ _NAN = np.int32(-(2**31) + 1)
 _MAGNITUDE = np.int32(2**31 - 1)
 _INFINITY = np.int32(0x7F800000)  # the highest key
 _TOP_BIT = np.uint32(2**31)
+_ROW = 256
+_SMALL = 2**18  # stacks of fewer entries are copied together: fewer kernels to compile
 _SAMPLE = 8192  # scores sampled from all layers for one ranking
 _SAMPLE_OF_LAYER = 1024  # from each, for a ranking within each
 
@@ -80,54 +82,76 @@ def top_k(
       >>> [m.tolist() for m in top_k(stacks, jnp.array([1, 1]))]
       [[[True, False, False]], [[True, False]]]
     """
-    return top_k_of(lambda stacks: stacks, list(scores), num_keep, eligible)
+    if eligible is None:
+        sizes = np.array([_layer_size(x) for x in scores for _ in range(len(x))])
+        return top_k_of(lambda x: x, [Stack(x, None) for x in scores], num_keep, sizes)
+    stacks = [Stack(*x) for x in zip(scores, eligible, strict=True)]
+    return top_k_of(lambda x: x, stacks, num_keep, count(eligible))
+
+
+class Stack(NamedTuple):
+    """Scores of layers of one shape, and which of their entries may be selected."""
+
+    scores: jax.Array  # (layers, *layer_shape), any float dtype
+    eligible: jax.Array | None  # bool of that shape; None = all
 
 
 def top_k_of(
-    score: Callable[[PyTree], Sequence[jax.Array]],
+    rank: Callable[[PyTree], Sequence[Stack]],
     inputs: PyTree,
     num_keep: Any,
-    eligible: Sequence[jax.Array] | None = None,
+    num_eligible: Any,
 ) -> list[jax.Array]:
-    """As :func:`top_k` of ``score(inputs)``, without storing what that computes.
+    """As :func:`top_k` of ``rank(inputs)``, without storing what that computes.
 
-    Each count computes the scores anew: memory is what counts wait for.
+    Each count computes the scores anew, for counts wait for memory, not for arithmetic.
 
     Args:
-      score: arithmetic on entries, from ``inputs`` to stacks of scores, whatever the shapes.
-      inputs: tree of stacks.
+      rank: arithmetic on entries, the same whatever their shapes, from ``inputs`` to stacks.
+      inputs: tree of arrays ``(layers, ...)``.
       num_keep: as for ``top_k``.
-      eligible: as for ``top_k``.
+      num_eligible: ints ``(sum of layers_i,)``, how many entries of each layer are eligible.
     """
-    scores = jax.eval_shape(score, inputs)
-    if not any(x.size for x in scores):
-        return [jnp.zeros_like(x, bool) for x in score(inputs)]
+    shapes = [x.scores.shape for x in jax.eval_shape(rank, inputs)]
+    sizes = np.array([math.prod(x[1:]) for x in shapes for _ in range(x[0])], np.int64)
     num_keep = jnp.asarray(num_keep, jnp.int32)
     by_layer = num_keep.ndim == 1
-    sizes = np.array([_layer_size(x) for x in scores for _ in range(x.shape[0])], np.int64)
-    ranked = sizes if by_layer else sizes.sum(keepdims=True)  # how many each ranking has
+    ranked = sizes if by_layer else sizes.sum(keepdims=True)  # how many entries a ranking has
+    if not sizes.sum():
+        return [jnp.zeros_like(x.scores, bool) for x in rank(inputs)]
     if ranked.max() >= 2**31:
         raise ValueError(
             f"One ranking over {ranked.max()} weights does not fit int32 counts (at most "
             "2^31 - 1); use a distribution that gives each layer its own count."
         )
-    before = np.zeros_like(sizes) if by_layer else np.cumsum(sizes) - sizes  # within its ranking
+    num_eligible = jnp.asarray(num_eligible, jnp.int32)
+    # In a ranking of all, the entries of the layers before each one.
+    before = np.zeros_like(sizes) if by_layer else np.cumsum(sizes) - sizes
+    groups = [[i] for i in range(len(shapes))]
+    if jax.device_count() == 1:  # on several, this would move weights between them
+        inputs = jax.tree.map(lambda x: x.reshape(len(x), -1), inputs)
+        groups = _groups(shapes)
+    merged = [_merge([rank(inputs)[i] for i in group]) for group in groups if len(group) > 1]
+    alone = [group[0] for group in groups if len(group) == 1]
+    first = np.cumsum([0] + [shape[0] for shape in shapes])
+    order = np.concatenate([np.arange(first[i], first[i + 1]) for group in groups for i in group])
+    if by_layer:
+        num_keep, num_eligible, ranked = num_keep[order], num_eligible[order], ranked[order]
+    else:
+        num_eligible = jnp.sum(num_eligible, keepdims=True)
 
-    if jax.device_count() == 1:  # on several this would move weights between them
-        inputs, eligible = jax.tree.map(lambda x: x.reshape(len(x), -1), (inputs, eligible))
+    def stacks(inputs: PyTree, merged: list[Stack]) -> list[Stack]:
+        made = rank(inputs)
+        return [made[i] for i in alone] + merged
 
-    def stacks(inputs: PyTree, eligible: Sequence[jax.Array] | None) -> list[_Stack]:
-        made = score(inputs)
-        return [_Stack(*x) for x in zip(made, eligible or [None] * len(made), strict=True)]
-
-    def best(stacks: list[_Stack], cut: _Cut) -> list[jax.Array]:
-        keys = jnp.broadcast_to(_to_key(cut.key), sizes.shape)
-        ends = jnp.maximum(cut.end, before.astype(np.uint32)) - before.astype(np.uint32)
+    def best(stacks: list[Stack], cut: _Cut) -> list[jax.Array]:
+        keys = jnp.broadcast_to(_to_key(cut.key), order.shape)
+        start = before[order].astype(np.uint32)
+        ends = jnp.maximum(cut.end, start) - start
+        values = zip(stacks, _by_stack(stacks, keys), _by_stack(stacks, ends), strict=True)
         return [
             _keys(x) + (_linear_index(x.scores) < end).astype(jnp.int32) > key
-            for x, key, end in zip(
-                stacks, _by_stack(stacks, keys), _by_stack(stacks, ends), strict=True
-            )
+            for x, key, end in values
         ]
 
     def num_best(cut: _Cut) -> jax.Array:
@@ -135,30 +159,65 @@ def top_k_of(
         def renewed(x: jax.Array) -> jax.Array:
             return jax.lax.optimization_barrier((x, cut))[0]
 
-        counts = count(best(stacks(*jax.tree.map(renewed, (inputs, eligible))), cut))
+        counts = count(best(stacks(*jax.tree.map(renewed, (inputs, merged))), cut))
         return counts if by_layer else jnp.sum(counts, keepdims=True)
 
-    num_eligible = jnp.asarray(ranked, jnp.int32)
-    if eligible is not None:
-        num_eligible = count(eligible)
-        num_eligible = num_eligible if by_layer else jnp.sum(num_eligible, keepdims=True)
     wanted = jnp.clip(jnp.atleast_1d(num_keep), 0, num_eligible)
-    guesses = _guess(stacks(inputs, eligible), wanted, ranked, by_layer)
+    guesses = _guess(stacks(inputs, merged), wanted, ranked, by_layer)
     cut = _search(num_best, wanted, num_eligible, ranked.astype(np.uint32), guesses)
-    masks = best(stacks(inputs, eligible), cut)
-    return [mask.reshape(x.shape) for mask, x in zip(masks, scores, strict=True)]
+    masks = best(stacks(inputs, merged), cut)
+    each = [
+        part
+        for group, mask in zip(groups, masks, strict=True)
+        for part in jnp.split(mask, np.cumsum([shapes[i][0] for i in group])[:-1])
+    ]
+    in_order = dict(zip([i for group in groups for i in group], each, strict=True))
+    return [in_order[i].reshape(shape) for i, shape in enumerate(shapes)]
 
 
 def count(stacks: Sequence[jax.Array]) -> jax.Array:
     """How many entries of each layer are True: bool stacks -> int32 ``(sum of layers_i,)``."""
-    return jnp.concatenate([_replicated(_count_true(x)) for x in stacks])
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
+        each = [jnp.sum(x, axis=tuple(range(1, x.ndim)), dtype=jnp.int32) for x in stacks]
+        return jnp.concatenate([replicated(x) for x in each])
+    # XLA:CPU is slow to sum booleans, but as fast as memory to add up eighths of an array. What
+    # remains is laid out in rows, each of one layer. Barriers keep the steps apart, for fused with
+    # the next one each is slow again.
+    apart = jax.lax.optimization_barrier
+    rows, owners, num_layers = [], [], 0
+    for x in stacks:
+        ones = x.reshape(len(x), _layer_size(x)).astype(jnp.uint8)
+        length = ones.shape[1] // 8
+        eighths = ones[:, : 8 * length].reshape(len(x), 8, length)
+        parts = [jnp.sum(eighths, axis=1, dtype=jnp.uint8), ones[:, 8 * length :]]
+        num_rows = -(-sum(part.shape[1] for part in parts) // _ROW)
+        padding = num_rows * _ROW - sum(part.shape[1] for part in parts)
+        parts.append(jnp.zeros((len(x), padding), jnp.uint8))
+        rows.append(jnp.concatenate(apart(parts), axis=1).reshape(len(x) * num_rows, _ROW))
+        owners.append(np.repeat(num_layers + np.arange(len(x)), num_rows))
+        num_layers += len(x)
+    sums = jnp.sum(apart(jnp.concatenate(rows)), axis=1, dtype=jnp.int32)
+    return jax.ops.segment_sum(sums, np.concatenate(owners), num_layers, indices_are_sorted=True)
 
 
-class _Stack(NamedTuple):
-    """Layers of one shape, ``(layers, *layer_shape)``."""
+def replicated(counts: jax.Array) -> jax.Array:
+    """One number for each layer, on every device of an explicit mesh that shares the layers."""
+    if any(axis is not None for axis in jax.typeof(counts).sharding.spec):
+        return jax.sharding.reshard(counts, jax.sharding.PartitionSpec())
+    return counts
 
-    scores: jax.Array  # any float dtype
-    eligible: jax.Array | None  # bool; None = all
+
+def _groups(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """Which stacks to merge: those alone first, then small ones with layers of one size."""
+    groups: dict[Any, list[int]] = {}
+    for i, shape in enumerate(shapes):
+        size = math.prod(shape[1:])
+        groups.setdefault(size if math.prod(shape) <= _SMALL else (i, size), []).append(i)
+    return sorted(groups.values(), key=lambda group: len(group) > 1)
+
+
+def _merge(stacks: Sequence[Stack]) -> Stack:
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)
 
 
 class _Cut(NamedTuple):
@@ -263,7 +322,7 @@ def _interpolate(b: _Bracket, wanted: jax.Array) -> jax.Array:
 
 
 def _guess(
-    stacks: list[_Stack], wanted: jax.Array, sizes: np.ndarray, by_layer: bool
+    stacks: list[Stack], wanted: jax.Array, sizes: np.ndarray, by_layer: bool
 ) -> tuple[jax.Array, ...]:
     """Two keys of each ranking that most likely have the wanted one between them: from a sample.
 
@@ -307,7 +366,7 @@ def _where(condition: jax.Array, a: _Bracket, b: _Bracket) -> _Bracket:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
-def _keys(stack: _Stack) -> jax.Array:
+def _keys(stack: Stack) -> jax.Array:
     """int32 of the scores' shape and order, the lowest where not eligible."""
     keys = _sortable(stack.scores)
     return keys if stack.eligible is None else jnp.where(stack.eligible, keys, _INELIGIBLE)
@@ -334,25 +393,7 @@ def _to_bits(key: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(key, jnp.uint32) ^ _TOP_BIT
 
 
-def _count_true(x: jax.Array) -> jax.Array:
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:
-        return jnp.sum(x, axis=tuple(range(1, x.ndim)), dtype=jnp.int32)
-    # XLA:CPU is slow to sum booleans. Adding up eighths first makes it as fast as memory.
-    x = x.reshape(len(x), -1)
-    length = x.shape[1] // 8
-    eighths = x[:, : 8 * length].reshape(len(x), 8, length).astype(jnp.int32)
-    partial = jnp.sum(sum(eighths[:, i] for i in range(8)), axis=1, dtype=jnp.int32)
-    return partial + jnp.sum(x[:, 8 * length :], axis=1, dtype=jnp.int32)
-
-
-def _replicated(counts: jax.Array) -> jax.Array:
-    """Counts of layers that are stacked along an axis of an explicit mesh, on every device."""
-    if any(axis is not None for axis in jax.typeof(counts).sharding.spec):
-        return jax.sharding.reshard(counts, jax.sharding.PartitionSpec())
-    return counts
-
-
-def _by_stack(stacks: Sequence[_Stack], values: jax.Array) -> list[jax.Array]:
+def _by_stack(stacks: Sequence[Stack], values: jax.Array) -> list[jax.Array]:
     """One value for each layer -> one array for each stack, shaped to broadcast."""
     ends = np.cumsum([len(x.scores) for x in stacks])
     parts = jnp.split(values, ends[:-1])

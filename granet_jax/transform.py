@@ -1,5 +1,6 @@
 """``sparsify``: any optax optimizer, training sparse. The only file that knows optimizer state."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -94,7 +95,9 @@ def sparsify(
     def init(params: PyTree) -> SparseState:
         inner_state = inner.init(params)
         _check_maskable(inner_state, params)
-        return SparseState(jnp.zeros([], jnp.int32), method.init(params), inner_state)
+        method_state = method.init(params)
+        keep = jax.tree.map(jnp.copy, method_state[0])
+        return SparseState(jnp.zeros([], jnp.int32), method_state, inner_state, keep)
 
     def update(
         grads: PyTree, state: SparseState, params: PyTree | None = None, **extra_args: Any
@@ -117,10 +120,12 @@ def sparsify(
             weights = _where(masks, optax.apply_updates(params, provisional))
             return method.update(method_state, weights, grads, step)
 
-        is_event = jnp.asarray(method.is_update_step(step))
-        # At ordinary steps keep is a copy of the masks, made this way by all threads, not by one.
-        keep = jax.tree.map(lambda mask: mask & ~is_event, method_state[0])
-        method_state, keep = _do_if(is_event, event, (method_state, keep))
+        def catch_up(method_state: Any, _: PyTree) -> tuple[Any, PyTree]:
+            return method_state, jax.tree.map(jnp.copy, method_state[0])
+
+        # What the last event grew is not in its keep; it takes part from the next step on.
+        operands = _do_if(method.is_update_step(step - 1), catch_up, (method_state, state.keep))
+        method_state, keep = _do_if(method.is_update_step(step), event, operands)
         updates, inner_state = inner.update(
             _where(keep, grads),
             _mask_moments(state.inner, params, keep),
@@ -128,7 +133,7 @@ def sparsify(
             **extra_args,
         )
         updates = jax.tree.map(_to_zero, keep, updates, params)
-        return updates, SparseState(step, method_state, inner_state)
+        return updates, SparseState(step, method_state, inner_state, keep)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -193,7 +198,8 @@ def set_masks(opt_state: Any, masks: PyTree) -> Any:
     def replace(state: Any) -> Any:
         if not _is_sparse(state):
             return state
-        return state._replace(method=state.method._replace(masks=masks))
+        keep = jax.tree.map(jnp.copy, masks)
+        return state._replace(method=state.method._replace(masks=masks), keep=keep)
 
     return jax.tree.map(replace, opt_state, is_leaf=_is_sparse)
 
@@ -203,17 +209,30 @@ def _is_sparse(state: Any) -> bool:
 
 
 def _where(masks: PyTree, tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda m, x: jnp.where(m, x, jnp.zeros_like(x)), masks, tree)
+    return jax.tree.map(_select, masks, tree)
 
 
 def _to_zero(keep: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
     """The update where a weight is kept; elsewhere the one that brings it to 0."""
     dtype = jnp.promote_types(update.dtype, param.dtype)
-    return jnp.where(keep, update.astype(dtype), -param.astype(dtype))
+    return _select(keep, update.astype(dtype), -param.astype(dtype))
+
+
+def _select(mask: jax.Array, x: jax.Array, otherwise: jax.Array | None = None) -> jax.Array:
+    """``where(mask, x, otherwise)``, by default 0, on bits: XLA:CPU vectorises that far better."""
+    if x.dtype.itemsize not in (2, 4) or not jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.where(mask, x, jnp.zeros_like(x) if otherwise is None else otherwise)
+    integer = jnp.int32 if x.dtype.itemsize == 4 else jnp.int16
+    as_bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=integer)
+    ones = -mask.astype(integer)  # all bits, where True
+    bits = as_bits(x) & ones
+    if otherwise is not None:
+        bits |= as_bits(otherwise) & ~ones
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
 def _do_if(
-    predicate: jax.Array, f: Callable[..., tuple[Any, PyTree]], operands: tuple[Any, PyTree]
+    predicate: Any, f: Callable[..., tuple[Any, PyTree]], operands: tuple[Any, PyTree]
 ) -> tuple[Any, PyTree]:
     """``f(*operands)`` where the predicate holds; else the operands, left in their place.
 
@@ -226,7 +245,8 @@ def _do_if(
         changed = jax.lax.cond(pending, lambda x: f(*x), lambda x: x, operands)
         return jnp.zeros_like(pending), changed
 
-    return jax.lax.while_loop(lambda carry: carry[0], once, (predicate, operands))[1]
+    start = (jnp.asarray(predicate), operands)
+    return jax.lax.while_loop(lambda carry: carry[0], once, start)[1]
 
 
 def _mask_moments(inner_state: Any, params: PyTree, keep: PyTree) -> Any:
@@ -236,7 +256,7 @@ def _mask_moments(inner_state: Any, params: PyTree, keep: PyTree) -> Any:
     def mask(leaf: Any, owner: trees.Owner | None) -> Any:
         if owner is None or not owner.same_shape or owner.field in _NOT_MOMENTS:
             return leaf
-        return jnp.where(masks[owner.names], leaf, jnp.zeros_like(leaf))
+        return _select(masks[owner.names], leaf)
 
     return trees.map_with_owner(mask, inner_state, params)
 

@@ -107,3 +107,4 @@ class SparseState(NamedTuple):
     mask_step: jax.Array  # int32 scalar, updates done ("count" would collide with optax's own)
     method: Any  # the method's state; its first field is masks
     inner: Any  # the wrapped optimizer's state
+    keep: PyTree  # bool, what the last update kept: the masks, but for what an event just grew

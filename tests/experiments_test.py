@@ -14,7 +14,6 @@ import pytest
 import granet_jax as gj
 from experiments import data, methods, optimizers, settings, training
 from experiments import run as experiments_run
-from experiments.benchmarks import mask_update
 
 
 def run(program, *flags, ok=True):
@@ -188,13 +187,6 @@ def test_regeneration_fractions_are_those_of_the_methods():
         np.testing.assert_allclose(
             [regeneration.at(t, 1000) for t in (0, 500, 1000)], expected, atol=1e-6
         )
-
-
-def test_benchmark_compares_equal_updates(monkeypatch):
-    monkeypatch.setattr(mask_update, "resnet50_shapes", lambda: [(3, 3, 4, 8), (40, 30), (30, 5)])
-    rows = mask_update.compare_updates(repeats=1, sparsity=0.8)
-    assert [row[-1] for row in rows[1:]] == ["True"] * 3
-    assert len(mask_update.compare_steps(steps=3, sparsity=0.8)) == 2
 
 
 @pytest.mark.parametrize(

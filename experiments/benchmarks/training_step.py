@@ -1,106 +1,101 @@
-"""What a training step costs beside the model: augmentation, optimizer, masks.
+"""What sparsity adds to a whole training step."""
 
-Example:
-  python -m experiments.benchmarks.training_step --dataset=cifar10 --data_dir=FOLDER --sparsity=0.95
-
-Takes the flags of experiments.train. Steps of both kinds are measured in turns, so that what else
-the machine does falls on both.
-"""
-
-import dataclasses
-import sys
-import time
+import functools
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-from absl import app, flags
-from rich.console import Console
 
-from experiments import data, output, settings, training
-from experiments.streams import Batch, Stream
+from experiments.benchmarks import network, step, timing
+from experiments.benchmarks.tables import Table
 
-settings.define_flags()
-flags.DEFINE_integer("repeats", 5, "how often each is measured", lower_bound=1)
-flags.DEFINE_integer("steps", 4, "steps in a measurement", lower_bound=1)
+EVERY = 100  # steps between mask updates
+IMAGE = (32, 32, 3)
 
 
-def measure(config: settings.Settings, dataset: data.Dataset, repeats: int, steps: int) -> Any:
-    """Seconds: the model alone, a step without mask update, a step with one; medians."""
-    assert not isinstance(dataset.train, Stream)
-    quiet = training.make_trainer(dataclasses.replace(config, method="dense"), dataset)
-    sparse = training.make_trainer(config, dataset)
-    event = training.make_trainer(dataclasses.replace(config, update_every=1), dataset)
-    batch = Batch(*(array[: config.batch_size] for array in dataset.train))
-    model = jax.jit(quiet.loss_and_grads)
-    fixed = quiet.init(0)
-
-    def run_model() -> None:
-        for _ in range(steps):
-            jax.block_until_ready(model(fixed, batch))
-
-    runs = [run_model, _runner(quiet, steps), _runner(sparse, steps), _runner(event, steps)]
-    for run in runs:
-        run()  # compiles
-    seconds = np.array([[_timed(run) for run in runs] for _ in range(repeats)]) / steps
-    return np.median(seconds, axis=0)
+def tables(quick: bool) -> list[Table]:
+    """The optimizer's share on ResNet-20, and images a second on ResNet-50."""
+    return [share(quick), speed(quick)]
 
 
-def _runner(trainer: training.Trainer, steps: int) -> Callable[[], None]:
-    state = trainer.init(0)
-
-    def run() -> None:
-        nonlocal state
-        state, losses = trainer.run(state, None, steps)
-        jax.block_until_ready(losses)
-
-    return run
-
-
-def _timed(run: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-def main(argv: list[str]) -> None:
-    """Measures what the flags say and prints a table."""
-    if len(argv) > 1:
-        sys.exit(f"error: {argv[1]!r} is no flag. See --help.")
-    with settings.errors_in_one_line():
-        config = settings.from_flags()
-        dataset = data.load(config.dataset, flags.FLAGS.data_dir, config.validation)
-        if isinstance(dataset.train, Stream):
-            raise ValueError(
-                f"{config.dataset} is not in memory; see experiments.benchmarks.input."
-            )
-        steps, repeats = flags.FLAGS.steps, flags.FLAGS.repeats
-        if (repeats + 1) * steps >= config.update_every:
-            raise ValueError(
-                f"--update_every={config.update_every} must exceed {(repeats + 1) * steps}, "
-                "(--repeats + 1) x --steps, so that ordinary steps are measured as such."
-            )
-        seconds = measure(config, dataset, repeats, steps)
-    model = seconds[0]
-    names = ("the model, forward and backward", "dense step", "sparse step", "step with an event")
+def share(quick: bool) -> Table:
+    """Optimizer steps are measured by themselves: in whole steps their difference is lost."""
+    name, size = ("lenet5", 2) if quick else ("resnet20", 128)
+    model = network.make(name)
+    init = functools.partial(network.init, model, IMAGE)
+    params, _ = jax.jit(init)(jax.random.key(0))
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
+    variants = {
+        "dense optimizer step": network.INNER,
+        "sparse, without mask update": step.sparse(network.INNER, step.NEVER),
+        "sparse, with mask update": step.sparse(network.INNER, 1),
+    }
+    runs = {key: step.stepper(tx, params, grads).run for key, tx in variants.items()}
+    times = timing.in_turns(runs, rounds=5 if quick else 100)
+    dense, quiet, event = times.values()
+    added = [
+        ((EVERY - 1) * q + e) / EVERY - d
+        for d, q, e in zip(dense.seconds, quiet.seconds, event.seconds, strict=True)
+    ]
+    train = _trainer(name, network.INNER, size, steps=1)
+    whole = timing.in_turns({"dense": train}, rounds=2 if quick else 7)["dense"]
+    seconds = {key: m.seconds for key, m in times.items()} | {
+        "dense training step, whole": whole.seconds,
+        f"sparsity adds, a mask update every {EVERY} steps": added,
+    }
     rows = [
         {
-            name: where,
-            "ms": f"{1000 * value:,.1f}",
-            "not the model (%)": f"{100 * (1 - model / value):.1f}",
-            "images/s": f"{config.batch_size / value:,.0f}",
+            "what": key,
+            "ms": timing.ms(statistics.median(values)),
+            "quartiles": timing.quartiles(values, timing.ms),
+            "% of the whole step": f"{100 * statistics.median(values) / whole.median:.2f}",
         }
-        for name, where, value in zip(["step"] * 4, names, seconds, strict=True)
+        for key, values in seconds.items()
     ]
-    average = seconds[2] + (seconds[3] - seconds[2]) / config.update_every
-    title = f"{config.model}, {config.method}, batch {config.batch_size}"
-    output.print_table(Console(), title, rows)
-    print(
-        f"with an event every {config.update_every} steps, "
-        f"{100 * (1 - model / average):.1f} % of a step is not the model"
+    note = (
+        f"{name}, batch {size}, random images {IMAGE[0]}x{IMAGE[1]}, SGD with momentum. Optimizer "
+        "steps are donated and take turns."
     )
+    return Table("What sparsity adds to a training step", rows, note)
 
 
-if __name__ == "__main__":
-    app.run(main)
+def speed(quick: bool) -> Table:
+    """Images a second through the whole step; on CPU it would take minutes."""
+    name, size, steps = ("lenet5", 2, 1) if quick else ("resnet50_cifar", 128, 10)
+    variants = {"dense": network.INNER, "sparse": step.sparse(network.INNER, step.NEVER)}
+    title = f"Images a second, {name}"
+    note = f"Batch {size}, float32, images 32x32, {steps} steps in a call, no mask update."
+    if jax.default_backend() == "cpu" and not quick:
+        rows = [{"step": key, "images/s": "not measured"} for key in variants]
+        return Table(title, rows, f"{note} On CPU it would take minutes.")
+    runs = {key: _trainer(name, tx, size, steps) for key, tx in variants.items()}
+    times = timing.in_turns(runs, rounds=9)
+    slower = timing.ratios(times["sparse"], times["dense"])
+    rows = [
+        {
+            "step": key,
+            "images/s": f"{steps * size / m.median:,.0f}",
+            "time over dense": f"{m.median / times['dense'].median:.3f}",
+            "quartiles": timing.quartiles(slower, "{:.3f}".format) if key == "sparse" else "",
+        }
+        for key, m in times.items()
+    ]
+    return Table(title, rows, note)
+
+
+def _trainer(name: str, tx: Any, size: int, steps: int) -> Callable[[], Any]:
+    """A call that trains some steps further."""
+    model = network.make(name)
+    params, rest = jax.jit(functools.partial(network.init, model, IMAGE))(jax.random.key(0))
+    carry = params, rest, tx.init(params)
+    batch = network.batch(size, IMAGE)
+    train = jax.jit(network.training_step(model, tx), donate_argnums=(0, 1, 2))
+
+    def run() -> Any:
+        nonlocal carry
+        for _ in range(steps):
+            carry = train(*carry, batch)
+        return carry
+
+    return run

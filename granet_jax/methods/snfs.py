@@ -1,5 +1,6 @@
 """Sparse momentum (SNFS): grows by averaged gradients, where they are largest."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,14 +72,14 @@ def by_mean_score(
       [2, 2]
     """
     num_live = selection.count(live)
-    sizes = [x[0].size for x in live for _ in range(len(x))]
+    sizes = [math.prod(x.shape[1:]) for x in live for _ in range(len(x))]
     room = jnp.array(sizes, jnp.int32) - num_live + num_dropped
     total = jnp.sum(num_dropped)
     sums = [
         jnp.sum(jnp.where(x & jnp.isfinite(s), s, 0.0), axis=tuple(range(1, x.ndim)))
         for s, x in zip(growth, live, strict=True)
     ]
-    mean = jnp.concatenate(sums) / jnp.maximum(num_live, 1)
+    mean = jnp.concatenate([selection.replicated(x) for x in sums]) / jnp.maximum(num_live, 1)
     weight = mean + 1e-6 * jnp.max(mean) + 1e-30  # so that every layer can take what is over
 
     def deal(_: jax.Array, shares: jax.Array) -> jax.Array:

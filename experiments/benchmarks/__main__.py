@@ -1,0 +1,79 @@
+"""Measures what sparsity and the input cost, and writes one file of tables.
+
+Example:
+  python -m experiments.benchmarks
+  python -m experiments.benchmarks --only=selection,step --out=some.md
+
+Takes some minutes on two cores; leave the machine alone meanwhile. Ratios are of times measured in
+turns within the run; compare nothing across runs.
+"""
+
+import pathlib
+import sys
+
+from absl import app, flags
+from rich.console import Console
+
+from experiments import output, settings
+from experiments.benchmarks import (
+    bandwidth,
+    compile_time,
+    input,
+    selection,
+    step,
+    tables,
+    training_step,
+    update,
+)
+
+BENCHMARKS = {
+    "bandwidth": bandwidth.tables,
+    "selection": selection.tables,
+    "update": update.tables,
+    "step": step.tables,
+    "compile_time": compile_time.tables,
+    "training_step": training_step.tables,
+    "input": input.tables,
+}
+
+flags.DEFINE_string("out", "docs/benchmarks.md", "the file to write; figures come beside it")
+flags.DEFINE_list("only", list(BENCHMARKS), "what to measure; the file then holds this alone")
+flags.DEFINE_boolean("quick", False, "sizes so small that the figures say nothing")
+
+
+def run(names: list[str], quick: bool, out: pathlib.Path) -> None:
+    """Measures, prints and writes.
+
+    Raises:
+      ValueError: a name is none of ``BENCHMARKS``, or there is no folder for ``out``.
+    """
+    if not names or any(name not in BENCHMARKS for name in names):
+        raise ValueError(f"--only={','.join(names)}: name some of {', '.join(BENCHMARKS)}.")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out={out}: there is no folder {out.parent}; make it first.")
+    print(tables.machine(), flush=True)
+    measured = []
+    for name in names:
+        for table in BENCHMARKS[name](quick):
+            output.print_table(Console(), table.title, table.rows)
+            print(f"{table.note}\n", flush=True)
+            measured.append(table)
+    command = "python -m experiments.benchmarks"
+    command += f" --only={','.join(names)}" if names != list(BENCHMARKS) else ""
+    about = f"`{command}`: medians; ratios of times taken in turns within this run."
+    if quick:
+        about += " With --quick: of sizes so small that the figures say nothing."
+    tables.write(out, measured, about)
+    print(f"written: {out}")
+
+
+def main(argv: list[str]) -> None:
+    """Runs what the flags say."""
+    if len(argv) > 1:
+        sys.exit(f"error: {argv[1]!r} is no flag; flags look like --only=step. See --help.")
+    with settings.errors_in_one_line():
+        run(flags.FLAGS.only, flags.FLAGS.quick, pathlib.Path(flags.FLAGS.out))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,101 @@
+import math
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from experiments.benchmarks import __main__ as benchmarks
+from experiments.benchmarks import timing
+
+
+def tables(text):
+    """Title -> rows, from Markdown."""
+    found = {}
+    for part in text.split("\n## ")[1:]:
+        lines = [line for line in part.splitlines() if line.startswith("| ")]
+        head, _, *rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+        names = [cell.strip() for cell in head]
+        found[part.splitlines()[0]] = [
+            dict(zip(names, (cell.strip() for cell in row), strict=True)) for row in rows
+        ]
+    return found
+
+
+@pytest.fixture
+def _compile_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("_compile_quickly")
+def test_quick_benchmarks_write_one_file(tmp_path):
+    out = tmp_path / "benchmarks.md"
+    benchmarks.run(["selection", "step"], quick=True, out=out)
+    text = out.read_text()
+    assert "say nothing" in text
+    assert "](selection.png)" in text
+    assert (tmp_path / "selection.png").read_bytes().startswith(b"\x89PNG")
+    found = tables(text)
+    assert list(found) == [
+        "Exact top-k mask, 10,000 weights",
+        "Exact top-k masks by size",
+        "Optimizer steps without mask update, donated",
+    ]
+    sorting, scaling, steps = found.values()
+    assert [row["same mask"] for row in sorting] == ["", "True", "True", "", "True"]
+    assert [row["weights"] for row in scaling] == ["100", "1,000", "10,000", "100,000"]
+    assert [row["optimizer"] for row in steps] == ["SGD, momentum", "AdamW"]
+    for row in (*sorting, *scaling, *steps):
+        for column, cell in list(row.items())[1:]:
+            if column == "same mask" or (cell == "" and column == "argsort (ms)"):
+                continue
+            for number in cell.split(" to "):
+                assert math.isfinite(float(number.replace(",", ""))), (column, cell)
+                assert float(number.replace(",", "")) >= 0, (column, cell)
+    assert all(float(row["more at the peak"]) >= 1 for row in steps)  # a mask has a byte a weight
+
+
+def test_calls_take_turns():
+    calls = []
+    measured = timing.in_turns(
+        {name: lambda name=name: calls.append(name) or name for name in ("a", "b")}, rounds=3
+    )
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    assert [len(measured[name].seconds) for name in ("a", "b")] == [3, 3]
+    assert measured["b"].result == "b"
+
+
+def test_ratios_and_quartiles_are_of_rounds():
+    ratios = timing.ratios(
+        timing.Measured(None, [2.0, 9.0, 8.0]), timing.Measured(None, [1.0, 3.0, 2.0])
+    )
+    assert ratios == [2, 3, 4]
+    assert timing.quartiles(ratios) == "2.00 to 4.00"
+    assert timing.quartiles([5.0]) == "5.00 to 5.00"
+    assert timing.ms(0.0123) == "12.3"
+
+
+@pytest.mark.parametrize(
+    ("names", "out", "message"),
+    [
+        (["step", "sort"], "new.md", "--only=step,sort: name some of bandwidth, selection, update"),
+        (["step"], "no/such/new.md", "there is no folder no/such; make it first"),
+    ],
+)
+def test_wrong_flags_are_refused_at_once(names, out, message, capsys):
+    with pytest.raises(ValueError, match=message):
+        benchmarks.run(names, quick=True, out=pathlib.Path(out))
+    assert capsys.readouterr().out == ""
+
+
+def test_wrong_flags_end_in_one_line():
+    command = [sys.executable, "-m", "experiments.benchmarks", "--only=sort"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: --only=sort: name some of ")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
