@@ -6,11 +6,14 @@ In the order in which data flow::
     models, methods          what a flag names
     settings                 one dataclass, and the flags made from it
     optimizers, training     the compiled step on all devices
+    distributed              several processes
     files, checkpoints       what a run leaves
     report, run              its page; a run that goes on where it was stopped
     train, compare           programs, with output for the terminal
     lottery, plasticity      studies over many runs
     collapse, flops          studies without training
+    text, lm_training, lm_run, lm_plan, lm    a language model on a mesh of devices
+    benchmarks               what sparsity costs: python -m experiments.benchmarks
 """
 
 import logging

@@ -235,7 +235,8 @@ class _Scores(NamedTuple):
     inputs: list[jax.Array]  # stacks
 
 
-_ARITHMETIC = frozenset({"abs", "add", "convert_element_type", "mul", "neg", "sub"})
+# Operations that give the same bits in every kernel (a product and a sum may become one).
+_ARITHMETIC = frozenset({"abs", "convert_element_type", "mul", "neg"})
 
 
 def _scores(

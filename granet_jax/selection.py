@@ -165,7 +165,14 @@ def top_k_of(
     wanted = jnp.clip(jnp.atleast_1d(num_keep), 0, num_eligible)
     guesses = _guess(stacks(inputs, merged), wanted, ranked, by_layer)
     cut = _search(num_best, wanted, num_eligible, ranked.astype(np.uint32), guesses)
-    masks = best(stacks(inputs, merged), cut)
+    # In a conditional, for the masks must come from the very bits that were counted: outside, XLA
+    # may compute the inputs again, rounded otherwise. The barrier hides that it always holds.
+    masks = jax.lax.cond(
+        jax.lax.optimization_barrier(jnp.array(True)),
+        lambda args: best(stacks(*args), cut),
+        lambda args: [jnp.zeros_like(x.scores, bool) for x in stacks(*args)],
+        (inputs, merged),
+    )
     each = [
         part
         for group, mask in zip(groups, masks, strict=True)
