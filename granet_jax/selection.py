@@ -170,7 +170,7 @@ def top_k_of(
     masks = jax.lax.cond(
         jax.lax.optimization_barrier(jnp.array(True)),
         lambda args: best(stacks(*args), cut),
-        lambda args: [jnp.zeros_like(x.scores, bool) for x in stacks(*args)],
+        lambda args: [_keys(x) < _keys(x) for x in stacks(*args)],  # none, sharded as those
         (inputs, merged),
     )
     each = [
