@@ -28,7 +28,7 @@ _MAGNITUDE = np.int32(2**31 - 1)
 _INFINITY = np.int32(0x7F800000)  # the highest key
 _TOP_BIT = np.uint32(2**31)
 _ROW = 256
-_SMALL = 2**18  # stacks of fewer entries are copied together: fewer kernels to compile
+_SMALL = 2**20  # stacks of fewer entries are copied together: fewer kernels to compile
 _SAMPLE = 8192  # scores sampled from all layers for one ranking
 _SAMPLE_OF_LAYER = 1024  # from each, for a ranking within each
 
@@ -131,7 +131,8 @@ def top_k_of(
     if jax.device_count() == 1:  # on several, this would move weights between them
         inputs = jax.tree.map(lambda x: x.reshape(len(x), -1), inputs)
         groups = _groups(shapes)
-    merged = [_merge([rank(inputs)[i] for i in group]) for group in groups if len(group) > 1]
+    made = rank(inputs)
+    merged = [_merge([made[i] for i in group]) for group in groups if len(group) > 1]
     alone = [group[0] for group in groups if len(group) == 1]
     first = np.cumsum([0] + [shape[0] for shape in shapes])
     order = np.concatenate([np.arange(first[i], first[i + 1]) for group in groups for i in group])
@@ -163,14 +164,14 @@ def top_k_of(
         return counts if by_layer else jnp.sum(counts, keepdims=True)
 
     wanted = jnp.clip(jnp.atleast_1d(num_keep), 0, num_eligible)
-    guesses = _guess(stacks(inputs, merged), wanted, ranked, by_layer)
+    guesses = _guess([made[i] for i in alone] + merged, wanted, ranked, by_layer)
     cut = _search(num_best, wanted, num_eligible, ranked.astype(np.uint32), guesses)
     # In a conditional, for the masks must come from the very bits that were counted: outside, XLA
     # may compute the inputs again, rounded otherwise. The barrier hides that it always holds.
     masks = jax.lax.cond(
         jax.lax.optimization_barrier(jnp.array(True)),
         lambda args: best(stacks(*args), cut),
-        lambda args: [_keys(x) < _keys(x) for x in stacks(*args)],  # none, sharded as those
+        lambda args: [_none(x) for x in stacks(*args)],
         (inputs, merged),
     )
     each = [
@@ -377,6 +378,12 @@ def _keys(stack: Stack) -> jax.Array:
     """int32 of the scores' shape and order, the lowest where not eligible."""
     keys = _sortable(stack.scores)
     return keys if stack.eligible is None else jnp.where(stack.eligible, keys, _INELIGIBLE)
+
+
+def _none(stack: Stack) -> jax.Array:
+    """Something of the type of a stack's mask, at no cost."""
+    keys = _keys(stack)
+    return keys < keys if stack.eligible is None else stack.eligible
 
 
 def _sortable(scores: jax.Array) -> jax.Array:
