@@ -6,7 +6,6 @@ mask steps together into a method.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -143,7 +142,6 @@ def prune_to(
             _scores(score, params, grads, key, leaves),
             live,
             num_keep(trees.layer_shapes(leaves), step),
-            selection.count(live),
         )
         fewer = trees.join(kept, masks, leaves)
         return fewer, fewer if keep is masks else _and(keep, fewer)
@@ -211,17 +209,15 @@ def regenerate(
         num_dropped = [ceil_of_share(fraction(step), num) for num in num_live]
         drop_scores = _scores(drop, params, grads, key, leaves)
         kept = [
-            _best_of(drop_scores, part, num - dropped, num)
+            _best_of(drop_scores, part, num - dropped)
             for part, num, dropped in zip(parts, num_live, num_dropped, strict=True)
         ]
         survivors = [functools.reduce(jnp.logical_or, layer) for layer in zip(*kept, strict=True)]
         growth = _scores(grow, params, grads, key, leaves)
         num_grown = sum(num_dropped, start=jnp.int32(0))
-        sizes = [math.prod(shape) for shape in trees.layer_shapes(leaves)]
-        num_off = jnp.array(sizes, jnp.int32) - sum(num_live) + num_grown
         if redistribute is not None:
             num_grown = redistribute(num_grown, growth.compute(growth.inputs), live)
-        grown = _best_of(growth, survivors, num_grown, num_off, among=jnp.logical_not)
+        grown = _best_of(growth, survivors, num_grown, among=jnp.logical_not)
         masks = trees.join([s | g for s, g in zip(survivors, grown, strict=True)], masks, leaves)
         return masks, _and(keep, masks)
 
@@ -271,7 +267,6 @@ def _best_of(
     scores: _Scores,
     marks: list[jax.Array],
     num_keep: Counts,
-    num_eligible: jax.Array,
     among: Callable[[jax.Array], jax.Array] = lambda marks: marks,
 ) -> list[jax.Array]:
     """The ``num_keep`` best of the entries where ``among(marks)`` is True."""
@@ -281,7 +276,7 @@ def _best_of(
         pairs = zip(scores.compute(stacks), marks, strict=True)
         return [selection.Stack(x, among(m)) for x, m in pairs]
 
-    return selection.top_k_of(rank, (scores.inputs, marks), num_keep, num_eligible)
+    return selection.top_k_of(rank, (scores.inputs, marks), num_keep)
 
 
 def ceil_of_share(fraction: Any, num_live: jax.Array) -> jax.Array:

@@ -82,11 +82,9 @@ def top_k(
       >>> [m.tolist() for m in top_k(stacks, jnp.array([1, 1]))]
       [[[True, False, False]], [[True, False]]]
     """
-    if eligible is None:
-        sizes = np.array([_layer_size(x) for x in scores for _ in range(len(x))])
-        return top_k_of(lambda x: x, [Stack(x, None) for x in scores], num_keep, sizes)
-    stacks = [Stack(*x) for x in zip(scores, eligible, strict=True)]
-    return top_k_of(lambda x: x, stacks, num_keep, count(eligible))
+    entries = [None] * len(scores) if eligible is None else eligible
+    stacks = [Stack(*x) for x in zip(scores, entries, strict=True)]
+    return top_k_of(lambda stacks: stacks, stacks, num_keep)
 
 
 class Stack(NamedTuple):
@@ -100,7 +98,6 @@ def top_k_of(
     rank: Callable[[PyTree], Sequence[Stack]],
     inputs: PyTree,
     num_keep: Any,
-    num_eligible: Any,
 ) -> list[jax.Array]:
     """As :func:`top_k` of ``rank(inputs)``, without storing what that computes.
 
@@ -110,7 +107,6 @@ def top_k_of(
       rank: arithmetic on entries, the same whatever their shapes, from ``inputs`` to stacks.
       inputs: tree of arrays ``(layers, ...)``.
       num_keep: as for ``top_k``.
-      num_eligible: ints ``(sum of layers_i,)``, how many entries of each layer are eligible.
     """
     shapes = [x.scores.shape for x in jax.eval_shape(rank, inputs)]
     sizes = np.array([math.prod(x[1:]) for x in shapes for _ in range(x[0])], np.int64)
@@ -124,7 +120,6 @@ def top_k_of(
             f"One ranking over {ranked.max()} weights does not fit int32 counts (at most "
             "2^31 - 1); use a distribution that gives each layer its own count."
         )
-    num_eligible = jnp.asarray(num_eligible, jnp.int32)
     # In a ranking of all, the entries of the layers before each one.
     before = np.zeros_like(sizes) if by_layer else np.cumsum(sizes) - sizes
     groups = [[i] for i in range(len(shapes))]
@@ -137,9 +132,7 @@ def top_k_of(
     first = np.cumsum([0] + [shape[0] for shape in shapes])
     order = np.concatenate([np.arange(first[i], first[i + 1]) for group in groups for i in group])
     if by_layer:
-        num_keep, num_eligible, ranked = num_keep[order], num_eligible[order], ranked[order]
-    else:
-        num_eligible = jnp.sum(num_eligible, keepdims=True)
+        num_keep, ranked = num_keep[order], ranked[order]
 
     def stacks(inputs: PyTree, merged: list[Stack]) -> list[Stack]:
         made = rank(inputs)
@@ -163,9 +156,10 @@ def top_k_of(
         counts = count(best(stacks(*jax.tree.map(renewed, (inputs, merged))), cut))
         return counts if by_layer else jnp.sum(counts, keepdims=True)
 
-    wanted = jnp.clip(jnp.atleast_1d(num_keep), 0, num_eligible)
+    wanted = jnp.clip(jnp.atleast_1d(num_keep), 0, ranked.astype(np.int32))
     guesses = _guess([made[i] for i in alone] + merged, wanted, ranked, by_layer)
-    cut = _search(num_best, wanted, num_eligible, ranked.astype(np.uint32), guesses)
+    all_eligible = all(x.eligible is None for x in made)
+    cut = _search(num_best, wanted, ranked.astype(np.uint32), guesses, all_eligible)
     # In a conditional, for the masks must come from the very bits that were counted: outside, XLA
     # may compute the inputs again, rounded otherwise. The barrier hides that it always holds.
     masks = jax.lax.cond(
@@ -243,6 +237,7 @@ class _Bracket(NamedTuple):
     so that fewer are best the higher the position, as with keys. All ``(rankings,)``.
     """
 
+    wanted: jax.Array  # int32
     low: jax.Array  # uint32
     high: jax.Array  # uint32
     at_low: jax.Array  # int32, not fewer than wanted
@@ -259,13 +254,14 @@ _NO_GAP = np.int32(2**31 - 1)
 def _search(
     num_best: Callable[[_Cut], jax.Array],
     wanted: jax.Array,
-    num_eligible: jax.Array,
     sizes: np.ndarray,
     guesses: Sequence[jax.Array],
+    all_eligible: bool,
 ) -> _Cut:
     """Closes a bracket until exactly as many are best as wanted; a count of all in each round.
 
-    Positions are tried as the guesses say, then as the counts suggest; but the bracket is halved
+    The first round tells how many are eligible at all; there are no more to want. Then positions
+    are tried as the guesses say, then as the counts suggest; but the bracket is halved
     where its gap is still wide or has not fallen to a quarter in two rounds, so that it closes
     whatever the scores.
     """
@@ -274,20 +270,23 @@ def _search(
         return _Cut(jnp.where(b.is_tie, b.key, position), jnp.where(b.is_tie, sizes - position, 0))
 
     def is_open(b: _Bracket) -> jax.Array:
-        return (b.at_low != wanted) & (b.at_high != wanted)
+        return (b.at_low != b.wanted) & (b.at_high != b.wanted)
 
     def close(carry: tuple[jax.Array, _Bracket]) -> tuple[jax.Array, _Bracket]:
         turn, b = carry
         gap = b.at_low - b.at_high
         is_wide = ~b.is_tie & (gap > (sizes // 8).astype(np.int32))
         halve = is_wide | (gap > b.gap_before // 4)
-        position = b.low + jnp.where(halve, (b.high - b.low) // 2, _interpolate(b, wanted))
-        for i, guess in enumerate(guesses):
+        position = b.low + jnp.where(halve, (b.high - b.low) // 2, _interpolate(b))
+        for i, guess in enumerate(guesses, start=1):
             position = jnp.where((turn == i) & (b.low < guess) & (guess < b.high), guess, position)
         position = jnp.clip(position, b.low + 1, b.high - 1)
+        position = jnp.where(turn == 0, b.low, position)
         found = num_best(cut_at(b, position))
+        wanted = jnp.where(turn == 0, jnp.minimum(b.wanted, found), b.wanted)
         enough = found >= wanted
         closer = b._replace(
+            wanted=wanted,
             low=jnp.where(enough, position, b.low),
             high=jnp.where(enough, b.high, position),
             at_low=jnp.where(enough, found, b.at_low),
@@ -302,26 +301,27 @@ def _search(
         none = jnp.full_like(b.gap, _NO_GAP)
         low, high = jnp.zeros_like(b.low), jnp.broadcast_to(sizes, b.high.shape)
         yes = jnp.ones_like(b.is_tie)
-        return _Bracket(low, high, b.at_low, b.at_high, none, none, yes, key=b.high)
+        return _Bracket(b.wanted, low, high, b.at_low, b.at_high, none, none, yes, key=b.high)
 
     no_key, none = jnp.zeros_like(wanted, jnp.uint32), jnp.full_like(wanted, _NO_GAP)
     highest = jnp.full_like(no_key, _TOP_BIT + np.uint32(_INFINITY))
     no = jnp.zeros_like(wanted, bool)
-    start = _Bracket(no_key, highest, num_eligible, jnp.zeros_like(wanted), none, none, no, no_key)
-    _, b = jax.lax.while_loop(
-        lambda carry: jnp.any(is_open(carry[1])), close, (jnp.zeros([], jnp.int32), start)
-    )
-    return cut_at(b, jnp.where(b.at_high == wanted, b.high, b.low))
+    all_of_them = jnp.broadcast_to(sizes.astype(np.int32), wanted.shape)
+    zero = jnp.zeros_like(wanted)
+    start = _Bracket(wanted, no_key, highest, all_of_them, zero, none, none, no, no_key)
+    turn = jnp.int32(1 if all_eligible else 0)
+    _, b = jax.lax.while_loop(lambda carry: jnp.any(is_open(carry[1])), close, (turn, start))
+    return cut_at(b, jnp.where(b.at_high == b.wanted, b.high, b.low))
 
 
-def _interpolate(b: _Bracket, wanted: jax.Array) -> jax.Array:
+def _interpolate(b: _Bracket) -> jax.Array:
     """How far above ``low`` as many are best as wanted, if counts fall in a straight line.
 
     Aims past that, away from the nearer end, by as much as chance moves a count: so both ends
     come close.
     """
-    from_low = (b.at_low - wanted).astype(jnp.float32)
-    from_high = (wanted - b.at_high).astype(jnp.float32)
+    from_low = (b.at_low - b.wanted).astype(jnp.float32)
+    from_high = (b.wanted - b.at_high).astype(jnp.float32)
     past = 0.7 * jnp.sqrt(jnp.minimum(from_low, from_high))
     aim = from_low + jnp.where(from_low < from_high, past, -past)
     share = jnp.clip(aim / jnp.maximum(from_low + from_high, 1), 0, 1)
