@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 import granet_jax as gj
 from experiments import checkpoints, distributed, files, lm_training, methods, text
 from experiments.lm_training import State, Trainer
-from experiments.run import Diverged
+from experiments.run import check_finite
 
 
 class Result(NamedTuple):
@@ -87,7 +87,7 @@ def run(
             losses = np.asarray(log.loss)
             seconds = time.perf_counter() - started
             measured = _numbers(old_masks, gj.get_masks(state.opt_state), state.params)
-            _check_finite(losses, int(measured["nonfinite"]), step, manager)
+            check_finite(losses, int(measured["nonfinite"]), step, manager)
             spent += float(np.asarray(log.forward).sum(dtype=np.float64))
             record = _record(trainer, state, losses, spent, seconds, measured)
             record["validation"] = trainer.evaluate(state, windows)
@@ -156,23 +156,6 @@ def _record(
         ),
         "bytes_per_second": len(losses) * bytes_in_step / seconds,
     }
-
-
-def _check_finite(losses: np.ndarray, nonfinite: int, step: int, manager: Any) -> None:
-    """Before anything of this chunk is written."""
-    finite = np.isfinite(losses)
-    if finite.all() and not nonfinite:
-        return
-    manager.wait_until_finished()
-    what, where = f"{nonfinite:,} parameters are NaN or infinite", step + len(losses)
-    if not finite.all():
-        what, where = f"the loss is {losses[~finite][0]}", step + int(np.argmin(finite)) + 1
-    kept = manager.latest_step()
-    raise Diverged(
-        f"{what} at step {where}. "
-        + (f"The last good checkpoint is of step {kept}. " if kept else "")
-        + "Lower --learning_rate."
-    )
 
 
 def _whole(tree: Any) -> Any:

@@ -197,7 +197,7 @@ def _train(
         losses = np.asarray(device_losses)
         seconds = time.perf_counter() - started
         measured = _measure(trainer, old_masks, state)
-        _check_finite(losses, int(measured["nonfinite"]), step, trainer, manager)
+        check_finite(losses, int(measured["nonfinite"]), step, manager, trainer.steps_per_epoch)
         step += num_steps
         epoch = _Epoch(
             epoch.steps + num_steps,
@@ -290,10 +290,21 @@ def _named(name: str, by_path: dict[str, Any]) -> dict[str, Any]:
     return {f"{name}/{path}": value for path, value in by_path.items()}
 
 
-def _check_finite(
-    losses: np.ndarray, nonfinite: int, step: int, trainer: Trainer, manager: Any
+def check_finite(
+    losses: np.ndarray, nonfinite: int, step: int, manager: Any, steps_per_epoch: int | None = None
 ) -> None:
-    """Before anything of this chunk is written."""
+    """Called before anything of a chunk of steps is written.
+
+    Args:
+      losses: of the chunk.
+      nonfinite: how many parameters are NaN or infinite after it.
+      step: before it.
+      manager: of the checkpoints.
+      steps_per_epoch: None = nothing is told of epochs.
+
+    Raises:
+      Diverged: a loss or a parameter is not finite.
+    """
     finite = np.isfinite(losses)
     if finite.all() and not nonfinite:
         return
@@ -303,7 +314,9 @@ def _check_finite(
         what, where = f"the loss is {losses[~finite][0]}", step + int(np.argmin(finite)) + 1
     kept = manager.latest_step()
     raise Diverged(
-        f"{what} at step {where} (epoch {(where - 1) // trainer.steps_per_epoch + 1}). "
+        f"{what} at step {where}"
+        + (f" (epoch {(where - 1) // steps_per_epoch + 1})" if steps_per_epoch else "")
+        + ". "
         + ("No checkpoint had been written. " if kept is None else "")
         + (f"The last good checkpoint is of step {kept}. " if kept else "")
         + "Lower --learning_rate."

@@ -183,8 +183,8 @@ def count(stacks: Sequence[jax.Array]) -> jax.Array:
         each = [jnp.sum(x, axis=tuple(range(1, x.ndim)), dtype=jnp.int32) for x in stacks]
         return jnp.concatenate([replicated(x) for x in each])
     # XLA:CPU is slow to sum booleans, but as fast as memory to add up eighths of an array. What
-    # remains is laid out in rows, each of one layer. Barriers keep the steps apart, for fused with
-    # the next one each is slow again.
+    # remains is laid out in rows, each of one layer. Barriers keep the steps apart: simplified into
+    # one, they are slow again.
     apart = jax.lax.optimization_barrier
     rows, owners, num_layers = [], [], 0
     for x in stacks:

@@ -172,7 +172,8 @@ def get_method_state(opt_state: Any) -> Any:
 def set_masks(opt_state: Any, masks: PyTree) -> Any:
     """Puts other masks into an optimizer state: pruning by hand, between two steps.
 
-    The next ``update`` brings to 0 what the new masks switch off, moments included; apply the
+    Use this rather than ``optax.tree.set``, for the state also holds what the last update kept. The
+    next ``update`` brings to 0 what the new masks switch off, moments included; apply the
     masks to the parameters at once with ``apply_masks`` if they are used before that. Under a
     dynamic method the masks change again at its next event.
 

@@ -189,11 +189,6 @@ def num_prunable(leaves: Sequence[Leaf]) -> int:
     return sum(x.size for x in leaves if x.prunable)
 
 
-def stack(tree: PyTree, leaves: Sequence[Leaf]) -> PyTree:
-    """A tree with its prunable leaves as stacks, arrays ``(num_layers, *layer_shape)``."""
-    return _map_prunable(lambda a, x: a.reshape(x.num_layers, *x.layer_shape), tree, leaves)
-
-
 def pick(tree: PyTree, leaves: Sequence[Leaf]) -> list[jax.Array]:
     """The prunable leaves of a tree."""
     return [a for a, x in zip(jax.tree.leaves(tree), leaves, strict=True) if x.prunable]
@@ -201,18 +196,16 @@ def pick(tree: PyTree, leaves: Sequence[Leaf]) -> list[jax.Array]:
 
 def split(tree: PyTree, leaves: Sequence[Leaf]) -> list[jax.Array]:
     """The prunable leaves of a tree as stacks, arrays ``(num_layers, *layer_shape)``."""
-    return pick(stack(tree, leaves), leaves)
+    prunable = [x for x in leaves if x.prunable]
+    pairs = zip(pick(tree, leaves), prunable, strict=True)
+    return [a.reshape(x.num_layers, *x.layer_shape) for a, x in pairs]
 
 
 def join(stacks: Sequence[jax.Array], tree: PyTree, leaves: Sequence[Leaf]) -> PyTree:
     """Undoes :func:`split`: ``tree`` with its prunable leaves replaced by ``stacks``."""
-    new = iter(stacks)
-    return _map_prunable(lambda _, x: next(new).reshape(x.shape), tree, leaves)
-
-
-def _map_prunable(
-    f: Callable[[jax.Array, Leaf], jax.Array], tree: PyTree, leaves: Sequence[Leaf]
-) -> PyTree:
     arrays, treedef = jax.tree.flatten(tree)
-    new = [f(a, x) if x.prunable else a for a, x in zip(arrays, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, new)
+    new = iter(stacks)
+    joined = [
+        next(new).reshape(x.shape) if x.prunable else a for a, x in zip(arrays, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, joined)

@@ -107,4 +107,6 @@ class SparseState(NamedTuple):
     mask_step: jax.Array  # int32 scalar, updates done ("count" would collide with optax's own)
     method: Any  # the method's state; its first field is masks
     inner: Any  # the wrapped optimizer's state
-    keep: PyTree  # bool, what the last update kept: the masks, but for what an event just grew
+    # bool, what the last update kept: the masks, but for what an event just grew. Held here, for
+    # made anew it would cost each step a copy of the masks.
+    keep: PyTree

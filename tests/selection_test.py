@@ -40,16 +40,16 @@ def cases(draw, shapes=((), (0,), (1,), (2, 3), (4, 8), (3, 0), (5, 7), (2, 2, 2
 _compiled = jax.jit(selection.top_k_mask)
 
 
-@pytest.fixture(params=["plain", "by eighths"])
-def counting(request, monkeypatch):
-    """The second form of counting is taken on a single CPU device; make either believe."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1 if request.param == "by eighths" else 8)
+@pytest.fixture(params=["many devices", "one device"])
+def devices(request, monkeypatch):
+    """On one CPU device there are samples, merged stacks and another way of counting."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1 if request.param == "one device" else 8)
     jax.clear_caches()
     yield
     jax.clear_caches()
 
 
-@pytest.mark.usefixtures("counting")
+@pytest.mark.usefixtures("devices")
 def test_equals_a_stable_argsort():
     @given(cases())
     def check(case):
@@ -60,25 +60,31 @@ def test_equals_a_stable_argsort():
     check()
 
 
-@given(st.lists(cases(shapes=[(2, 6), (1, 6), (3, 5), (1, 1)]), min_size=1, max_size=5), st.data())
-def test_stacks_one_ranking_or_one_each(stack_cases, data):
-    scores = [jnp.asarray(c[0]) for c in stack_cases]
-    eligible = [jnp.asarray(c[2]) for c in stack_cases]
-    flat = np.concatenate([np.asarray(s, np.float32).ravel() for s in scores])
-    flat_eligible = np.concatenate([e.ravel() for e in eligible])
+@pytest.mark.usefixtures("devices")
+def test_stacks_one_ranking_or_one_each():
+    shapes = [(2, 6), (1, 6), (3, 5), (1, 1)]
 
-    k = data.draw(st.integers(0, flat.size + 1))
-    together = selection.top_k(scores, k, eligible)
-    np.testing.assert_array_equal(
-        np.concatenate([np.asarray(m).ravel() for m in together]),
-        by_argsort(flat, k, flat_eligible),
-    )
-    layers = [(s, e) for c in stack_cases for s, e in zip(c[0], c[2], strict=True)]
-    ks = [data.draw(st.integers(0, s.size)) for s, _ in layers]
-    each = selection.top_k(scores, jnp.array(ks), eligible)
-    each = [layer for mask in each for layer in np.asarray(mask)]
-    for mask, (s, e), k in zip(each, layers, ks, strict=True):
-        np.testing.assert_array_equal(mask, by_argsort(s, k, e))
+    @given(st.lists(cases(shapes=shapes), min_size=1, max_size=5), st.data())
+    def check(stack_cases, data):
+        scores = [jnp.asarray(c[0]) for c in stack_cases]
+        eligible = [jnp.asarray(c[2]) for c in stack_cases]
+        flat = np.concatenate([np.asarray(s, np.float32).ravel() for s in scores])
+        flat_eligible = np.concatenate([e.ravel() for e in eligible])
+
+        k = data.draw(st.integers(0, flat.size + 1))
+        together = selection.top_k(scores, k, eligible)
+        np.testing.assert_array_equal(
+            np.concatenate([np.asarray(m).ravel() for m in together]),
+            by_argsort(flat, k, flat_eligible),
+        )
+        layers = [(s, e) for c in stack_cases for s, e in zip(c[0], c[2], strict=True)]
+        ks = [data.draw(st.integers(0, s.size)) for s, _ in layers]
+        each = selection.top_k(scores, jnp.array(ks), eligible)
+        each = [layer for mask in each for layer in np.asarray(mask)]
+        for mask, (s, e), k in zip(each, layers, ks, strict=True):
+            np.testing.assert_array_equal(mask, by_argsort(s, k, e))
+
+    check()
 
 
 def test_order_of_the_special_values():
@@ -90,6 +96,7 @@ def test_order_of_the_special_values():
         np.testing.assert_array_equal(np.asarray(selection.top_k_mask(scores, k)), mask)
 
 
+@pytest.mark.usefixtures("devices")
 def test_k_and_scores_may_be_batched():
     scores = jax.random.normal(jax.random.key(0), (5, 3, 8)).round(1)
     ks = jnp.array([0, 3, 7, 24, 11])
@@ -99,11 +106,25 @@ def test_k_and_scores_may_be_batched():
         np.testing.assert_array_equal(m, by_argsort(s, int(k), np.ones_like(s, bool)))
 
 
-def test_large_arrays_with_many_ties():
-    scores = jax.random.randint(jax.random.key(0), (1000, 333), 0, 50).astype(jnp.float32)
-    for k in (1, 6_661, 166_500, 332_999):
-        mask = np.asarray(_compiled(scores, k))
-        np.testing.assert_array_equal(mask, by_argsort(scores, k, np.ones_like(mask)))
+@pytest.mark.usefixtures("devices")
+@pytest.mark.parametrize("decimals", [1, 9])
+def test_large_arrays_with_and_without_ties(decimals):
+    """Large enough that a sample is no longer everything; sizes that 8 does not divide."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(1, 301, 333), (2, 5_001), (1, 301, 333)]
+    stacks = [
+        jax.random.normal(key, x).round(decimals) for key, x in zip(keys, shapes, strict=True)
+    ]
+    flat = np.concatenate([np.ravel(x) for x in stacks])
+    top_k = jax.jit(selection.top_k)
+    for k in (1, 4_321, flat.size // 2, flat.size - 1):
+        together = np.concatenate([np.ravel(m) for m in top_k(stacks, k)])
+        np.testing.assert_array_equal(together, by_argsort(flat, k, np.ones_like(together)))
+    ks = jnp.array([50_000, 77, 5_000, 99_999])
+    each = [layer for mask in top_k(stacks, ks) for layer in np.asarray(mask)]
+    layers = [layer for stack in stacks for layer in stack]
+    for mask, x, k in zip(each, layers, ks, strict=True):
+        np.testing.assert_array_equal(mask, by_argsort(x, int(k), np.ones_like(mask)))
 
 
 def test_same_mask_on_a_sharded_array():
