@@ -213,12 +213,19 @@ def regenerate(
             for part, num, dropped in zip(parts, num_live, num_dropped, strict=True)
         ]
         survivors = [functools.reduce(jnp.logical_or, layer) for layer in zip(*kept, strict=True)]
-        growth = _scores(grow, params, grads, key, leaves)
         num_grown = sum(num_dropped, start=jnp.int32(0))
         if redistribute is not None:
+            growth = _scores(grow, params, grads, key, leaves)
             num_grown = redistribute(num_grown, growth.compute(growth.inputs), live)
-        grown = _best_of(growth, survivors, num_grown, among=jnp.logical_not)
-        masks = trees.join([s | g for s, g in zip(survivors, grown, strict=True)], masks, leaves)
+
+        def regrow(survivors: list[jax.Array]) -> list[jax.Array]:
+            growth = _scores(grow, params, grads, key, leaves)
+            grown = _best_of(growth, survivors, num_grown, among=jnp.logical_not)
+            return [s | g for s, g in zip(survivors, grown, strict=True)]
+
+        # Not begun before the weights have been ranked, so that memory is needed for one at a time.
+        regrown = jax.lax.cond(jnp.any(num_grown > 0), regrow, lambda x: x, survivors)
+        masks = trees.join(regrown, masks, leaves)
         return masks, _and(keep, masks)
 
     return mask_step

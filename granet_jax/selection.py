@@ -157,13 +157,16 @@ def top_k_of(
         return counts if by_layer else jnp.sum(counts, keepdims=True)
 
     wanted = jnp.clip(jnp.atleast_1d(num_keep), 0, ranked.astype(np.int32))
-    guesses = _guess([made[i] for i in alone] + merged, wanted, ranked, by_layer)
+    guesses: tuple[jax.Array, ...] = ()
+    if jax.device_count() == 1:  # several would have to collect a sample
+        guesses = _of_stored(
+            lambda args: _guess(stacks(*args), wanted, ranked, by_layer),
+            lambda args: (jnp.zeros_like(wanted, jnp.uint32),) * 2,
+            (inputs, merged),
+        )
     all_eligible = all(x.eligible is None for x in made)
     cut = _search(num_best, wanted, ranked.astype(np.uint32), guesses, all_eligible)
-    # In a conditional, for the masks must come from the very bits that were counted: outside, XLA
-    # may compute the inputs again, rounded otherwise. The barrier hides that it always holds.
-    masks = jax.lax.cond(
-        jax.lax.optimization_barrier(jnp.array(True)),
+    masks = _of_stored(
         lambda args: best(stacks(*args), cut),
         lambda args: [_none(x) for x in stacks(*args)],
         (inputs, merged),
@@ -207,6 +210,15 @@ def replicated(counts: jax.Array) -> jax.Array:
     if any(axis is not None for axis in jax.typeof(counts).sharding.spec):
         return jax.sharding.reshard(counts, jax.sharding.PartitionSpec())
     return counts
+
+
+def _of_stored(f: Callable[[Any], Any], unused: Callable[[Any], Any], args: Any) -> Any:
+    """``f(args)`` of the very bits that the counts read.
+
+    Outside of a conditional XLA may compute the arguments again, rounded otherwise, or store what
+    they are computed from. The barrier hides that it always holds.
+    """
+    return jax.lax.cond(jax.lax.optimization_barrier(jnp.array(True)), f, unused, args)
 
 
 def _groups(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
@@ -331,14 +343,11 @@ def _interpolate(b: _Bracket) -> jax.Array:
 
 def _guess(
     stacks: list[Stack], wanted: jax.Array, sizes: np.ndarray, by_layer: bool
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array]:
     """Two keys of each ranking that most likely have the wanted one between them: from a sample.
 
-    Where all entries are in the sample, that is certain. None on several devices, which would have
-    to collect a sample.
+    Where all entries are in the sample, that is certain.
     """
-    if jax.device_count() > 1:
-        return ()
     rows = []
     for stack in stacks:
         row = stack.scores.shape[1]
