@@ -9,16 +9,19 @@ selection -> masks -> updates``. Modules import only from those before them::
     distributions  how a sparsity is spread over layers: uniform, ERK, global ranking
     schedules      cubic, cosine, every; counts to keep at a step
     selection      exact top-k masks without sorting
+    structures     N:M, blocks, channels, constant fan-in: how weights are grouped for selection
     masks          prune_to, regenerate, compose
     methods        granet, gmp, rigl, set_, snfs, rigl_itop, set_itop, static, magnitude;
                    at_init (SNIP, GraSP, SynFlow) and lottery, which give masks
     transform      sparsify: a method around any optax optimizer
     metrics, report, flops   numbers, a table, what it all costs
     sharding, checkpoint   where a state lies on many devices, whether one came back whole
+    export         compact files, sparse execution: a model that is smaller and faster to run
     reparam        dst and str_: thresholds that are trained, a family of its own
     testing        the conformance kit for methods
 """
 
+from granet_jax import export as export
 from granet_jax import flops as flops
 from granet_jax import metrics as metrics
 from granet_jax import reparam as reparam
@@ -26,6 +29,7 @@ from granet_jax import report as report
 from granet_jax import schedules as schedules
 from granet_jax import scores as scores
 from granet_jax import sharding as sharding
+from granet_jax import structures as structures
 from granet_jax import testing as testing
 from granet_jax import trees as trees
 from granet_jax.checkpoint import check_restored as check_restored

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from granet_jax import distributions, scores, selection, trees
+from granet_jax import distributions, scores, selection, structures, trees
 from granet_jax.types import (
     Counts,
     Distribution,
@@ -59,10 +60,10 @@ def random_masks(
       10
     """
     leaves = trees.describe(params, prunable)
-    num_keep = distribution(trees.layer_shapes(leaves), sparsity)
-    draws = trees.split(scores.random(params, None, key), leaves)
+    num_keep = distribution(structures.shapes(leaves), sparsity)
     dense = ones(params)  # has the sharding of params, which the draws have not
-    return _and(dense, trees.join(selection.top_k(draws, num_keep), dense, leaves))
+    draws = _scores(scores.random, params, None, key, leaves)
+    return _and(dense, _join(_best(draws, None, num_keep, leaves), dense, leaves))
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
@@ -137,13 +138,12 @@ def prune_to(
         key: jax.Array | None,
     ) -> tuple[PyTree, PyTree]:
         leaves = trees.describe(params, prunable)
-        live = trees.split(masks, leaves)
-        kept = _best_of(
-            _scores(score, params, grads, key, leaves),
-            live,
-            num_keep(trees.layer_shapes(leaves), step),
-        )
-        fewer = trees.join(kept, masks, leaves)
+        live = _live(masks, leaves)
+        ranked = _scores(score, params, grads, key, leaves)
+        counts = num_keep(structures.shapes(leaves), step)
+        fewer = _join(_best(ranked, live, counts, leaves), masks, leaves)
+        if any(x.structure is not None for x in leaves):
+            fewer = _and(masks, fewer)  # given masks may hold parts of units
         return fewer, fewer if keep is masks else _and(keep, fewer)
 
     return mask_step
@@ -170,8 +170,9 @@ def regenerate(
       drop: what is kept is what scores highest.
       grow: what is grown is what scores highest.
       by_sign: take the fraction of the negative weights and of the others (zeros included) each
-        for itself, instead of both together.
-      redistribute: deals out what all layers dropped; None = each layer grows what it dropped.
+        for itself, instead of both together; not with structures.
+      redistribute: deals out what all layers dropped; None = each layer grows what it dropped; not
+        with structures.
       prunable: path rules.
 
     Source: Evci et al. 2020, section 3; GraNet, section 4.2 (zero-cost neuroregeneration).
@@ -197,7 +198,9 @@ def regenerate(
         key: jax.Array | None,
     ) -> tuple[PyTree, PyTree]:
         leaves = trees.describe(params, prunable)
-        live = trees.split(masks, leaves)
+        if by_sign or redistribute is not None:
+            _refuse_structures("by_sign and redistribute", leaves)
+        live = _live(masks, leaves)
         parts = [live]
         if by_sign:
             weights = trees.split(params, leaves)
@@ -221,18 +224,19 @@ def regenerate(
         def regrow(survivors: list[jax.Array]) -> list[jax.Array]:
             growth = _scores(grow, params, grads, key, leaves)
             grown = _best_of(growth, survivors, num_grown, among=jnp.logical_not)
-            return [s | g for s, g in zip(survivors, grown, strict=True)]
+            regrown = [s | g for s, g in zip(survivors, grown, strict=True)]
+            return _fit_groups(regrown, survivors, live, drop_scores, growth, leaves)
 
         # Not begun before the weights have been ranked, so that memory is needed for one at a time.
         regrown = jax.lax.cond(jnp.any(num_grown > 0), regrow, lambda x: x, survivors)
-        masks = trees.join(regrown, masks, leaves)
+        masks = _join(regrown, masks, leaves)
         return masks, _and(keep, masks)
 
     return mask_step
 
 
 class _Scores(NamedTuple):
-    """The scores of prunable leaves as stacks, and what they are computed from."""
+    """The scores of prunable leaves as stacks of units, and what they are computed from."""
 
     compute: Callable[[list[jax.Array]], list[jax.Array]]
     inputs: list[jax.Array]  # stacks
@@ -251,12 +255,15 @@ def _scores(
 ) -> _Scores:
     """Scores that are plain arithmetic on entries are left to be computed where they are needed.
 
-    Storing them would take 4 bytes a weight. Others (random ones, say) are computed here.
+    Storing them would take 4 bytes a weight. Others (random ones, say) are computed here, and so
+    are those of structures.
     """
     closed = jax.make_jaxpr(lambda p, g: trees.pick(score(p, g, key), leaves))(params, grads)
     is_arithmetic = all(x.primitive.name in _ARITHMETIC for x in closed.eqns)
-    if not is_arithmetic or any(jnp.ndim(x) for x in closed.consts):
-        return _Scores(lambda stacks: stacks, trees.split(score(params, grads, key), leaves))
+    is_lazy = is_arithmetic and not any(jnp.ndim(x) for x in closed.consts)
+    if not is_lazy or any(x.structure is not None for x in leaves):
+        stored = trees.split(score(params, grads, key), leaves)
+        return _Scores(lambda stacks: stacks, structures.gather(stored, leaves))
     given = [tree for tree in (params, grads) if tree is not None]
     args = list(zip(leaves * len(given), closed.jaxpr.invars, strict=True))
 
@@ -270,16 +277,108 @@ def _scores(
     return _Scores(compute, [x for tree in given for x in trees.split(tree, leaves)])
 
 
+def _live(masks: PyTree, leaves: tuple[trees.Leaf, ...]) -> list[jax.Array]:
+    """Stacks of units: which are on."""
+    return structures.live_units(trees.split(masks, leaves), leaves)
+
+
+def _join(units: list[jax.Array], masks: PyTree, leaves: tuple[trees.Leaf, ...]) -> PyTree:
+    """``masks`` with those of prunable leaves replaced by stacks of units."""
+    return trees.join(structures.spread(units, leaves), masks, leaves)
+
+
+def _best(
+    scores: _Scores,
+    live: list[jax.Array] | None,
+    num_keep: Counts,
+    leaves: tuple[trees.Leaf, ...],
+) -> list[jax.Array]:
+    """The ``num_keep`` best of the live units; in groups, as many of each live one. None = all."""
+    grouped = [structures.is_grouped(x) for x in structures.first_leaves(leaves)]
+    if not any(grouped):
+        return _best_of(scores, live, num_keep)
+    num_keep = jnp.asarray(num_keep, jnp.int32)
+    if num_keep.ndim == 0:
+        raise ValueError(
+            "Groups (N:M, constant fan-in) need a count for each layer, and global_ranking gives "
+            "one for all: pass scope=granet_jax.uniform or erk."
+        )
+    stacks = scores.compute(scores.inputs)
+    counts = jnp.split(num_keep, np.cumsum([len(x) for x in stacks])[:-1])
+    alone = [i for i, is_grouped in enumerate(grouped) if not is_grouped]
+    best = {}
+    if alone:
+        each = [stacks[i] for i in alone]
+        eligible = None if live is None else [live[i] for i in alone]
+        counted = jnp.concatenate([counts[i] for i in alone])
+        best = dict(zip(alone, selection.top_k(each, counted, eligible), strict=True))
+    for i, x in enumerate(stacks):
+        if grouped[i]:
+            on = jnp.ones_like(x, bool) if live is None else live[i]
+            is_live = jnp.any(on, axis=-1)
+            num_live = jnp.sum(is_live, axis=tuple(range(1, is_live.ndim)), dtype=jnp.int32)
+            each_keeps = (counts[i] + num_live // 2) // jnp.maximum(num_live, 1)
+            each_keeps = jnp.maximum(each_keeps, 1).reshape(-1, *[1] * (is_live.ndim - 1))
+            best[i] = selection.top_k_of_rows(x, jnp.broadcast_to(each_keeps, is_live.shape), on)
+    return [best[i] for i in range(len(stacks))]
+
+
+def _fit_groups(
+    regrown: list[jax.Array],
+    survivors: list[jax.Array],
+    live: list[jax.Array],
+    drop_scores: _Scores,
+    growth: _Scores,
+    leaves: tuple[trees.Leaf, ...],
+) -> list[jax.Array]:
+    """Instead of the best of a layer, grown is in each group what it needs to be full again.
+
+    ``regrown`` is what the layer's ranking would have; it decides what is ablated.
+    """
+    fitted = list(regrown)
+    drops, grows = (x.compute(x.inputs) for x in (drop_scores, growth))
+    for i, leaf in enumerate(structures.first_leaves(leaves)):
+        if leaf.structure is None or not leaf.structure.grouped:
+            continue
+        full = jnp.sum(live[i], axis=-1, dtype=jnp.int32)
+        least = leaf.structure.ablation(leaf)
+        if least > 0:
+            full = _after_ablation(full, jnp.sum(regrown[i], axis=-1, dtype=jnp.int32), least)
+        stay = selection.top_k_of_rows(drops[i], full, survivors[i])
+        missing = full - jnp.sum(stay, axis=-1, dtype=jnp.int32)
+        fitted[i] = stay | selection.top_k_of_rows(grows[i], missing, ~stay)
+    return fitted
+
+
+def _refuse_structures(what: str, leaves: tuple[trees.Leaf, ...]) -> None:
+    if structured := [x.path for x in leaves if x.structure is not None]:
+        raise ValueError(
+            f"{what} are for single weights; a rule gives {', '.join(structured)} a structure."
+        )
+
+
+def _after_ablation(full: jax.Array, salient: jax.Array, least: float) -> jax.Array:
+    """How many weights each output gets, ``(layers, outputs)``; those of few salient ones: 0."""
+    fan_in = jnp.max(full, axis=-1, keepdims=True)
+    stays = salient >= least * fan_in
+    stays |= salient == jnp.max(salient, axis=-1, keepdims=True)  # never all
+    budget = jnp.sum(full, axis=-1, keepdims=True)
+    each = budget // jnp.sum(stays, axis=-1, keepdims=True, dtype=jnp.int32)
+    return jnp.where(stays, each, 0)
+
+
 def _best_of(
     scores: _Scores,
-    marks: list[jax.Array],
+    marks: list[jax.Array] | None,
     num_keep: Counts,
     among: Callable[[jax.Array], jax.Array] = lambda marks: marks,
 ) -> list[jax.Array]:
-    """The ``num_keep`` best of the entries where ``among(marks)`` is True."""
+    """The ``num_keep`` best of the entries where ``among(marks)`` is True; None = of all."""
 
     def rank(inputs: Any) -> list[selection.Stack]:
         stacks, marks = inputs
+        if marks is None:
+            return [selection.Stack(x, None) for x in scores.compute(stacks)]
         pairs = zip(scores.compute(stacks), marks, strict=True)
         return [selection.Stack(x, among(m)) for x, m in pairs]
 

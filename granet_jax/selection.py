@@ -28,6 +28,7 @@ _MAGNITUDE = np.int32(2**31 - 1)
 _INFINITY = np.int32(0x7F800000)  # the highest key
 _TOP_BIT = np.uint32(2**31)
 _ROW = 256
+_SHORT_ROW = 32  # rows up to this length are ranked by comparing all pairs
 _SMALL = 2**20  # stacks of fewer entries are copied together: fewer kernels to compile
 _SAMPLE = 8192  # scores sampled from all layers for one ranking
 _SAMPLE_OF_LAYER = 1024  # from each, for a ranking within each
@@ -85,6 +86,36 @@ def top_k(
     entries = [None] * len(scores) if eligible is None else eligible
     stacks = [Stack(*x) for x in zip(scores, entries, strict=True)]
     return top_k_of(lambda stacks: stacks, stacks, num_keep)
+
+
+def top_k_of_rows(scores: jax.Array, k: jax.Array, eligible: jax.Array) -> jax.Array:
+    """Selects within each row, the last axis of an array.
+
+    Args:
+      scores: ``(..., n)``, any float dtype; compared in float32.
+      k: int32 ``(...)``, how many to select in each row; may be traced.
+      eligible: bool ``(..., n)``.
+
+    Returns:
+      bool ``(..., n)``, as :func:`top_k` of each row.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scores = jnp.array([[1.0, 3.0, 2.0], [5.0, 5.0, 4.0]])
+      >>> top_k_of_rows(scores, jnp.array([2, 1]), scores > 0).tolist()
+      [[False, True, True], [True, False, False]]
+    """
+    length = scores.shape[-1]
+    if length > _SHORT_ROW:
+        rows = scores.reshape(-1, length), eligible.reshape(-1, length)
+        return top_k([rows[0]], k.reshape(-1), [rows[1]])[0].reshape(scores.shape)
+    keys = _keys(Stack(scores, eligible))
+    index = jax.lax.broadcasted_iota(jnp.int32, keys.shape, keys.ndim - 1)
+    num_better = jnp.zeros_like(keys)
+    for i in range(length):
+        other = keys[..., i : i + 1]
+        num_better += ((other > keys) | ((other == keys) & (i < index))).astype(jnp.int32)
+    return eligible & (num_better < k[..., None])
 
 
 class Stack(NamedTuple):

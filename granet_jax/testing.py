@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from granet_jax import trees
+from granet_jax import structures, trees
 from granet_jax.transform import get_masks, sparsify
 from granet_jax.types import Method, PyTree
 
@@ -50,7 +50,8 @@ def check_method(
     change at events only; ``keep`` lies within the old and the new masks; pruned weights and newly
     grown ones are exactly 0, with zero moments; eager and compiled updates agree bit for bit, and
     so do the method alone and inside ``sparsify``; one trace serves all steps; NaN in gradients
-    and weights changes no total; the total is what ``num_live`` says.
+    and weights changes no total (where outputs are ablated, it may); units of structures are whole,
+    and live groups keep equally many; the total is what ``num_live`` says.
 
     Args:
       method: the method to check.
@@ -70,6 +71,7 @@ def check_method(
     """
     params = example_params() if params is None else params
     leaves = trees.describe(params, prunable)
+    can_ablate = any(x.structure is not None and x.structure.ablation(x) > 0 for x in leaves)
     _check_init(method, params)
 
     traces: list[None] = []
@@ -87,6 +89,7 @@ def check_method(
     avals = jax.tree.map(jax.typeof, state)
     method_state = method.init(params)
     _check_count(0, state, leaves, num_live)
+    _check_structures(0, method_state[0], leaves)
     weights = params
     events = 0
     for step in range(1, num_steps + 1):
@@ -105,7 +108,7 @@ def check_method(
                 _check(
                     all(jax.tree.leaves(same)), "eager and compiled updates agree", f"step {step}"
                 )
-            if events < 2:
+            if events < 2 and not can_ablate:
                 _check_nan(step, compiled_update, args, leaves)
             method_state, keep = compiled_update(*args)
             events += 1
@@ -121,6 +124,7 @@ def check_method(
             _check(not np.any(weight[~kept]), "grown and pruned weights are 0", where)
             _check(not np.any(moment[~kept]), "their moments are 0", where)
         _check_count(step, state, leaves, num_live)
+        _check_structures(step, get_masks(state), leaves)
         _check(jax.tree.map(jax.typeof, state) == avals, "shape, dtype, sharding stay", str(step))
     _check(len(traces) == 1, "one trace serves all steps", f"{len(traces)} traces")
 
@@ -158,16 +162,30 @@ def _check_count(
         )
 
 
+def _check_structures(step: int, masks: PyTree, leaves: tuple[trees.Leaf, ...]) -> None:
+    stacks = trees.split(masks, leaves)
+    units = structures.live_units(stacks, leaves)
+    prunable = [x for x in leaves if x.prunable]
+    for leaf, stack, whole in zip(prunable, stacks, structures.spread(units, leaves), strict=True):
+        where = f"step {step}, {leaf.path}"
+        _check(np.array_equal(stack, whole), "a unit is kept or pruned as a whole", where)
+    for leaf, unit in zip(structures.first_leaves(leaves), units, strict=True):
+        if structures.is_grouped(leaf):
+            num = np.asarray(unit).sum(-1).reshape(len(unit), -1)
+            equal = (num == num.max(1, keepdims=True)) | (num == 0)
+            _check(equal.all(), "live groups keep equally many", f"step {step}, {leaf.path}")
+
+
 def _check_nan(step: int, update: Any, args: Any, leaves: tuple[trees.Leaf, ...]) -> None:
     method_state, weights, grads, t = args
-    expected = _total(update(*args)[0][0], leaves)
+    expected = _num_units(update(*args)[0][0], leaves)
     broken_grads = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), grads)
     some_nan = jax.tree.map(lambda w: w.at[::3].set(jnp.nan) if w.ndim else w, weights)
     for name, broken in (
         ("gradients", (method_state, weights, broken_grads, t)),
         ("weights", (method_state, some_nan, grads, t)),
     ):
-        got = _total(update(*broken)[0][0], leaves)
+        got = _num_units(update(*broken)[0][0], leaves)
         _check(got == expected, f"NaN {name} change no count", f"step {step}: {got}, {expected}")
 
 
@@ -199,6 +217,11 @@ def _trace(state: Any) -> PyTree:
 def _total(masks: PyTree, leaves: tuple[trees.Leaf, ...]) -> int:
     flat = jax.tree.leaves(masks)
     return sum(int(np.sum(m)) for m, x in zip(flat, leaves, strict=True) if x.prunable)
+
+
+def _num_units(masks: PyTree, leaves: tuple[trees.Leaf, ...]) -> int:
+    units = structures.live_units(trees.split(masks, leaves), leaves)
+    return sum(int(np.sum(x)) for x in units)
 
 
 def _random_like(key: jax.Array, tree: PyTree) -> PyTree:

@@ -16,6 +16,21 @@ import jax.numpy as jnp
 from granet_jax.types import PyTree, Shapes
 
 
+class Structure(NamedTuple):
+    """Decision of a rule: how the weights of a layer are kept or pruned together.
+
+    Made by :mod:`granet_jax.structures`. Whether a leaf is prunable the default decides, but tied
+    leaves always are.
+    """
+
+    grid: Callable[["Leaf"], tuple[int, ...]]  # shape of a layer's units
+    gather: Callable[[jax.Array, "Leaf"], jax.Array]  # (layers, *layer_shape) -> (layers, *grid)
+    spread: Callable[[jax.Array, "Leaf"], jax.Array]  # back, each unit's value to its weights
+    grouped: bool = False  # the last axis of the grid is a group, which keeps as many as others
+    ablation: Callable[["Leaf"], float] = lambda leaf: 0.0  # least share of salient weights
+    tie: str | None = None  # leaves with the same tie are ranked as one layer
+
+
 class Stacked(NamedTuple):
     """Decision of a rule: the first ``axes`` axes stack layers; otherwise the default decides.
 
@@ -24,9 +39,10 @@ class Stacked(NamedTuple):
     """
 
     axes: int = 1
+    structure: Structure | None = None  # of each layer
 
 
-Rules: TypeAlias = Sequence[tuple[str, bool | Stacked]]
+Rules: TypeAlias = Sequence[tuple[str, bool | Stacked | Structure]]
 
 
 class Leaf(NamedTuple):
@@ -36,6 +52,7 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     prunable: bool
     stack_axes: int  # how many leading axes stack layers; 0 for most
+    structure: Structure | None = None  # of a prunable leaf, if a rule gives one
 
     @property
     def size(self) -> int:
@@ -127,11 +144,13 @@ def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
       params: tree of arrays or ``ShapeDtypeStruct``s.
       rules: ``(pattern, decision)`` pairs; the first pattern that ``re.search`` finds in a leaf's
         path decides. ``True`` = prunable, ``False`` = dense, ``Stacked(n)`` = the leading ``n``
-        axes stack layers and the default decides on the rest.
+        axes stack layers and the default decides on the rest, a structure = that, where the
+        default (or its tie) makes the leaf prunable.
 
     Raises:
-      ValueError: a rule matches no leaf, a leaf has fewer axes than its rule stacks, or nothing is
-        prunable. (A tree without leaves passes: optax probes optimizers with one.)
+      ValueError: a rule matches no leaf, a leaf has fewer axes than its rule stacks, a structure
+        does not fit a leaf, or nothing is prunable. (A tree without leaves passes: optax probes
+        optimizers with one.)
 
     Example:
       >>> import jax.numpy as jnp
@@ -162,21 +181,30 @@ def _decide(name: str, leaf: Any, rules: Rules) -> Leaf:
     shape = tuple(leaf.shape)
     if isinstance(decision, bool):
         return Leaf(name, shape, decision and 0 not in shape, 0)
+    if isinstance(decision, Structure):
+        decision = Stacked(0, decision)
     if not isinstance(decision, Stacked):
         raise ValueError(
-            f"The rule for {name} decides {decision!r}; expected True, False or Stacked(axes)."
+            f"The rule for {name} decides {decision!r}; expected True, False, Stacked(axes) or one "
+            "of granet_jax.structures."
         )
     if not 0 <= decision.axes <= len(shape):
         raise ValueError(f"A rule stacks {decision.axes} axes of {name}, which has shape {shape}.")
     parts = name.lower().split("/")
-    prunable = (
+    structure = decision.structure
+    is_kernel = (
         len(shape) - decision.axes >= 2
-        and 0 not in shape
-        and jnp.issubdtype(leaf.dtype, jnp.inexact)
         and parts[-1] not in ("bias", "scale")
         and not any("embed" in part for part in parts)
     )
-    return Leaf(name, shape, bool(prunable), decision.axes)
+    is_tied = structure is not None and structure.tie is not None
+    holds_floats = 0 not in shape and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    if not holds_floats or not (is_kernel or is_tied):
+        return Leaf(name, shape, False, decision.axes)
+    described = Leaf(name, shape, True, decision.axes, structure)
+    if structure is not None:
+        structure.grid(described)  # raises where it does not fit
+    return described
 
 
 def layer_shapes(leaves: Sequence[Leaf]) -> Shapes:

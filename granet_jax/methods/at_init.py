@@ -33,9 +33,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from granet_jax import distributions, selection, trees
+from granet_jax import distributions, selection, structures, trees
 from granet_jax import scores as score_functions
-from granet_jax.masks import apply_masks, ones
+from granet_jax.masks import apply_masks, ones, prune_to
 from granet_jax.types import Distribution, PyTree
 
 LossFn: TypeAlias = Callable[[PyTree, Any], jax.Array]  # (params, batch) -> scalar
@@ -208,7 +208,7 @@ def synflow(
     if operator.index(rounds) < 1:
         raise ValueError(f"SynFlow takes at least one round, 100 in the paper; got {rounds=}.")
     leaves = trees.describe(params, prunable)
-    shapes = trees.layer_shapes(leaves)
+    shapes = structures.shapes(leaves)
     last = jnp.asarray(scope(shapes, sparsity), jnp.int32)
     masks = ones(params)
     for i in range(1, rounds + 1):
@@ -216,7 +216,7 @@ def synflow(
         num_keep = scope(shapes, 1 - (1 - sparsity) ** (i / rounds)) if i < rounds else last
         # Counts of layers are rounded: none may fall below the last.
         num_keep = jnp.maximum(jnp.asarray(num_keep, jnp.int32), last)
-        masks, largest = _select(scores, masks, num_keep, leaves)
+        masks, largest = _select(scores, masks, num_keep, tuple(prunable))
         if i > 1 and _known(largest) and not np.any(largest):
             warnings.warn(
                 f"SynFlow: after round {i - 1} of {rounds} no path leads from inputs to outputs; "
@@ -294,8 +294,8 @@ def masks_from(
       [[False, False], [False, True]]
     """
     leaves = trees.describe(params, prunable)
-    num_keep = jnp.asarray(scope(trees.layer_shapes(leaves), sparsity), jnp.int32)
-    masks, largest = _select(scores, ones(params), num_keep, leaves)
+    num_keep = jnp.asarray(scope(structures.shapes(leaves), sparsity), jnp.int32)
+    masks, largest = _select(scores, ones(params), num_keep, tuple(prunable))
     _check(largest, leaves)
     _warn_of_collapse(masks, params, prunable)
     return masks
@@ -342,17 +342,17 @@ def _flow(params: PyTree, apply_fn: ApplyFn, shape: tuple[int, ...], dtype: Any)
     return score_functions.saliency(weights, jax.grad(total)(weights), None)
 
 
-@functools.partial(jax.jit, static_argnames="leaves")
+@functools.partial(jax.jit, static_argnames="prunable")
 def _select(
-    scores: PyTree, masks: PyTree, num_keep: jax.Array, leaves: tuple[trees.Leaf, ...]
+    scores: PyTree, masks: PyTree, num_keep: jax.Array, prunable: trees.Rules
 ) -> tuple[PyTree, jax.Array]:
     """The best of the live weights; and the largest ``|score|`` among those of each leaf."""
-    stacks, live = trees.split(scores, leaves), trees.split(masks, leaves)
-    kept = selection.top_k(stacks, num_keep, live)
-    largest = [
-        jnp.max(jnp.where(mask, jnp.abs(x), 0.0)) for x, mask in zip(stacks, live, strict=True)
-    ]
-    return trees.join(kept, masks, leaves), jnp.stack(largest)
+    leaves = trees.describe(scores, prunable)
+    pairs = zip(trees.pick(scores, leaves), trees.pick(masks, leaves), strict=True)
+    largest = [jnp.max(jnp.where(mask, jnp.abs(x), 0.0)) for x, mask in pairs]
+    prune = prune_to(lambda *_: num_keep, score=lambda *_: scores, prunable=prunable)
+    kept, _ = prune(masks, masks, scores, None, jnp.int32(0), None)
+    return kept, jnp.stack(largest)
 
 
 def _check(largest: jax.Array, leaves: tuple[trees.Leaf, ...]) -> None:

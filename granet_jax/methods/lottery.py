@@ -45,7 +45,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from granet_jax import scores, selection, trees
+from granet_jax import scores, selection, structures, trees
 from granet_jax.masks import ceil_of_share, check_masks, prune_to
 from granet_jax.types import PyTree, ScoreFn
 
@@ -97,7 +97,8 @@ def prune(
             f"fraction must be in [0, 1), the share of live weights to remove; got {fraction}."
         )
     masks = check_masks(masks, params)
-    num_live = selection.count(trees.split(masks, trees.describe(params, prunable)))
+    leaves = trees.describe(params, prunable)
+    num_live = selection.count(structures.live_units(trees.split(masks, leaves), leaves))
     if not by_layer:
         num_live = jnp.sum(num_live)
     num_keep = num_live - ceil_of_share(fraction, num_live)

@@ -87,7 +87,13 @@ def from_thresholds(
     """
 
     def init(params: PyTree) -> dict[str, jax.Array]:
-        return {x.path: initial(x) for x in trees.describe(params, prunable) if x.prunable}
+        leaves = trees.describe(params, prunable)
+        if structured := [x.path for x in leaves if x.structure is not None]:
+            raise ValueError(
+                f"A rule gives {', '.join(structured)} a structure; trained thresholds have none. "
+                "Take a mask method (granet, rigl, ...), or leave the structure out."
+            )
+        return {x.path: initial(x) for x in leaves if x.prunable}
 
     def excess(params: PyTree, extra: dict[str, jax.Array]) -> tuple[Any, ...]:
         leaves = trees.describe(params, prunable)

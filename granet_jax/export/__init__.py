@@ -1,0 +1,11 @@
+"""From a sparse training to a smaller, faster model: files, sparse execution, compaction."""
+
+from granet_jax.export.files import Saved as Saved
+from granet_jax.export.files import load as load
+from granet_jax.export.files import save as save
+from granet_jax.export.sparse import Choice as Choice
+from granet_jax.export.sparse import SparseApply as SparseApply
+from granet_jax.export.sparse import compile as compile
+from granet_jax.export.sparse import deserialize as deserialize
+from granet_jax.export.sparse import serialize as serialize
+from granet_jax.export.sparse import table as table

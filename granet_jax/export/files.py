@@ -1,0 +1,206 @@
+"""A compact file: packed mask bits and live values in a safetensors container.
+
+Of a leaf with masked weights are stored the live values, in their own dtype and order, and a bit
+for each weight; of other leaves all values. So a file takes 4 bytes for each live float32, one bit
+for each weight of a leaf that is not dense, and a header. What is read back is what was written,
+bit for bit. Any reader of safetensors can read the tensors, ``values/PATH`` and ``mask/PATH`` (in
+the order of ``numpy.unpackbits``); dtypes that numpy has not, such as bfloat16, lie there as
+unsigned integers.
+
+Needs the package safetensors: ``pip install granet_jax[export]``.
+"""
+
+import hashlib
+import json
+import math
+import os
+import pathlib
+import tempfile
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from granet_jax import trees
+from granet_jax.masks import check_masks
+from granet_jax.types import PyTree
+
+VERSION = 1
+_FORMAT = "granet_jax.sparse"
+
+
+class Saved(NamedTuple):
+    """What :func:`load` returns."""
+
+    params: PyTree  # numpy arrays; exactly 0 where masked
+    masks: PyTree  # bool numpy arrays of the same shapes
+
+
+def save(path: str | os.PathLike[str], params: PyTree, masks: PyTree | None = None) -> int:
+    """Writes parameters and masks to one compact file, whole or not at all.
+
+    Args:
+      path: of the file; overwritten.
+      params: tree of arrays of any numeric dtype. Weights under a False mask are written as +0,
+        whatever they are.
+      masks: bool tree of params; None = all True.
+
+    Returns:
+      The size of the file in bytes.
+
+    Raises:
+      ValueError: masks of another tree, or a leaf that is no array of numbers.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp, os, tempfile
+      >>> params = {"fc": {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "bias": jnp.ones(2)}}
+      >>> masks = gj.ones(params)
+      >>> masks["fc"]["kernel"] = jnp.array([[True, False], [False, True]])
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     size = gj.export.save(os.path.join(folder, "model.safetensors"), params, masks)
+      ...     saved = gj.export.load(os.path.join(folder, "model.safetensors"))
+      >>> saved.params["fc"]["kernel"].tolist()
+      [[1.0, 0.0], [0.0, 4.0]]
+    """
+    from safetensors.numpy import save as serialize
+
+    if masks is not None:
+        masks = check_masks(masks, params)
+    flat = {name: np.asarray(x) for name, x in trees.by_path(jax.device_get(params)).items()}
+    flat_masks = {} if masks is None else trees.by_path(jax.device_get(masks))
+    tensors, leaves = {}, []
+    for words, array in flat.items():
+        name = "/".join(words)
+        if array.dtype.kind not in "biufcV":
+            raise ValueError(f"{name} is no array of numbers, but {array.dtype}.")
+        leaf = _Stored.of(array, flat_masks.get(words))
+        leaves.append([list(words), array.dtype.name, list(array.shape)])
+        tensors[f"values/{name}"] = leaf.values
+        if leaf.bits is not None:
+            tensors[f"mask/{name}"] = leaf.bits
+    metadata = {
+        "format": _FORMAT,
+        "version": str(VERSION),
+        "leaves": json.dumps(leaves, separators=(",", ":")),
+        "sha256": _digest(leaves, tensors),
+    }
+    data = serialize(tensors, metadata)
+    _write_whole(pathlib.Path(path), data)
+    return len(data)
+
+
+def load(path: str | os.PathLike[str]) -> Saved:
+    """Reads what :func:`save` wrote, and checks it: lengths, counts and a SHA-256 of everything.
+
+    Returns:
+      Nested dicts of numpy arrays, one level for each part of a path (indices of lists are
+      strings, too). To put them into a tree of another kind, match paths:
+      ``jax.tree.unflatten(jax.tree.structure(params), gj.trees.by_path(saved.params).values())``
+      where the order of the leaves agrees.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is truncated, changed, of a later version, or something else.
+    """
+    from safetensors.numpy import load as deserialize
+
+    path = pathlib.Path(path)
+    data = path.read_bytes()
+    try:
+        tensors = deserialize(data)
+        metadata = _metadata(data)
+        if metadata.get("format") != _FORMAT:
+            raise ValueError("it was not written by granet_jax.export.save")
+        if metadata["version"] != str(VERSION):
+            raise ValueError(f"it has version {metadata['version']}, this library reads {VERSION}")
+        leaves = json.loads(metadata["leaves"])
+        if metadata["sha256"] != _digest(leaves, tensors):
+            raise ValueError("its checksum does not match, so some of it was changed")
+        params: dict[str, Any] = {}
+        masks: dict[str, Any] = {}
+        for words, dtype, shape in leaves:
+            name = "/".join(words)
+            stored = _Stored(tensors.pop(f"values/{name}"), tensors.pop(f"mask/{name}", None))
+            array, mask = stored.unpack(np.dtype(dtype), tuple(shape))
+            _put(params, words, array)
+            _put(masks, words, mask)
+        if tensors:
+            raise ValueError(f"it holds tensors of no leaf: {', '.join(sorted(tensors))}")
+    except Exception as error:  # whatever a hostile file brings about
+        raise ValueError(
+            f"{path} cannot be read as a sparse model: {error or type(error).__name__}. "
+            "Write it again with granet_jax.export.save."
+        ) from error
+    return Saved(params, masks)
+
+
+class _Stored(NamedTuple):
+    """A leaf as it lies in the file."""
+
+    values: np.ndarray  # all, or the live ones
+    bits: np.ndarray | None  # uint8, packed; None = all live
+
+    @classmethod
+    def of(cls, array: np.ndarray, mask: Any) -> "_Stored":
+        if array.dtype.kind == "V":  # of ml_dtypes: numpy does not know it by name
+            array = array.view(f"uint{8 * array.dtype.itemsize}")
+        if mask is None or np.all(mask):
+            return cls(array, None)
+        mask = np.asarray(mask)
+        return cls(array[mask], np.packbits(mask))
+
+    def unpack(self, dtype: np.dtype, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        size = math.prod(shape)
+        if self.values.dtype.itemsize != dtype.itemsize or min(shape, default=0) < 0:
+            raise ValueError(
+                f"a leaf is described as {dtype}{shape}, but holds {self.values.dtype}"
+            )
+        if self.bits is None:
+            if self.values.shape != shape:
+                raise ValueError(f"a leaf of shape {shape} holds {self.values.shape}")
+            return self.values.view(dtype), np.ones(shape, bool)
+        if self.bits.shape != (-(-size // 8),) or self.bits.dtype != np.uint8:
+            raise ValueError(f"a mask of {size} weights has {self.bits.size} bytes")
+        flat = np.unpackbits(self.bits).view(bool)
+        if np.any(flat[size:]) or self.values.shape != (np.count_nonzero(flat),):
+            raise ValueError("a mask and its values disagree")
+        array = np.zeros(size, dtype)
+        array[flat[:size]] = self.values.view(dtype)
+        return array.reshape(shape), flat[:size].reshape(shape)
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The strings in the header of a safetensors file: a length, then JSON."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]).get("__metadata__", {})
+
+
+def _digest(leaves: Any, tensors: dict[str, np.ndarray]) -> str:
+    """SHA-256 of names, dtypes, shapes and values."""
+    digest = hashlib.sha256(json.dumps(leaves).encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(json.dumps([name, x.dtype.name, list(x.shape)]).encode())
+        digest.update(np.ascontiguousarray(x).view(np.uint8).data if x.size else b"")
+    return digest.hexdigest()
+
+
+def _put(tree: dict[str, Any], words: list[str], leaf: np.ndarray) -> None:
+    *front, last = words
+    for word in front:
+        tree = tree.setdefault(word, {})
+    if last in tree:
+        raise ValueError(f"two leaves are called {'/'.join(words)}")
+    tree[last] = leaf
+
+
+def _write_whole(path: pathlib.Path, data: bytes) -> None:
+    """A reader sees the old file or the new one, never a part."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            pathlib.Path(file.name).replace(path)
+        except BaseException:
+            pathlib.Path(file.name).unlink(missing_ok=True)
+            raise

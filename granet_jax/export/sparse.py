@@ -1,0 +1,466 @@
+"""Sparse execution: products with pruned weights that are faster than dense ones, where they are.
+
+:func:`compile` traces a model, finds the matrix products and convolutions whose weights are known,
+and does each in the way that was fastest when it tried them on this machine: dense, as a sparse
+matrix (BCSR, for which XLA:CPU has a kernel of its own), or by gathering the inputs of each output.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+
+from granet_jax import report
+from granet_jax.masks import apply_masks
+from granet_jax.types import PyTree
+
+_ROUNDS = 15  # timings of each candidate; the fastest counts
+_CLEARLY = 0.95  # another way than the dense one has to take at most this share of its time
+
+
+class Choice(NamedTuple):
+    """One product, and how it is done."""
+
+    product: str  # e.g. "(64, 2048) x (2048, 2048)"
+    density: float  # of its weights
+    milliseconds: dict[str, float]  # of each way that was tried, on this machine
+    taken: str  # the fastest
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # jit wants weak references, which tuples have not
+class SparseApply:
+    """A compiled model: call it with the model's inputs. Made by :func:`compile`.
+
+    Its shapes are those of the example. It may be called inside ``jit`` and ``vmap``.
+    """
+
+    run: Callable[..., Any]  # (weights, *inputs) -> outputs
+    weights: list[Any]  # arrays
+    choices: tuple[Choice, ...]
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.run(self.weights, *inputs)
+
+
+def compile(
+    apply_fn: Callable[..., Any],
+    params: PyTree,
+    masks: PyTree | None,
+    *example: Any,
+    ways: Sequence[str] = ("bcsr", "gather"),
+) -> SparseApply:
+    """A model's inference, each of its products done in the fastest way.
+
+    Weights that do not depend on the inputs are computed once (casts, transpositions, scaled
+    kernels). Products in loops, of several inputs, or batched over weights stay dense.
+
+    Args:
+      apply_fn: ``(params, *inputs) -> outputs``, deterministic.
+      params: the trained parameters, and whatever else ``apply_fn`` takes as its first argument.
+      masks: bool tree; its leaves find their parameters by path. None = zeros count as pruned.
+      *example: inputs of the shapes and dtypes to compile for; their values do not matter.
+      ways: what to try besides the dense product: "bcsr", "gather".
+
+    Returns:
+      A function of the inputs. Its outputs are those of ``apply_fn`` but for the order in which
+      sums are added up. Its field ``choices`` tells what was measured; see :func:`table`.
+
+    Example:
+      >>> import granet_jax as gj, jax, jax.numpy as jnp
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 32)), "bias": jnp.ones(32)}
+      >>> masks = gj.static(sparsity=0.9, key=jax.random.key(1)).init(params).masks
+      >>> def apply_fn(params, x):
+      ...     return x @ params["kernel"] + params["bias"][None]
+      >>> x = jax.random.normal(jax.random.key(2), (4, 64))
+      >>> sparse_apply = gj.export.compile(apply_fn, params, masks, x)
+      >>> dense = apply_fn(gj.apply_masks(params, masks), x)
+      >>> bool(jnp.allclose(sparse_apply(x), dense, rtol=1e-5, atol=1e-5))
+      True
+    """
+    if unknown := set(ways) - set(_WAYS):
+        raise ValueError(f"Unknown ways {sorted(unknown)}; expected some of {sorted(_WAYS)}.")
+    if masks is not None:
+        params = apply_masks(params, masks)
+    closed, shapes = jax.make_jaxpr(lambda *inputs: apply_fn(params, *inputs), return_shape=True)(
+        *example
+    )
+    program = _partially_evaluate(closed, len(jax.tree.leaves(example)))
+    found = {i: _Product.of(step) for i, step in enumerate(program.steps)}
+    products = {i: product for i, product in found.items() if product is not None}
+    ready, choices = {}, []
+    for i, product in products.items():
+        ready[i], choice = _fastest(product, program.steps[i], ways)
+        choices.append(choice)
+    out_tree = jax.tree.structure(shapes)
+    weights = [_arrays_of(step, ready.get(i)) for i, step in enumerate(program.steps)]
+
+    @jax.jit
+    def run(weights: list[Any], *inputs: Any) -> Any:
+        _check_inputs(inputs, example)
+        slots = dict(enumerate(jax.tree.leaves(inputs)))
+        for i, (step, arrays) in enumerate(zip(program.steps, weights, strict=True)):
+            if i in ready:
+                outs = ready[i].run(arrays, slots[products[i].slot])
+            else:
+                known = iter(arrays)
+                outs = step.function(
+                    *(slots[x] if isinstance(x, int) else next(known) for x in step.inputs)
+                )
+            slots |= dict(zip(step.outputs, outs, strict=True))
+        outs = [slots[x] if isinstance(x, int) else x.value for x in program.outputs]
+        return jax.tree.unflatten(out_tree, outs)
+
+    return SparseApply(run, weights, tuple(choices))
+
+
+def table(choices: Sequence[Choice]) -> str:
+    """One line for each product: its density, the milliseconds of each way, the one taken.
+
+    Example:
+      >>> print(table([Choice("(1, 8) x (8, 4)", 0.25, {"dense": 2.0, "bcsr": 1.0}, "bcsr")]))
+      product          density  dense (ms)  bcsr (ms)  gather (ms)  taken  times faster
+      (1, 8) x (8, 4)   0.2500      2.0000     1.0000            -   bcsr          2.00
+    """
+    names = ["dense", *_WAYS]
+    rows = [("product", "density", *(f"{name} (ms)" for name in names), "taken", "times faster")]
+    for choice in choices:
+        each = [choice.milliseconds.get(name) for name in names]
+        gain = choice.milliseconds["dense"] / choice.milliseconds[choice.taken]
+        rows.append(
+            (
+                choice.product,
+                f"{choice.density:.4f}",
+                *("-" if ms is None else f"{ms:.4f}" for ms in each),
+                choice.taken,
+                f"{gain:.2f}",
+            )
+        )
+    return report.aligned(rows)
+
+
+def serialize(sparse_apply: SparseApply, *example: Any) -> bytes:
+    """The compiled model with its weights as bytes, for :func:`deserialize` on the same platform.
+
+    Needs the package flatbuffers: ``pip install granet_jax[export]``.
+    """
+    exported = jax.export.export(
+        jax.jit(lambda *inputs: sparse_apply(*inputs)), disabled_checks=_custom_calls()
+    )(*example)
+    return bytes(exported.serialize())
+
+
+def deserialize(data: bytes) -> Callable[..., Any]:
+    """The function that :func:`serialize` wrote; of inputs of the same shapes and dtypes."""
+    return jax.export.deserialize(bytearray(data)).call
+
+
+# --- The jaxpr, with everything computed that does not depend on the inputs ---
+
+
+class _Known(NamedTuple):
+    value: Any  # a concrete array
+
+
+class _Step(NamedTuple):
+    """An equation that depends on the inputs; an int is a slot that holds a value."""
+
+    eqn: Any
+    function: Callable[..., list[Any]]  # of the inputs
+    inputs: list[int | _Known]
+    outputs: list[int]
+
+    def known(self) -> list[Any]:
+        return [x.value for x in self.inputs if isinstance(x, _Known)]
+
+    def slots(self) -> list[int]:
+        return [x for x in self.inputs if isinstance(x, int)]
+
+
+class _Program(NamedTuple):
+    steps: list[_Step]
+    outputs: list[int | _Known]
+
+
+def _partially_evaluate(closed: Any, num_inputs: int) -> _Program:
+    steps: list[_Step] = []
+    num_slots = num_inputs
+
+    def walk(jaxpr: Any, consts: Sequence[Any], given: Sequence[int | _Known]) -> list[Any]:
+        nonlocal num_slots
+        values: dict[Any, int | _Known] = dict(zip(jaxpr.invars, given, strict=True))
+        values |= {
+            v: x if isinstance(x, _Known) else _Known(x)
+            for v, x in zip(jaxpr.constvars, consts, strict=True)
+        }
+
+        def read(atom: Any) -> int | _Known:
+            return _Known(atom.val) if isinstance(atom, Literal) else values[atom]
+
+        for eqn in jaxpr.eqns:
+            inputs = [read(atom) for atom in eqn.invars]
+            inner = _inlined(eqn)
+            known = [x.value for x in inputs if isinstance(x, _Known)]
+            if inner is not None:
+                outs = walk(inner.jaxpr, inner.consts, inputs)
+                values |= dict(zip(eqn.outvars, outs, strict=True))
+                continue
+            function, read_later = _function_of(jaxpr, eqn)
+            if len(known) == len(inputs):
+                outs = [_Known(x) for x in function(*known)]
+            else:
+                outs = list(range(num_slots, num_slots + len(read_later)))
+                num_slots += len(outs)
+                steps.append(_Step(eqn, function, inputs, outs))
+            values |= dict(zip(read_later, outs, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    outputs = walk(closed.jaxpr, closed.consts, list(range(num_inputs)))
+    return _Program(steps, outputs)
+
+
+def _inlined(eqn: Any) -> Any:
+    """The jaxpr of a call that does nothing else, as a closed one."""
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        inner = eqn.params.get(name)
+        if inner is not None and eqn.primitive.name not in ("scan", "while", "cond", "shard_map"):
+            inner = inner if hasattr(inner, "consts") else jax.extend.core.ClosedJaxpr(inner, ())
+            if len(inner.jaxpr.invars) == len(eqn.invars):
+                return inner
+    return None
+
+
+def _function_of(jaxpr: Any, eqn: Any) -> tuple[Callable[..., list[Any]], list[Any]]:
+    """One equation as a function of its inputs, and the variables that it returns."""
+    places = {id(atom): atom for atom in eqn.invars if not isinstance(atom, Literal)}
+    outs = [var for var in eqn.outvars if str(var) != "_"]  # those that something reads
+    alone = jaxpr.replace(
+        constvars=[], invars=list(places.values()), outvars=outs, eqns=[eqn], effects=eqn.effects
+    )
+    evaluate = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(alone, ()))
+
+    def function(*values: Any) -> list[Any]:
+        by_place = {
+            id(atom): x
+            for atom, x in zip(eqn.invars, values, strict=True)
+            if not isinstance(atom, Literal)
+        }
+        return list(evaluate(*(by_place[place] for place in places)))
+
+    return function, outs
+
+
+def _arrays_of(step: _Step, taken: "_Ready | None") -> Any:
+    if taken is not None:
+        return taken.arrays
+    return step.known()
+
+
+def _check_inputs(inputs: Any, example: Any) -> None:
+    got, wanted = (
+        [(jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)]
+        for tree in (inputs, example)
+    )
+    if got != wanted:
+        raise ValueError(
+            f"This model was compiled for inputs {wanted}; got {got}. Compile it for those."
+        )
+
+
+# --- Products ---
+
+
+class _Product(NamedTuple):
+    """A product with known weights, as ``x (rows, inputs) @ weights (inputs, outputs)``."""
+
+    slot: int  # of x
+    weights: np.ndarray
+    shape: tuple[int, ...]  # of x
+    to_rows: Callable[[jax.Array], jax.Array]
+    from_rows: Callable[[jax.Array], jax.Array]
+
+    @classmethod
+    def of(cls, step: _Step) -> "_Product | None":
+        """None where the step is no product, or its weights are not known."""
+        known = [isinstance(x, _Known) for x in step.inputs]
+        if step.eqn.primitive.name == "dot_general" and sum(known) == 1:
+            return _of_dot(step, known.index(True))
+        if step.eqn.primitive.name == "conv_general_dilated" and known == [False, True]:
+            return _of_convolution(step)
+        return None
+
+
+def _of_dot(step: _Step, side: int) -> _Product | None:
+    contracted, batch = step.eqn.params["dimension_numbers"]
+    value, slot = np.asarray(step.known()[0]), step.slots()[0]
+    if batch[0] or not contracted[0] or not jnp.issubdtype(value.dtype, jnp.floating):
+        return None
+    axes, x_axes = contracted[side], contracted[1 - side]
+    weights = np.moveaxis(value, axes, range(len(axes)))
+    inputs, free = weights.shape[: len(axes)], weights.shape[len(axes) :]
+    aval = step.eqn.invars[1 - side].aval
+    rows = tuple(n for i, n in enumerate(aval.shape) if i not in x_axes)
+    dtype = step.eqn.outvars[0].aval.dtype
+
+    def to_rows(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, x_axes, range(-len(x_axes), 0))
+        return x.reshape(-1, math.prod(inputs))
+
+    def from_rows(y: jax.Array) -> jax.Array:
+        y = y.astype(dtype)
+        if side == 1:
+            return y.reshape(*rows, *free)
+        return y.T.reshape(*free, *rows)
+
+    two_axes = weights.reshape(math.prod(inputs), -1)
+    return _Product(slot, two_axes, aval.shape, to_rows, from_rows)
+
+
+def _of_convolution(step: _Step) -> _Product | None:
+    """The inputs of each output position laid out in a row, as ``im2col`` does."""
+    params = step.eqn.params
+    numbers = params["dimension_numbers"]
+    if (
+        params["feature_group_count"] * params["batch_group_count"] > 1
+        or math.prod(params["lhs_dilation"]) > 1
+    ):
+        return None
+    # The kernel as (*window, in, out), the input as (batch, *space, in).
+    kernel = np.transpose(
+        np.asarray(step.known()[0]), (*numbers.rhs_spec[2:], *numbers.rhs_spec[1::-1])
+    )
+    *window, num_in, num_out = kernel.shape
+    out = step.eqn.outvars[0].aval
+    out_shape = [out.shape[i] for i in (numbers.out_spec[0], *numbers.out_spec[2:])]
+    aval = step.eqn.invars[0].aval
+
+    def to_rows(x: jax.Array) -> jax.Array:
+        x = jnp.transpose(x, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))
+        edges = [(0, 0, 0), *((low, high, 0) for low, high in params["padding"]), (0, 0, 0)]
+        x = jax.lax.pad(x, jnp.zeros([], x.dtype), edges)
+        places = []
+        for place in np.ndindex(*window):
+            start = [i * d for i, d in zip(place, params["rhs_dilation"], strict=True)]
+            limit = [
+                s + (n - 1) * stride + 1
+                for s, n, stride in zip(start, out_shape[1:], params["window_strides"], strict=True)
+            ]
+            places.append(
+                jax.lax.slice(
+                    x,
+                    (0, *start, 0),
+                    (len(x), *limit, num_in),
+                    (1, *params["window_strides"], 1),
+                )
+            )
+        return jnp.concatenate(places, axis=-1).reshape(-1, math.prod(window) * num_in)
+
+    def from_rows(y: jax.Array) -> jax.Array:
+        y = y.astype(out.dtype).reshape(*out_shape, num_out)
+        order = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
+        return jnp.transpose(y, tuple(order.index(i) for i in range(len(order))))
+
+    weights = kernel.reshape(-1, num_out)
+    return _Product(step.slots()[0], weights, aval.shape, to_rows, from_rows)
+
+
+class _Ready(NamedTuple):
+    """A product done in one way."""
+
+    arrays: Any
+    run: Callable[[Any, jax.Array], list[jax.Array]]  # (arrays, x) -> [output]
+
+
+def _bcsr(product: _Product) -> _Ready | None:
+    """A sparse matrix times a dense one: a kernel of XLA:CPU; on a GPU cuSPARSE.
+
+    All that rests on JAX's experimental sparse module.
+    """
+    from jax.experimental import sparse
+
+    if product.weights.dtype != np.float32:
+        return None
+    transposed = product.weights.T
+    rows, columns = np.nonzero(transposed)
+    ends = np.cumsum(np.bincount(rows, minlength=len(transposed)))
+    parts = (
+        jnp.asarray(transposed[rows, columns]),
+        jnp.asarray(columns, jnp.int32),
+        jnp.asarray(np.concatenate([[0], ends]), jnp.int32),
+    )
+
+    def run(parts: Any, x: jax.Array) -> list[jax.Array]:
+        matrix = sparse.BCSR(parts, shape=transposed.shape)
+        return [product.from_rows((matrix @ product.to_rows(x).T).T)]
+
+    return _Ready(parts, run)
+
+
+def _gather(product: _Product) -> _Ready | None:
+    """Each output gathers its inputs, as many for all as the fullest one has."""
+    fan_in = max(int(np.count_nonzero(product.weights, axis=0).max()), 1)
+    num_rows = math.prod(jax.eval_shape(product.to_rows, _shape_of(product)).shape[:1])
+    if num_rows * fan_in * product.weights.shape[1] > _LARGEST_GATHER:
+        return None
+    order = np.argsort(product.weights == 0, axis=0, kind="stable")[:fan_in]
+    values = np.take_along_axis(product.weights, order, axis=0)
+    parts = jnp.asarray(order.T.copy(), jnp.int32), jnp.asarray(values.T.copy())
+
+    def run(parts: Any, x: jax.Array) -> list[jax.Array]:
+        index, values = parts
+        rows = product.to_rows(x)
+        gathered = rows.at[:, index].get(mode="promise_in_bounds")
+        return [product.from_rows(jnp.einsum("bnk,nk->bn", gathered, values))]
+
+    return _Ready(parts, run)
+
+
+_LARGEST_GATHER = 2**26  # entries; more of them are never fast
+_WAYS = {"bcsr": _bcsr, "gather": _gather}
+
+
+def _fastest(product: _Product, step: _Step, ways: Sequence[str]) -> tuple[_Ready, Choice]:
+    """Tries all ways on random inputs, in turns."""
+
+    def dense(known: Any, x: jax.Array) -> list[jax.Array]:
+        rest = iter(known)
+        return step.function(*(x if isinstance(i, int) else next(rest) for i in step.inputs))
+
+    tried = {"dense": _Ready(step.known(), dense)}
+    density = float(np.count_nonzero(product.weights) / max(product.weights.size, 1))
+    if density < 1:
+        made = {name: _WAYS[name](product) for name in ways}
+        tried |= {name: way for name, way in made.items() if way is not None}
+    shape = _shape_of(product)
+    x = jax.random.normal(jax.random.key(0), shape.shape, shape.dtype)
+    runs = {name: jax.jit(way.run) for name, way in tried.items()}
+    for name, run in runs.items():
+        jax.block_until_ready(run(tried[name].arrays, x))
+    best = dict.fromkeys(runs, math.inf)
+    for _ in range(_ROUNDS):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            jax.block_until_ready(run(tried[name].arrays, x))
+            best[name] = min(best[name], time.perf_counter() - started)
+    taken = min(best, key=lambda name: best[name])
+    if best[taken] > _CLEARLY * best["dense"]:
+        taken = "dense"
+    described = f"{product.shape} x {product.weights.shape}"
+    milliseconds = {name: 1e3 * seconds for name, seconds in best.items()}
+    return tried[taken], Choice(described, density, milliseconds, taken)
+
+
+def _shape_of(product: _Product) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(product.shape, product.weights.dtype)
+
+
+def _custom_calls() -> list[Any]:
+    """Calls of XLA's own sparse kernels, whose names are not promised to stay."""
+    check = jax.export.DisabledSafetyCheck.custom_call
+    return [check(name) for name in ("cpu_csr_sparse_dense_ffi", "cusparse_csr_matmat_ffi")]

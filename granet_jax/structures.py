@@ -1,0 +1,336 @@
+"""Structures: weights that are kept or pruned together, or so many in each group.
+
+Sparsity that hardware can use has a shape. A structure is a decision of a path rule, so that every
+method takes it, for all layers or some::
+
+    gj.granet(..., scope=gj.uniform, prunable=[("head", False), ("", gj.structures.n_of_m(4))])
+
+Two kinds:
+
+* *Units*, weights that are kept or pruned together: :func:`block`, :func:`channel`. A unit's score
+  is the mean of its weights' scores. Counts and sparsity are of units: distributions see the shape
+  of the grid of units, and a global ranking ranks all units alike, whatever their size.
+* *Groups*, in each of which as many weights are kept: :func:`n_of_m`, :func:`fan_in`. A layer's
+  count is divided by its live groups and rounded, halves up, but at least one is kept in a group;
+  2:4 is half of the weights in groups of 4. Pruning keeps the best of each group. Regeneration
+  drops the lowest of the layer, and grows in each group as many as it lost.
+
+Means are sums of floats: on sharded arrays they may depend, in the last bits, on the number of
+devices, and ties and near-ties with them.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from granet_jax.trees import Leaf, Structure
+from granet_jax.types import Shapes
+
+
+def n_of_m(m: int, *, axis: int = -2) -> Structure:
+    """N:M sparsity: among ``m`` weights in a row along ``axis``, as many are kept everywhere.
+
+    N follows from the sparsity: ``round(m * (1 - sparsity))``, at least 1. So 2:4 is a sparsity of
+    0.5 with ``m=4``, 1:4 is 0.75; give all layers the same, ``scope=uniform`` (``start=uniform``
+    for sparse starts). With ``erk`` each layer gets an N of its own.
+
+    Args:
+      m: length of a group, >= 1. It has to divide the axis.
+      axis: of the layer, along which groups lie: the one that a product sums over. -2 for kernels
+        ``(..., in, out)``, as Flax has them; -1 for ``(out, in)``.
+
+    Raises:
+      ValueError: ``m < 1``; and where a rule gives it to a leaf whose axis ``m`` does not divide.
+
+    Example:
+      >>> import granet_jax as gj, jax, jax.numpy as jnp
+      >>> method = gj.static(sparsity=0.5, start=gj.uniform, key=jax.random.key(0),
+      ...                    prunable=[("", gj.structures.n_of_m(4))])
+      >>> masks = method.init({"kernel": jnp.ones((8, 3))}).masks
+      >>> masks["kernel"].reshape(2, 4, 3).sum(1).tolist()
+      [[2, 2, 2], [2, 2, 2]]
+    """
+    _check_positive(m=m)
+
+    def grid(leaf: Leaf) -> tuple[int, ...]:
+        length = leaf.layer_shape[_axis(axis, leaf)]
+        if length % m:
+            raise ValueError(
+                f"n_of_m({m}) needs an axis that {m} divides; axis {axis} of {leaf.path} "
+                f"{leaf.layer_shape} has {length}. Keep it dense with a rule before: "
+                f"prunable=[({leaf.path!r}, False), ...]."
+            )
+        i = _axis(axis, leaf)
+        rest = leaf.layer_shape[:i] + (length // m,) + leaf.layer_shape[i + 1 :]
+        return (*rest, m)
+
+    def gather(x: jax.Array, leaf: Leaf) -> jax.Array:
+        i = 1 + _axis(axis, leaf)
+        return jnp.moveaxis(x.reshape(*x.shape[:i], -1, m, *x.shape[i + 1 :]), i + 1, -1)
+
+    def spread(x: jax.Array, leaf: Leaf) -> jax.Array:
+        i = 1 + _axis(axis, leaf)
+        return jnp.moveaxis(x, -1, i + 1).reshape(len(x), *leaf.layer_shape)
+
+    return Structure(grid, gather, spread, grouped=True)
+
+
+def fan_in(*, axis: int = -1, ablation: float = 0.0, spare: str | None = None) -> Structure:
+    """Constant fan-in: each output keeps as many of its incoming weights as any other.
+
+    With ``ablation``, as in SRigL, regeneration prunes whole outputs. Salient weights are those
+    that dropping and growing by the layer's ranking would leave; an output with fewer of them than
+    ``ablation`` times the fan-in is ablated, and its weights are shared out among the others:
+    ``live // outputs`` each, so that up to that many weights fewer than before are left.
+
+    Args:
+      axis: of the outputs; the fan-in is all other axes. -1 for kernels ``(..., in, out)``.
+      ablation: gamma in the paper, which has 0.3, and 0.95 for vision transformers.
+      spare: regular expression of the paths in which no output is ablated (the last layer).
+
+    Raises:
+      ValueError: ``ablation`` outside [0, 1].
+
+    Source: Lasby et al. 2023, "Dynamic Sparse Training with Structured Sparsity" (SRigL),
+    section 3. Differs from it in that weights just dropped may come back, as everywhere here.
+
+    Example:
+      >>> import granet_jax as gj, jax, jax.numpy as jnp
+      >>> method = gj.static(sparsity=0.5, key=jax.random.key(0),
+      ...                    prunable=[("", gj.structures.fan_in())])
+      >>> method.init({"kernel": jnp.ones((8, 3))}).masks["kernel"].sum(0).tolist()
+      [4, 4, 4]
+    """
+    if not 0.0 <= ablation <= 1.0:
+        raise ValueError(f"ablation must be in [0, 1], a fraction of the fan-in; got {ablation}.")
+
+    def grid(leaf: Leaf) -> tuple[int, ...]:
+        outputs = leaf.layer_shape[_axis(axis, leaf)]
+        return (outputs, math.prod(leaf.layer_shape) // outputs)
+
+    def gather(x: jax.Array, leaf: Leaf) -> jax.Array:
+        return jnp.moveaxis(x, 1 + _axis(axis, leaf), 1).reshape(len(x), *grid(leaf))
+
+    def spread(x: jax.Array, leaf: Leaf) -> jax.Array:
+        i = _axis(axis, leaf)
+        shape = leaf.layer_shape
+        x = x.reshape(len(x), shape[i], *shape[:i], *shape[i + 1 :])
+        return jnp.moveaxis(x, 1, 1 + i)
+
+    def least(leaf: Leaf) -> float:
+        return 0.0 if spare is not None and re.search(spare, leaf.path) else ablation
+
+    return Structure(grid, gather, spread, grouped=True, ablation=least)
+
+
+def block(shape: Sequence[int]) -> Structure:
+    """Blocks of weights that are kept or pruned together.
+
+    Args:
+      shape: of a block, over the last axes of the layer; one block for ``(4, 4)`` of a kernel
+        ``(kh, kw, in, out)`` is of one place, 4 inputs and 4 outputs. Where it does not divide an
+        axis, the last blocks are smaller; weights that they lack score 0.
+
+    Raises:
+      ValueError: a length below 1, or a block with more axes than the layer.
+
+    Source: Gray et al. 2017, "GPU Kernels for Block-Sparse Weights"; MEST (Yuan et al. 2021).
+
+    Example:
+      >>> import granet_jax as gj, jax, jax.numpy as jnp
+      >>> method = gj.static(sparsity=0.5, key=jax.random.key(0),
+      ...                    prunable=[("", gj.structures.block((2, 2)))])
+      >>> method.init({"kernel": jnp.ones((2, 4))}).masks["kernel"].astype(int).tolist()
+      [[1, 1, 0, 0], [1, 1, 0, 0]]
+    """
+    sides = tuple(shape)
+    _check_positive(**{f"side_{i}": side for i, side in enumerate(sides)})
+
+    def all_sides(leaf: Leaf) -> tuple[int, ...]:
+        missing = len(leaf.layer_shape) - len(sides)
+        if missing < 0:
+            raise ValueError(
+                f"block({sides}) has more axes than {leaf.path} {leaf.layer_shape}; give it a "
+                "block of its own with a rule before."
+            )
+        return (1,) * missing + sides
+
+    def grid(leaf: Leaf) -> tuple[int, ...]:
+        pairs = zip(leaf.layer_shape, all_sides(leaf), strict=True)
+        return tuple(-(-length // side) for length, side in pairs)
+
+    def gather(x: jax.Array, leaf: Leaf) -> jax.Array:
+        sides, num = all_sides(leaf), grid(leaf)
+        lacking = [n * s - d for n, s, d in zip(num, sides, leaf.layer_shape, strict=True)]
+        padded = jnp.pad(x, [(0, 0)] + [(0, lack) for lack in lacking])
+        split = padded.reshape(len(x), *(y for pair in zip(num, sides, strict=True) for y in pair))
+        return split.mean(tuple(range(2, split.ndim, 2)), dtype=jnp.float32)
+
+    def spread(x: jax.Array, leaf: Leaf) -> jax.Array:
+        sides, num = all_sides(leaf), grid(leaf)
+        x = x.reshape(len(x), *(y for n in num for y in (n, 1)))
+        pairs = [y for pair in zip(num, sides, strict=True) for y in pair]
+        whole = jnp.broadcast_to(x, (len(x), *pairs))
+        whole = whole.reshape(len(x), *(n * s for n, s in zip(num, sides, strict=True)))
+        return whole[(slice(None), *(slice(length) for length in leaf.layer_shape))]
+
+    return Structure(grid, gather, spread)
+
+
+def channel(*, axis: int = -1, tie: str | None = None) -> Structure:
+    """Channels, filters, neurons: all weights of one index along an axis.
+
+    Leaves with the same ``tie`` count as one layer and lose the same channels: kernels that write
+    into one residual stream, and the norm and the bias that follow a kernel. A channel's score is
+    the mean over its weights in all tied kernels; vectors (norm scales, biases) follow without a
+    say. A vector is pruned only where a rule ties it.
+
+    Only where all that makes a channel nonzero is tied (kernels, biases, norm scales and offsets)
+    is it exactly 0 in the network, and can :func:`granet_jax.export.compact` cut it out;
+    :func:`granet_jax.export.channel_rules` writes such rules for a given network.
+
+    Args:
+      axis: of the channels; -1 for the outputs of kernels ``(..., in, out)``.
+      tie: any name.
+
+    Raises:
+      ValueError: where tied leaves have other numbers of channels, or of layers.
+
+    Source: filters ranked by the mean of |w| as in Li et al. 2017, "Pruning Filters for Efficient
+    ConvNets"; GraNet's structured version ranks sums, within a layer the same.
+
+    Example:
+      >>> import granet_jax as gj, jax, jax.numpy as jnp
+      >>> rules = [("", gj.structures.channel(tie="a"))]
+      >>> method = gj.static(sparsity=0.5, start=gj.uniform, key=jax.random.key(0), prunable=rules)
+      >>> masks = method.init({"kernel": jnp.ones((2, 4)), "bias": jnp.ones(4)}).masks
+      >>> masks["bias"].astype(int).tolist()
+      [0, 0, 1, 1]
+      >>> masks["kernel"].astype(int).tolist()
+      [[0, 0, 1, 1], [0, 0, 1, 1]]
+    """
+
+    def grid(leaf: Leaf) -> tuple[int, ...]:
+        return (leaf.layer_shape[_axis(axis, leaf)],)
+
+    def gather(x: jax.Array, leaf: Leaf) -> jax.Array:
+        i = 1 + _axis(axis, leaf)
+        others = tuple(j for j in range(1, x.ndim) if j != i)
+        return x.mean(others, dtype=jnp.float32)
+
+    def spread(x: jax.Array, leaf: Leaf) -> jax.Array:
+        ones = [1] * len(leaf.layer_shape)
+        ones[_axis(axis, leaf)] = -1
+        return jnp.broadcast_to(x.reshape(len(x), *ones), (len(x), *leaf.layer_shape))
+
+    return Structure(grid, gather, spread, tie=tie)
+
+
+def layers(leaves: Sequence[Leaf]) -> list[list[int]]:
+    """The prunable leaves that are ranked together, as places among the prunable ones.
+
+    One leaf each, but for ties; in the order of the first of each.
+
+    Raises:
+      ValueError: tied leaves of different numbers of channels or stacked layers.
+    """
+    prunable = [x for x in leaves if x.prunable]
+    together: dict[Any, list[int]] = {}
+    for i, x in enumerate(prunable):
+        tie = x.structure.tie if x.structure is not None else None
+        together.setdefault(i if tie is None else tie, []).append(i)
+    for tie, members in together.items():
+        kinds = {(prunable[i].num_layers, _units(prunable[i])) for i in members}
+        if len(kinds) > 1:
+            told = ", ".join(f"{prunable[i].path} {prunable[i].shape}" for i in members)
+            raise ValueError(
+                f"The leaves tied as {tie!r} have different numbers of channels or of layers: "
+                f"{told}. Give each its axis, channel(axis=..., tie={tie!r})."
+            )
+    return list(together.values())
+
+
+def shapes(leaves: Sequence[Leaf]) -> Shapes:
+    """What distributions see: a shape for each layer, in layer order; of its units, if it has any.
+
+    Without structures those of :func:`granet_jax.trees.layer_shapes`.
+    """
+    return [
+        x.layer_shape if is_grouped(x) else _units(x)
+        for x in first_leaves(leaves)
+        for _ in range(x.num_layers)
+    ]
+
+
+def gather(stacks: Sequence[jax.Array], leaves: Sequence[Leaf]) -> list[jax.Array]:
+    """Stacks of layers -> stacks of their units, ``(layers, *grid)``: means over each unit.
+
+    The last axis of a grouped grid is a group. Without structures the stacks themselves.
+    """
+    prunable = [x for x in leaves if x.prunable]
+
+    def of_layer(members: list[int]) -> jax.Array:
+        if len(members) == 1 or all(len(prunable[i].layer_shape) < 2 for i in members):
+            voters = members[:1]
+        else:
+            voters = [i for i in members if len(prunable[i].layer_shape) >= 2]
+        each = [_gather(stacks[i], prunable[i]) for i in voters]
+        if len(voters) == 1:
+            return each[0]
+        sizes = np.array([prunable[i].size for i in voters], np.float32)
+        return sum(x * size for x, size in zip(each, sizes / sizes.sum(), strict=True))
+
+    return [of_layer(members) for members in layers(leaves)]
+
+
+def live_units(stacks: Sequence[jax.Array], leaves: Sequence[Leaf]) -> list[jax.Array]:
+    """Stacks of masks -> bool stacks of units, True where any weight of a unit is."""
+    return [x > 0 if x.dtype != bool else x for x in gather(stacks, leaves)]
+
+
+def spread(units: Sequence[jax.Array], leaves: Sequence[Leaf]) -> list[jax.Array]:
+    """Undoes :func:`gather` for masks: a unit's bit goes to all its weights."""
+    prunable = [x for x in leaves if x.prunable]
+    by_leaf = {i: x for members, x in zip(layers(leaves), units, strict=True) for i in members}
+    return [
+        by_leaf[i] if x.structure is None else x.structure.spread(by_leaf[i], x)
+        for i, x in enumerate(prunable)
+    ]
+
+
+def first_leaves(leaves: Sequence[Leaf]) -> list[Leaf]:
+    """The leaf of each stack of units; of tied ones the first."""
+    prunable = [x for x in leaves if x.prunable]
+    return [prunable[members[0]] for members in layers(leaves)]
+
+
+def is_grouped(leaf: Leaf) -> bool:
+    """Whether each group of the leaf's units keeps as many as the others."""
+    return leaf.structure is not None and leaf.structure.grouped
+
+
+def _units(leaf: Leaf) -> tuple[int, ...]:
+    return leaf.layer_shape if leaf.structure is None else leaf.structure.grid(leaf)
+
+
+def _gather(stack: jax.Array, leaf: Leaf) -> jax.Array:
+    return stack if leaf.structure is None else leaf.structure.gather(stack, leaf)
+
+
+def _axis(axis: int, leaf: Leaf) -> int:
+    """An axis of a layer, counted from its first."""
+    rank = len(leaf.layer_shape)
+    if not -rank <= axis < rank:
+        raise ValueError(f"{leaf.path} {leaf.layer_shape} has no axis {axis}.")
+    return axis % rank
+
+
+def _check_positive(**lengths: int) -> None:
+    for name, length in lengths.items():
+        if not isinstance(length, int) or length < 1:
+            raise ValueError(f"{name} must be an int >= 1; got {length!r}.")

@@ -1,0 +1,264 @@
+"""Exported models: files that come back bit for bit, products that come out the same."""
+
+import collections
+import functools
+import random
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import granet_jax as gj
+from granet_jax import export
+from granet_jax.export import sparse
+
+KEY = jax.random.key(0)
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+# --- Files ---
+
+
+def odd_tree():
+    """Dtypes, shapes and paths that a file has to bear, and masks for some of the leaves."""
+    draw = functools.partial(np.random.default_rng(0).normal, size=(3, 5))
+    params = {
+        "half": jnp.asarray(draw(), jnp.bfloat16),
+        "a/b": {"kernel": jnp.asarray(draw(), jnp.float32), "scalar": jnp.float32(-0.0)},
+        "list": [jnp.asarray(draw(), jnp.float16), np.arange(7, dtype=np.int8)],
+        "empty": jnp.zeros((0, 4)),
+        "gone": jnp.ones((2, 9)),
+        "special": jnp.array([[jnp.nan, -jnp.inf], [-0.0, 1e-42]]),
+    }
+    masks = gj.ones(params)
+    masks["half"] = jnp.asarray(draw() > 0)
+    masks["a/b"]["kernel"] = jnp.asarray(draw() > 1)
+    masks["gone"] = jnp.zeros((2, 9), bool)
+    masks["special"] = jnp.array([[True, True], [True, False]])
+    return params, masks
+
+
+def bits(tree):
+    return [
+        (words, x.dtype, x.shape, np.asarray(x).tobytes())
+        for words, x in ((w, np.asarray(x)) for w, x in gj.trees.by_path(tree).items())
+    ]
+
+
+def test_a_file_comes_back_bit_for_bit(tmp_path):
+    params, masks = odd_tree()
+    size = export.save(tmp_path / "model.safetensors", params, masks)
+    assert size == (tmp_path / "model.safetensors").stat().st_size
+    saved = export.load(tmp_path / "model.safetensors")
+    assert bits(saved.params) == bits(gj.apply_masks(params, masks))
+    assert bits(saved.masks) == bits(masks)
+
+
+def test_a_file_without_masks_is_dense(tmp_path):
+    params, _ = odd_tree()
+    export.save(tmp_path / "model", params)
+    saved = export.load(tmp_path / "model")
+    assert bits(saved.params) == bits(params)
+    assert all(np.all(x) for x in jax.tree.leaves(saved.masks))
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    params, masks = odd_tree()
+    export.save(tmp_path / "model", params, masks)
+    before = (tmp_path / "model").read_bytes()
+    monkeypatch.setattr("os.fsync", lambda descriptor: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export.save(tmp_path / "model", params)
+    assert (tmp_path / "model").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_masks_of_another_tree_are_refused(tmp_path):
+    params, masks = odd_tree()
+    masks["half"] = masks["half"][:1]
+    with pytest.raises(ValueError, match="The mask of half has shape"):
+        export.save(tmp_path / "model", params, masks)
+
+
+def test_a_broken_file_never_loads_silently_wrong(tmp_path):
+    """Bytes changed, removed, put in, swapped: an error, or what was written."""
+    params, masks = odd_tree()
+    path = tmp_path / "model"
+    export.save(path, params, masks)
+    whole = path.read_bytes()
+    wanted = bits(gj.apply_masks(params, masks)), bits(masks)
+    rng = random.Random(0)
+    outcomes = collections.Counter()
+    for _ in range(1000):
+        path.write_bytes(mutated(whole, rng))
+        try:
+            saved = export.load(path)
+        except ValueError as error:
+            outcomes["refused" if "be read as a sparse model" in str(error) else str(error)] += 1
+        else:
+            assert (bits(saved.params), bits(saved.masks)) == wanted
+            outcomes["the same"] += 1
+    assert outcomes.keys() <= {"refused", "the same"}
+    assert outcomes["refused"] > 900
+
+
+def mutated(data, rng):
+    data, place = bytearray(data), rng.randrange(len(data))
+    length = rng.randrange(1, 40)
+    kind = rng.randrange(5)
+    if kind == 0:
+        data[place] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        del data[place:]
+    elif kind == 2:
+        del data[place : place + length]
+    elif kind == 3:
+        data[place:place] = rng.randbytes(length)
+    else:
+        data[place : place + length] = rng.randbytes(length)
+    return bytes(data)
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        export.load(tmp_path / "none")
+    from safetensors.numpy import save_file
+
+    save_file({"x": np.ones(3, np.float32)}, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"was not written by granet_jax\.export\.save"):
+        export.load(tmp_path / "other")
+
+
+# --- Sparse execution ---
+
+
+class Net(nn.Module):
+    """All kinds of layers: strides, dilation, padding, groups, normalisation, a product of both."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3), strides=(2, 1), name="strided")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
+        x = nn.Conv(8, (3, 2), kernel_dilation=(2, 1), padding=((1, 2), (0, 3)), name="dilated")(x)
+        x = x + nn.Conv(8, (3, 3), feature_group_count=4, name="grouped")(x)
+        x = nn.Conv(16, (1, 1), use_bias=False, name="pointwise")(nn.gelu(x))
+        x = nn.MultiHeadDotProductAttention(2, qkv_features=8)(x.reshape(len(x), -1, 16))
+        return nn.Dense(10)(x.mean(1))
+
+
+@functools.cache
+def conv_net(sparsity=0.8):
+    x = jax.random.normal(KEY, (2, 8, 9, 3))
+    variables = jax.jit(Net().init)(jax.random.key(1), x)
+    params = variables["params"]
+    masks = gj.random_masks(jax.random.key(2), params, sparsity)
+    rest = {name: x for name, x in variables.items() if name != "params"}
+
+    @jax.jit
+    def apply_fn(params, x):
+        return Net().apply({"params": params, **rest}, x)
+
+    return apply_fn, params, masks, x
+
+
+def forced(monkeypatch, way):
+    """Takes one way wherever it can be taken, however long it takes."""
+
+    def fastest(product, step, ways):
+        ready, choice = measured(product, step, ways)
+        forced_way = sparse._WAYS[way](product)
+        return (ready, choice) if forced_way is None else (forced_way, choice._replace(taken=way))
+
+    measured = sparse._fastest
+    monkeypatch.setattr(sparse, "_ROUNDS", 1)
+    monkeypatch.setattr(sparse, "_fastest", fastest)
+
+
+@pytest.mark.parametrize("way", ["bcsr", "gather"])
+def test_each_way_gives_the_outputs_of_the_dense_model(way, monkeypatch):
+    forced(monkeypatch, way)
+    apply_fn, params, masks, x = conv_net()
+    sparse_apply = export.compile(apply_fn, params, masks, x)
+    taken = [choice.taken for choice in sparse_apply.choices]
+    assert taken == [way] * 8  # three convolutions, four products of attention, the last layer
+    wanted = apply_fn(gj.apply_masks(params, masks), x)
+    chex.assert_trees_all_close(sparse_apply(x), wanted, **CLOSE)
+    chex.assert_trees_all_close(jax.jit(sparse_apply)(x), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("way", ["bcsr", "gather"])
+@pytest.mark.parametrize(
+    "spec", ["bi,io->bo", "io,bi->bo", "oi,bi->ob", "bci,iho->bcho", "i,io->o"]
+)
+def test_products_in_any_layout(spec, way, monkeypatch):
+    forced(monkeypatch, way)
+    sizes = {"b": 3, "i": 7, "o": 5, "c": 2, "h": 4}
+    weight_first = spec.split("->")[0].split(",")[0] in ("io", "oi")
+    operands = [
+        jax.random.normal(jax.random.fold_in(KEY, i), [sizes[axis] for axis in term])
+        for i, term in enumerate(spec.split("->")[0].split(","))
+    ]
+    kernel, x = operands if weight_first else operands[::-1]
+    masks = {"kernel": jax.random.bernoulli(KEY, 0.3, kernel.shape)}
+
+    def apply_fn(params, x):
+        pair = (params["kernel"], x) if weight_first else (x, params["kernel"])
+        return jnp.einsum(spec, *pair)
+
+    sparse_apply = export.compile(apply_fn, {"kernel": kernel}, masks, x)
+    assert [choice.taken for choice in sparse_apply.choices] == [way]
+    dense = apply_fn(gj.apply_masks({"kernel": kernel}, masks), x)
+    chex.assert_trees_all_close(sparse_apply(x), dense, **CLOSE)
+
+
+def test_what_does_not_depend_on_inputs_is_computed_once():
+    params = {"kernel": jnp.ones((4, 4)), "scale": jnp.arange(4.0)}
+
+    def apply_fn(params, x):
+        kernel = params["kernel"] * jnp.exp(params["scale"])[None]
+        return {"y": x @ kernel, "known": kernel.sum(), "x": x}
+
+    x = jnp.ones((2, 4))
+    sparse_apply = export.compile(apply_fn, params, None, x)
+    names = [
+        eqn.primitive.name for eqn in jax.make_jaxpr(sparse_apply)(x).eqns[0].params["jaxpr"].eqns
+    ]
+    assert "exp" not in names
+    chex.assert_trees_all_close(sparse_apply(x), apply_fn(params, x))
+
+
+def test_dense_layers_and_loops_stay_as_they_are():
+    params = {"kernel": jax.random.normal(KEY, (3, 4, 4))}
+
+    def apply_fn(params, x):
+        x = x @ params["kernel"][0]
+        return jax.lax.scan(lambda x, kernel: (x @ kernel, None), x, params["kernel"])[0]
+
+    x = jnp.ones((2, 4))
+    sparse_apply = export.compile(apply_fn, params, gj.ones(params), x)
+    assert [choice.taken for choice in sparse_apply.choices] == ["dense"]
+    chex.assert_trees_all_close(sparse_apply(x), apply_fn(params, x), **CLOSE)
+
+
+def test_inputs_of_other_shapes_and_unknown_ways_are_refused():
+    params = {"kernel": jnp.ones((4, 4))}
+    sparse_apply = export.compile(
+        lambda params, x: x @ params["kernel"], params, None, jnp.ones((2, 4))
+    )
+    with pytest.raises(ValueError, match="compiled for inputs"):
+        sparse_apply(jnp.ones((3, 4)))
+    with pytest.raises(ValueError, match="Unknown ways"):
+        export.compile(lambda params, x: x, params, None, jnp.ones(3), ways=["magic"])
+
+
+@pytest.mark.parametrize("way", ["bcsr", "gather"])
+def test_serialized_models_give_the_same_bits(way, monkeypatch):
+    pytest.importorskip("flatbuffers")
+    forced(monkeypatch, way)
+    apply_fn, params, masks, x = conv_net()
+    sparse_apply = export.compile(apply_fn, params, masks, x)
+    data = export.serialize(sparse_apply, x)
+    chex.assert_trees_all_close(export.deserialize(data)(x), sparse_apply(x), **CLOSE)
