@@ -225,7 +225,10 @@ def regenerate(
             growth = _scores(grow, params, grads, key, leaves)
             grown = _best_of(growth, survivors, num_grown, among=jnp.logical_not)
             regrown = [s | g for s, g in zip(survivors, grown, strict=True)]
-            return _fit_groups(regrown, survivors, live, drop_scores, growth, leaves)
+            if not any(map(structures.is_grouped, leaves)):
+                return regrown
+            drops, grows = (x.compute(x.inputs) for x in (drop_scores, growth))
+            return structures.fit_groups(regrown, survivors, live, drops, grows, leaves)
 
         # Not begun before the weights have been ranked, so that memory is needed for one at a time.
         regrown = jax.lax.cond(jnp.any(num_grown > 0), regrow, lambda x: x, survivors)
@@ -315,39 +318,8 @@ def _best(
     for i, x in enumerate(stacks):
         if grouped[i]:
             on = jnp.ones_like(x, bool) if live is None else live[i]
-            is_live = jnp.any(on, axis=-1)
-            num_live = jnp.sum(is_live, axis=tuple(range(1, is_live.ndim)), dtype=jnp.int32)
-            each_keeps = (counts[i] + num_live // 2) // jnp.maximum(num_live, 1)
-            each_keeps = jnp.maximum(each_keeps, 1).reshape(-1, *[1] * (is_live.ndim - 1))
-            best[i] = selection.top_k_of_rows(x, jnp.broadcast_to(each_keeps, is_live.shape), on)
+            best[i] = structures.best_in_groups(x, counts[i], on)
     return [best[i] for i in range(len(stacks))]
-
-
-def _fit_groups(
-    regrown: list[jax.Array],
-    survivors: list[jax.Array],
-    live: list[jax.Array],
-    drop_scores: _Scores,
-    growth: _Scores,
-    leaves: tuple[trees.Leaf, ...],
-) -> list[jax.Array]:
-    """Instead of the best of a layer, grown is in each group what it needs to be full again.
-
-    ``regrown`` is what the layer's ranking would have; it decides what is ablated.
-    """
-    fitted = list(regrown)
-    drops, grows = (x.compute(x.inputs) for x in (drop_scores, growth))
-    for i, leaf in enumerate(structures.first_leaves(leaves)):
-        if leaf.structure is None or not leaf.structure.grouped:
-            continue
-        full = jnp.sum(live[i], axis=-1, dtype=jnp.int32)
-        least = leaf.structure.ablation(leaf)
-        if least > 0:
-            full = _after_ablation(full, jnp.sum(regrown[i], axis=-1, dtype=jnp.int32), least)
-        stay = selection.top_k_of_rows(drops[i], full, survivors[i])
-        missing = full - jnp.sum(stay, axis=-1, dtype=jnp.int32)
-        fitted[i] = stay | selection.top_k_of_rows(grows[i], missing, ~stay)
-    return fitted
 
 
 def _refuse_structures(what: str, leaves: tuple[trees.Leaf, ...]) -> None:
@@ -355,16 +327,6 @@ def _refuse_structures(what: str, leaves: tuple[trees.Leaf, ...]) -> None:
         raise ValueError(
             f"{what} are for single weights; a rule gives {', '.join(structured)} a structure."
         )
-
-
-def _after_ablation(full: jax.Array, salient: jax.Array, least: float) -> jax.Array:
-    """How many weights each output gets, ``(layers, outputs)``; those of few salient ones: 0."""
-    fan_in = jnp.max(full, axis=-1, keepdims=True)
-    stays = salient >= least * fan_in
-    stays |= salient == jnp.max(salient, axis=-1, keepdims=True)  # never all
-    budget = jnp.sum(full, axis=-1, keepdims=True)
-    each = budget // jnp.sum(stays, axis=-1, keepdims=True, dtype=jnp.int32)
-    return jnp.where(stays, each, 0)
 
 
 def _best_of(

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from granet_jax import selection
 from granet_jax.trees import Leaf, Structure
 from granet_jax.types import Shapes
 
@@ -307,6 +308,67 @@ def first_leaves(leaves: Sequence[Leaf]) -> list[Leaf]:
     """The leaf of each stack of units; of tied ones the first."""
     prunable = [x for x in leaves if x.prunable]
     return [prunable[members[0]] for members in layers(leaves)]
+
+
+def best_in_groups(scores: jax.Array, num_keep: jax.Array, live: jax.Array) -> jax.Array:
+    """Deals a layer's count out over its live groups and keeps the best live units of each.
+
+    Args:
+      scores: units ``(layers, *groups, units)``.
+      num_keep: int32 ``(layers,)``; in each live group ``num_keep / live groups`` are kept,
+        rounded, halves up, but at least 1.
+      live: bool, shape of ``scores``.
+    """
+    is_live = jnp.any(live, axis=-1)
+    num_live = jnp.sum(is_live, axis=tuple(range(1, is_live.ndim)), dtype=jnp.int32)
+    each = jnp.maximum((num_keep + num_live // 2) // jnp.maximum(num_live, 1), 1)
+    each = jnp.broadcast_to(each.reshape(-1, *[1] * (is_live.ndim - 1)), is_live.shape)
+    return selection.top_k_of_rows(scores, each, live)
+
+
+def fit_groups(
+    regrown: Sequence[jax.Array],
+    survivors: Sequence[jax.Array],
+    live: Sequence[jax.Array],
+    drop_scores: Sequence[jax.Array],
+    growth: Sequence[jax.Array],
+    leaves: Sequence[Leaf],
+) -> list[jax.Array]:
+    """Instead of the best of a layer, grows in each group what it needs to be full again.
+
+    Args:
+      regrown: units after regeneration by the layer's ranking, which says what is salient.
+      survivors: those that were not dropped.
+      live: those before.
+      drop_scores: what stays in an output that gets fewer units than it has.
+      growth: the highest come.
+      leaves: of the whole tree.
+
+    Returns:
+      Units; ``regrown`` where they have no groups.
+    """
+    fitted = list(regrown)
+    for i, leaf in enumerate(first_leaves(leaves)):
+        if leaf.structure is None or not leaf.structure.grouped:
+            continue
+        full = jnp.sum(live[i], axis=-1, dtype=jnp.int32)
+        least = leaf.structure.ablation(leaf)
+        if least > 0:
+            full = _after_ablation(full, jnp.sum(regrown[i], axis=-1, dtype=jnp.int32), least)
+        stay = selection.top_k_of_rows(drop_scores[i], full, survivors[i])
+        missing = full - jnp.sum(stay, axis=-1, dtype=jnp.int32)
+        fitted[i] = stay | selection.top_k_of_rows(growth[i], missing, ~stay)
+    return fitted
+
+
+def _after_ablation(full: jax.Array, salient: jax.Array, least: float) -> jax.Array:
+    """How many weights each output gets, ``(layers, outputs)``; those of few salient ones: 0."""
+    fan_in = jnp.max(full, axis=-1, keepdims=True)
+    stays = salient >= least * fan_in
+    stays |= salient == jnp.max(salient, axis=-1, keepdims=True)  # never all
+    budget = jnp.sum(full, axis=-1, keepdims=True)
+    each = budget // jnp.sum(stays, axis=-1, keepdims=True, dtype=jnp.int32)
+    return jnp.where(stays, each, 0)
 
 
 def is_grouped(leaf: Leaf) -> bool:

@@ -15,9 +15,9 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
 
 from granet_jax import report
+from granet_jax.export.graph import Known, Program, Step, flatten
 from granet_jax.masks import apply_masks
 from granet_jax.types import PyTree
 
@@ -91,7 +91,7 @@ def compile(
     closed, shapes = jax.make_jaxpr(lambda *inputs: apply_fn(params, *inputs), return_shape=True)(
         *example
     )
-    program = _partially_evaluate(closed, len(jax.tree.leaves(example)))
+    program = _partially_evaluate(flatten(closed))
     found = {i: _Product.of(step) for i, step in enumerate(program.steps)}
     products = {i: product for i, product in found.items() if product is not None}
     ready, choices = {}, []
@@ -99,7 +99,9 @@ def compile(
         ready[i], choice = _fastest(product, program.steps[i], ways)
         choices.append(choice)
     out_tree = jax.tree.structure(shapes)
-    weights = [_arrays_of(step, ready.get(i)) for i, step in enumerate(program.steps)]
+    weights = [
+        ready[i].arrays if i in ready else step.known() for i, step in enumerate(program.steps)
+    ]
 
     @jax.jit
     def run(weights: list[Any], *inputs: Any) -> Any:
@@ -126,7 +128,7 @@ def table(choices: Sequence[Choice]) -> str:
     Example:
       >>> print(table([Choice("(1, 8) x (8, 4)", 0.25, {"dense": 2.0, "bcsr": 1.0}, "bcsr")]))
       product          density  dense (ms)  bcsr (ms)  gather (ms)  taken  times faster
-      (1, 8) x (8, 4)   0.2500      2.0000     1.0000            -   bcsr          2.00
+      (1, 8) x (8, 4)  0.2500       2.0000     1.0000            -   bcsr          2.00
     """
     names = ["dense", *_WAYS]
     rows = [("product", "density", *(f"{name} (ms)" for name in names), "taken", "times faster")]
@@ -161,105 +163,22 @@ def deserialize(data: bytes) -> Callable[..., Any]:
     return jax.export.deserialize(bytearray(data)).call
 
 
-# --- The jaxpr, with everything computed that does not depend on the inputs ---
+def _partially_evaluate(program: Program) -> Program:
+    """Computes all that does not depend on the inputs."""
+    known = {slot: Known(x) for slot, x in program.consts.items()}
 
+    def look_up(x: int | Known) -> int | Known:
+        return known.get(x, x) if isinstance(x, int) else x
 
-class _Known(NamedTuple):
-    value: Any  # a concrete array
-
-
-class _Step(NamedTuple):
-    """An equation that depends on the inputs; an int is a slot that holds a value."""
-
-    eqn: Any
-    function: Callable[..., list[Any]]  # of the inputs
-    inputs: list[int | _Known]
-    outputs: list[int]
-
-    def known(self) -> list[Any]:
-        return [x.value for x in self.inputs if isinstance(x, _Known)]
-
-    def slots(self) -> list[int]:
-        return [x for x in self.inputs if isinstance(x, int)]
-
-
-class _Program(NamedTuple):
-    steps: list[_Step]
-    outputs: list[int | _Known]
-
-
-def _partially_evaluate(closed: Any, num_inputs: int) -> _Program:
-    steps: list[_Step] = []
-    num_slots = num_inputs
-
-    def walk(jaxpr: Any, consts: Sequence[Any], given: Sequence[int | _Known]) -> list[Any]:
-        nonlocal num_slots
-        values: dict[Any, int | _Known] = dict(zip(jaxpr.invars, given, strict=True))
-        values |= {
-            v: x if isinstance(x, _Known) else _Known(x)
-            for v, x in zip(jaxpr.constvars, consts, strict=True)
-        }
-
-        def read(atom: Any) -> int | _Known:
-            return _Known(atom.val) if isinstance(atom, Literal) else values[atom]
-
-        for eqn in jaxpr.eqns:
-            inputs = [read(atom) for atom in eqn.invars]
-            inner = _inlined(eqn)
-            known = [x.value for x in inputs if isinstance(x, _Known)]
-            if inner is not None:
-                outs = walk(inner.jaxpr, inner.consts, inputs)
-                values |= dict(zip(eqn.outvars, outs, strict=True))
-                continue
-            function, read_later = _function_of(jaxpr, eqn)
-            if len(known) == len(inputs):
-                outs = [_Known(x) for x in function(*known)]
-            else:
-                outs = list(range(num_slots, num_slots + len(read_later)))
-                num_slots += len(outs)
-                steps.append(_Step(eqn, function, inputs, outs))
-            values |= dict(zip(read_later, outs, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    outputs = walk(closed.jaxpr, closed.consts, list(range(num_inputs)))
-    return _Program(steps, outputs)
-
-
-def _inlined(eqn: Any) -> Any:
-    """The jaxpr of a call that does nothing else, as a closed one."""
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = eqn.params.get(name)
-        if inner is not None and eqn.primitive.name not in ("scan", "while", "cond", "shard_map"):
-            inner = inner if hasattr(inner, "consts") else jax.extend.core.ClosedJaxpr(inner, ())
-            if len(inner.jaxpr.invars) == len(eqn.invars):
-                return inner
-    return None
-
-
-def _function_of(jaxpr: Any, eqn: Any) -> tuple[Callable[..., list[Any]], list[Any]]:
-    """One equation as a function of its inputs, and the variables that it returns."""
-    places = {id(atom): atom for atom in eqn.invars if not isinstance(atom, Literal)}
-    outs = [var for var in eqn.outvars if str(var) != "_"]  # those that something reads
-    alone = jaxpr.replace(
-        constvars=[], invars=list(places.values()), outvars=outs, eqns=[eqn], effects=eqn.effects
-    )
-    evaluate = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(alone, ()))
-
-    def function(*values: Any) -> list[Any]:
-        by_place = {
-            id(atom): x
-            for atom, x in zip(eqn.invars, values, strict=True)
-            if not isinstance(atom, Literal)
-        }
-        return list(evaluate(*(by_place[place] for place in places)))
-
-    return function, outs
-
-
-def _arrays_of(step: _Step, taken: "_Ready | None") -> Any:
-    if taken is not None:
-        return taken.arrays
-    return step.known()
+    steps = []
+    for step in program.steps:
+        step = step._replace(inputs=[look_up(x) for x in step.inputs])
+        if step.slots():
+            steps.append(step)
+        else:
+            outs = zip(step.outputs, step.function(*step.known()), strict=True)
+            known |= {slot: Known(x) for slot, x in outs}
+    return Program(steps, {}, [look_up(x) for x in program.outputs])
 
 
 def _check_inputs(inputs: Any, example: Any) -> None:
@@ -286,9 +205,9 @@ class _Product(NamedTuple):
     from_rows: Callable[[jax.Array], jax.Array]
 
     @classmethod
-    def of(cls, step: _Step) -> "_Product | None":
+    def of(cls, step: Step) -> "_Product | None":
         """None where the step is no product, or its weights are not known."""
-        known = [isinstance(x, _Known) for x in step.inputs]
+        known = [isinstance(x, Known) for x in step.inputs]
         if step.eqn.primitive.name == "dot_general" and sum(known) == 1:
             return _of_dot(step, known.index(True))
         if step.eqn.primitive.name == "conv_general_dilated" and known == [False, True]:
@@ -296,7 +215,7 @@ class _Product(NamedTuple):
         return None
 
 
-def _of_dot(step: _Step, side: int) -> _Product | None:
+def _of_dot(step: Step, side: int) -> _Product | None:
     contracted, batch = step.eqn.params["dimension_numbers"]
     value, slot = np.asarray(step.known()[0]), step.slots()[0]
     if batch[0] or not contracted[0] or not jnp.issubdtype(value.dtype, jnp.floating):
@@ -322,7 +241,7 @@ def _of_dot(step: _Step, side: int) -> _Product | None:
     return _Product(slot, two_axes, aval.shape, to_rows, from_rows)
 
 
-def _of_convolution(step: _Step) -> _Product | None:
+def _of_convolution(step: Step) -> _Product | None:
     """The inputs of each output position laid out in a row, as ``im2col`` does."""
     params = step.eqn.params
     numbers = params["dimension_numbers"]
@@ -425,7 +344,7 @@ _LARGEST_GATHER = 2**26  # entries; more of them are never fast
 _WAYS = {"bcsr": _bcsr, "gather": _gather}
 
 
-def _fastest(product: _Product, step: _Step, ways: Sequence[str]) -> tuple[_Ready, Choice]:
+def _fastest(product: _Product, step: Step, ways: Sequence[str]) -> tuple[_Ready, Choice]:
     """Tries all ways on random inputs, in turns."""
 
     def dense(known: Any, x: jax.Array) -> list[jax.Array]:

@@ -1,0 +1,106 @@
+"""A traced model as a flat list of steps, with calls of other functions written out."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend
+from jax.extend.core import Literal
+
+
+class Known(NamedTuple):
+    """A value that does not depend on the inputs."""
+
+    value: Any  # a number or a concrete array
+
+
+class Step(NamedTuple):
+    """One operation. A slot is an int that stands for a value."""
+
+    eqn: Any
+    function: Callable[..., list[Any]]  # of the values of ``inputs``
+    inputs: list[int | Known]
+    outputs: list[int]
+
+    def known(self) -> list[Any]:
+        """The values among its inputs that are known."""
+        return [x.value for x in self.inputs if isinstance(x, Known)]
+
+    def slots(self) -> list[int]:
+        """The others."""
+        return [x for x in self.inputs if isinstance(x, int)]
+
+
+class Program(NamedTuple):
+    """Steps in order; slots 0 and on are the inputs, then come those of ``consts``."""
+
+    steps: list[Step]
+    consts: dict[int, Any]  # arrays that the function closes over
+    outputs: list[int | Known]
+
+
+def flatten(closed: Any) -> Program:
+    """Writes out the calls in a closed jaxpr; loops and conditionals stay single steps."""
+    steps: list[Step] = []
+    num_inputs = len(closed.jaxpr.invars)
+    consts = dict(enumerate(closed.consts, start=num_inputs))
+    num_slots = num_inputs + len(consts)
+
+    def walk(jaxpr: Any, consts: Sequence[Any], given: Sequence[int | Known]) -> list[int | Known]:
+        nonlocal num_slots
+        values: dict[Any, int | Known] = dict(zip(jaxpr.constvars, consts, strict=True))
+        values |= dict(zip(jaxpr.invars, given, strict=True))
+
+        def read(atom: Any) -> int | Known:
+            return Known(atom.val) if isinstance(atom, Literal) else values[atom]
+
+        for eqn in jaxpr.eqns:
+            inputs = [read(atom) for atom in eqn.invars]
+            inner = _called(eqn)
+            if inner is not None:
+                outs = walk(inner.jaxpr, [Known(x) for x in inner.consts], inputs)
+                values |= dict(zip(eqn.outvars, outs, strict=True))
+                continue
+            function, read_later = _function_of(jaxpr, eqn)
+            slots = list(range(num_slots, num_slots + len(read_later)))
+            num_slots += len(slots)
+            steps.append(Step(eqn, function, inputs, slots))
+            values |= dict(zip(read_later, slots, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    outputs = walk(closed.jaxpr, list(consts), list(range(num_inputs)))
+    return Program(steps, consts, outputs)
+
+
+def _called(eqn: Any) -> Any:
+    """The closed jaxpr of a call that does nothing else (jit, remat, custom derivatives)."""
+    if eqn.primitive.name in ("scan", "while", "cond", "shard_map"):
+        return None
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        inner = eqn.params.get(name)
+        if inner is not None:
+            if not hasattr(inner, "consts"):
+                inner = jax.extend.core.ClosedJaxpr(inner, ())
+            if len(inner.jaxpr.invars) == len(eqn.invars):
+                return inner
+    return None
+
+
+def _function_of(jaxpr: Any, eqn: Any) -> tuple[Callable[..., list[Any]], list[Any]]:
+    """One equation as a function of its inputs, and the variables that it returns."""
+    places = {id(atom): atom for atom in eqn.invars if not isinstance(atom, Literal)}
+    outs = [var for var in eqn.outvars if str(var) != "_"]  # those that something reads
+    alone = jaxpr.replace(
+        constvars=[], invars=list(places.values()), outvars=outs, eqns=[eqn], effects=eqn.effects
+    )
+    evaluate = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(alone, ()))
+
+    def function(*values: Any) -> list[Any]:
+        by_place = {
+            id(atom): x
+            for atom, x in zip(eqn.invars, values, strict=True)
+            if not isinstance(atom, Literal)
+        }
+        return list(evaluate(*(by_place[place] for place in places)))
+
+    return function, outs
