@@ -1,5 +1,9 @@
 """From a sparse training to a smaller, faster model: files, sparse execution, compaction."""
 
+from granet_jax.export.compact import Compact as Compact
+from granet_jax.export.compact import Cut as Cut
+from granet_jax.export.compact import channel_rules as channel_rules
+from granet_jax.export.compact import compact as compact
 from granet_jax.export.files import Saved as Saved
 from granet_jax.export.files import load as load
 from granet_jax.export.files import save as save

@@ -21,6 +21,7 @@ class Step(NamedTuple):
     function: Callable[..., list[Any]]  # of the values of ``inputs``
     inputs: list[int | Known]
     outputs: list[int]
+    read: list[int]  # which results of the operation the outputs are: those that something reads
 
     def known(self) -> list[Any]:
         """The values among its inputs that are known."""
@@ -34,6 +35,7 @@ class Step(NamedTuple):
 class Program(NamedTuple):
     """Steps in order; slots 0 and on are the inputs, then come those of ``consts``."""
 
+    num_inputs: int
     steps: list[Step]
     consts: dict[int, Any]  # arrays that the function closes over
     outputs: list[int | Known]
@@ -61,15 +63,16 @@ def flatten(closed: Any) -> Program:
                 outs = walk(inner.jaxpr, [Known(x) for x in inner.consts], inputs)
                 values |= dict(zip(eqn.outvars, outs, strict=True))
                 continue
-            function, read_later = _function_of(jaxpr, eqn)
+            read_later = [i for i, var in enumerate(eqn.outvars) if str(var) != "_"]
             slots = list(range(num_slots, num_slots + len(read_later)))
             num_slots += len(slots)
-            steps.append(Step(eqn, function, inputs, slots))
-            values |= dict(zip(read_later, slots, strict=True))
+            function = _function_of(jaxpr, eqn, read_later)
+            steps.append(Step(eqn, function, inputs, slots, read_later))
+            values |= dict(zip((eqn.outvars[i] for i in read_later), slots, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
     outputs = walk(closed.jaxpr, list(consts), list(range(num_inputs)))
-    return Program(steps, consts, outputs)
+    return Program(num_inputs, steps, consts, outputs)
 
 
 def _called(eqn: Any) -> Any:
@@ -86,12 +89,15 @@ def _called(eqn: Any) -> Any:
     return None
 
 
-def _function_of(jaxpr: Any, eqn: Any) -> tuple[Callable[..., list[Any]], list[Any]]:
-    """One equation as a function of its inputs, and the variables that it returns."""
+def _function_of(jaxpr: Any, eqn: Any, read: list[int]) -> Callable[..., list[Any]]:
+    """One equation as a function of its inputs that returns the results which are read."""
     places = {id(atom): atom for atom in eqn.invars if not isinstance(atom, Literal)}
-    outs = [var for var in eqn.outvars if str(var) != "_"]  # those that something reads
     alone = jaxpr.replace(
-        constvars=[], invars=list(places.values()), outvars=outs, eqns=[eqn], effects=eqn.effects
+        constvars=[],
+        invars=list(places.values()),
+        outvars=[eqn.outvars[i] for i in read],
+        eqns=[eqn],
+        effects=eqn.effects,
     )
     evaluate = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(alone, ()))
 
@@ -103,4 +109,4 @@ def _function_of(jaxpr: Any, eqn: Any) -> tuple[Callable[..., list[Any]], list[A
         }
         return list(evaluate(*(by_place[place] for place in places)))
 
-    return function, outs
+    return function

@@ -178,7 +178,8 @@ def _partially_evaluate(program: Program) -> Program:
         else:
             outs = zip(step.outputs, step.function(*step.known()), strict=True)
             known |= {slot: Known(x) for slot, x in outs}
-    return Program(steps, {}, [look_up(x) for x in program.outputs])
+    outputs = [look_up(x) for x in program.outputs]
+    return Program(program.num_inputs, steps, {}, outputs)
 
 
 def _check_inputs(inputs: Any, example: Any) -> None:

@@ -1,0 +1,278 @@
+"""Compaction: dead channels, neurons and filters are cut out; a smaller dense model comes back."""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from granet_jax import report, structures, trees
+from granet_jax.export.channels import Channels, Value, is_depthwise, of_array, of_input, trace
+from granet_jax.export.graph import Program, Step, flatten
+from granet_jax.masks import apply_masks
+from granet_jax.types import PyTree
+
+
+class Cut(NamedTuple):
+    """What became of one axis of one leaf."""
+
+    path: str
+    axis: int
+    before: int
+    after: int
+    refused: dict[str, int]  # why, and how many dead elements stayed for it
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Compact:
+    """A smaller dense model. Made by :func:`compact`."""
+
+    params: PyTree  # of the tree that went in, leaves of smaller shapes
+    apply: Callable[..., Any]  # (params, *inputs) -> outputs, for inputs of the example's shapes
+    cuts: tuple[Cut, ...]  # axes that lost something, or could not lose what is dead
+
+
+def compact(
+    apply_fn: Callable[..., Any], params: PyTree, masks: PyTree | None, *example: Any
+) -> Compact:
+    """Cuts out what is dead: with its biases, norm entries and the inputs of what reads it.
+
+    An element of an axis (a channel, a neuron) is dead where, whatever the inputs, each product
+    that reads it is 0: because it is exactly 0 itself, or because the weights that read it are.
+    Which axes belong together (a kernel, the norm after it, the residual stream they write to, the
+    kernels that read that) follows from the trace of the model. It is exactly 0 only where
+    everything that adds to it is: a filter of zeros under a bias or a norm offset that is not 0
+    stays, and :func:`table` says so; :func:`channel_rules` ties such leaves to the filter in
+    training.
+
+    Args:
+      apply_fn: ``(params, *inputs) -> outputs``. Arrays that it closes over are cut, too.
+      params: the trained parameters, and whatever else ``apply_fn`` takes as its first argument
+        (batch statistics); no axis of them is an output of the model.
+      masks: bool tree; its leaves find their parameters by path. None = zeros count as pruned.
+      *example: inputs of the shapes and dtypes to trace for; their values do not matter.
+
+    Returns:
+      A :class:`Compact`. Outputs are those of ``apply_fn`` but for the order in which sums are
+      added up. ``params`` serve a model that takes its widths from its parameters (Flax NNX,
+      Equinox, bare functions) with any batch size; ``apply`` replays the trace, for any model.
+      At least one element of each axis stays.
+
+    Example: a hidden layer with two dead neurons; the third stays for its bias.
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> params = {"in": jnp.array([[1.0, 0.0, 0.0, 0.0]]),
+      ...           "bias": jnp.array([0.0, 0.0, 0.0, 5.0]),
+      ...           "out": jnp.ones((4, 2))}
+      >>> def apply_fn(params, x):
+      ...     return jnp.maximum(x @ params["in"] + params["bias"][None], 0) @ params["out"]
+      >>> x = jnp.array([[3.0]])
+      >>> small = gj.export.compact(apply_fn, params, None, x)
+      >>> [x.shape for x in small.params.values()]
+      [(2,), (1, 2), (2, 2)]
+      >>> bool(jnp.array_equal(small.apply(small.params, x), apply_fn(params, x)))
+      True
+    """
+    if masks is not None:
+        params = apply_masks(params, masks)
+    traced = _Traced.of(apply_fn, params, example)
+    keep = _Keep.of(traced)
+    leaves = map(keep.cut, jax.tree.leaves(params), traced.params)
+    small = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    paths = ["/".join(words) for words in trees.by_path(params)]
+    each = (keep.told(path, value) for path, value in zip(paths, traced.params, strict=True))
+    cuts = tuple(cut for cuts in each for cut in cuts)
+    consts = {slot: keep.cut(x, traced.values[slot]) for slot, x in traced.program.consts.items()}
+    steps = [(step, _adapted(step, traced, keep)) for step in traced.program.steps]
+
+    def apply(params: PyTree, *inputs: Any) -> Any:
+        slots = dict(enumerate([*jax.tree.leaves(params), *jax.tree.leaves(inputs)])) | consts
+        for step, function in steps:
+            outs = function(*(slots[x] if isinstance(x, int) else x.value for x in step.inputs))
+            slots |= dict(zip(step.outputs, outs, strict=True))
+        outs = [slots[x] if isinstance(x, int) else x.value for x in traced.program.outputs]
+        return jax.tree.unflatten(traced.out_tree, outs)
+
+    return Compact(small, apply, cuts)
+
+
+def table(cuts: tuple[Cut, ...]) -> str:
+    """One line for each axis that was cut, or that keeps something dead, and why.
+
+    Example:
+      >>> print(table((Cut("fc/kernel", 1, 300, 120, {"a product reads it": 3}),)))
+      parameter  axis  before  after         dead, but kept
+      fc/kernel  1        300    120  3: a product reads it
+    """
+    rows = [("parameter", "axis", "before", "after", "dead, but kept")]
+    for cut in cuts:
+        why = "; ".join(f"{num}: {reason}" for reason, num in cut.refused.items())
+        rows.append((cut.path, str(cut.axis), str(cut.before), str(cut.after), why))
+    return report.aligned(rows)
+
+
+def channel_rules(
+    apply_fn: Callable[..., Any], params: PyTree, *example: Any
+) -> list[tuple[str, bool | trees.Structure | trees.Stacked]]:
+    """Path rules under which channels are pruned so that :func:`compact` can cut them out.
+
+    Kernels whose outputs meet (in a residual stream), and the biases and norms after them, are
+    tied; what has no channels to lose (the last layer) stays dense.
+
+    Args:
+      apply_fn: ``(params, *inputs) -> outputs``.
+      params: the tree that the optimizer trains; the rest (batch statistics) may be closed over.
+      *example: inputs.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> params = {"bias": jnp.ones(4), "in": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}
+      >>> def apply_fn(params, x):
+      ...     return jnp.maximum(x @ params["in"] + params["bias"][None], 0) @ params["out"]
+      >>> rules = gj.export.channel_rules(apply_fn, params, jnp.ones((1, 3)))
+      >>> [(leaf.path, leaf.prunable) for leaf in gj.trees.describe(params, rules)]
+      [('bias', True), ('in', True), ('out', False)]
+    """
+    traced = _Traced.of(apply_fn, params, example)
+    fixed, read = traced.channels.fixed(), traced.read_by_products()
+    rules: list[tuple[str, bool | trees.Structure | trees.Stacked]] = []
+    names: dict[tuple[int, ...], str] = {}
+    for (words, leaf), value in zip(trees.by_path(params).items(), traced.params, strict=True):
+        path = "/".join(words)
+        pattern = f"^{re.escape(path)}$"
+        written = [i for i, ids in enumerate(value.ids) if not read.intersection(ids.tolist())]
+        roots = {i: tuple(traced.channels.roots(value.ids[i]).tolist()) for i in written}
+        free = [i for i in written if not fixed.keys() & set(roots[i])]
+        if len(free) == 1 and jnp.issubdtype(leaf.dtype, jnp.floating):
+            tie = names.setdefault(roots[free[0]], path)
+            rules.append((pattern, structures.channel(axis=free[0], tie=tie)))
+        else:
+            rules.append((pattern, False))
+    return rules
+
+
+class _Traced(NamedTuple):
+    program: Program
+    channels: Channels
+    values: dict[int, Value]  # by slot
+    params: list[Value]  # of each leaf
+    out_tree: Any
+
+    @classmethod
+    def of(cls, apply_fn: Callable[..., Any], params: PyTree, example: Any) -> "_Traced":
+        closed, shapes = jax.make_jaxpr(apply_fn, return_shape=True)(params, *example)
+        program, channels = flatten(closed), Channels()
+        given = [of_array(channels, np.asarray(x)) for x in jax.tree.leaves(params)]
+        inputs = [of_input(channels, jnp.shape(x)) for x in jax.tree.leaves(example)]
+        values = trace(channels, program, [*given, *inputs])
+        return cls(program, channels, values, given, jax.tree.structure(shapes))
+
+    def read_by_products(self) -> set[int]:
+        """Ids of the axes of weights that products contract: those on the side of their inputs."""
+        data = set(range(len(self.params), self.program.num_inputs))
+        read: set[int] = set()
+        for step in self.program.steps:
+            if not data.intersection(step.slots()):
+                continue
+            data.update(step.outputs)
+            for i, axes in enumerate(_contracted(step)):
+                slot = step.inputs[i]
+                if isinstance(slot, int) and slot not in data:
+                    read.update(x for axis in axes for x in self.values[slot].ids[axis].tolist())
+        return read
+
+
+def _contracted(step: Step) -> tuple[tuple[int, ...], ...]:
+    """The axes that a product sums over, of each operand."""
+    if step.eqn.primitive.name == "dot_general":
+        return step.eqn.params["dimension_numbers"][0]
+    if step.eqn.primitive.name == "conv_general_dilated" and not is_depthwise(step):
+        numbers = step.eqn.params["dimension_numbers"]
+        return (numbers.lhs_spec[1],), (numbers.rhs_spec[1],)
+    return ()
+
+
+class _Keep(NamedTuple):
+    """What stays."""
+
+    channels: Channels
+    gone: set[int]  # roots
+    reasons: dict[int, str]  # by root, why it stays
+
+    @classmethod
+    def of(cls, traced: _Traced) -> "_Keep":
+        reasons = traced.channels.kept()
+        read = {slot for step in traced.program.steps for slot in step.slots()}
+        # Arrays that nothing reads stay as they are, and of each axis at least one element.
+        own = [(i, value) for i, value in enumerate(traced.params)]
+        own += [(slot, traced.values[slot]) for slot in traced.program.consts]
+        axes = [
+            (slot in read, traced.channels.roots(ids).tolist())
+            for slot, value in own
+            for ids in value.ids
+        ]
+        gone = {root for _, roots in axes for root in roots} - reasons.keys()
+        for is_read, roots in axes:
+            if not is_read:
+                gone.difference_update(roots)
+            elif roots and gone.issuperset(roots):
+                gone.discard(roots[0])
+        return cls(traced.channels, gone, reasons)
+
+    def mask(self, ids: np.ndarray) -> np.ndarray:
+        """Bool: which elements of an axis stay."""
+        return np.array([root not in self.gone for root in self.channels.roots(ids)], bool)
+
+    def num(self, ids: np.ndarray) -> int:
+        return int(self.mask(ids).sum())
+
+    def cut(self, x: Any, value: Value) -> jax.Array:
+        """An array without what is gone."""
+        masks = [self.mask(ids) for ids in value.ids]
+        return jnp.asarray(np.asarray(x)[np.ix_(*masks)] if masks else x)
+
+    def told(self, path: str, value: Value) -> list[Cut]:
+        """What became of the axes of a leaf, where there is something to tell."""
+        cuts = []
+        for axis, (ids, zero) in enumerate(zip(value.ids, value.zero, strict=False)):
+            dead = zero & self.mask(ids)
+            roots = self.channels.roots(ids)[dead]
+            refused = Counter(self.reasons.get(root, "the last one") for root in roots.tolist())
+            if refused or self.num(ids) < len(ids):
+                cuts.append(Cut(path, axis, len(ids), self.num(ids), dict(refused)))
+        return cuts
+
+
+def _adapted(step: Step, traced: _Traced, keep: _Keep) -> Callable[..., list[Any]]:
+    """The operation on what is left of its inputs."""
+    name, params = step.eqn.primitive.name, dict(step.eqn.params)
+    outs = [traced.values[slot] for slot in step.outputs]
+    ins = [traced.values[x] for x in step.inputs if isinstance(x, int)]
+    if all(keep.mask(ids).all() for value in (*outs, *ins) for ids in value.ids):
+        return step.function
+    if name == "broadcast_in_dim":
+        params["shape"] = tuple(keep.num(ids) for ids in outs[0].ids)
+    elif name == "reshape":
+        params["new_sizes"] = tuple(keep.num(ids) for ids in outs[0].ids)
+    elif name == "slice":
+        for which in ("start_indices", "limit_indices"):
+            pairs = zip(ins[0].ids, params[which], strict=True)
+            params[which] = tuple(keep.num(ids[:end]) for ids, end in pairs)
+    elif name == "split":
+        ends = np.cumsum(params["sizes"])[:-1]
+        params["sizes"] = tuple(keep.num(ids) for ids in np.split(ins[0].ids[params["axis"]], ends))
+    elif name == "conv_general_dilated" and is_depthwise(step):
+        numbers = params["dimension_numbers"]
+        params["feature_group_count"] = keep.num(outs[0].ids[numbers.out_spec[1]])
+    else:
+        return step.function
+
+    def function(*values: Any) -> list[Any]:
+        results = step.eqn.primitive.bind(*values, **params)
+        results = results if step.eqn.primitive.multiple_results else [results]
+        return [results[i] for i in step.read]
+
+    return function
