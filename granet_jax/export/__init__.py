@@ -4,12 +4,13 @@ from granet_jax.export.compact import Compact as Compact
 from granet_jax.export.compact import Cut as Cut
 from granet_jax.export.compact import channel_rules as channel_rules
 from granet_jax.export.compact import compact as compact
+from granet_jax.export.compact import cuts_table as cuts_table
 from granet_jax.export.files import Saved as Saved
 from granet_jax.export.files import load as load
 from granet_jax.export.files import save as save
 from granet_jax.export.sparse import Choice as Choice
 from granet_jax.export.sparse import SparseApply as SparseApply
+from granet_jax.export.sparse import choices_table as choices_table
 from granet_jax.export.sparse import compile as compile
 from granet_jax.export.sparse import deserialize as deserialize
 from granet_jax.export.sparse import serialize as serialize
-from granet_jax.export.sparse import table as table

@@ -198,6 +198,23 @@ def _integer_pow(channels: Channels, step: Step, given: list[Value]) -> list[Val
     return _elementwise(_first if step.eqn.params["y"] > 0 else _never)(channels, step, given)
 
 
+def _bound(sign: int) -> Any:
+    """``max`` and ``min``: 0 stays 0 under a number that does not lie on the other side of it."""
+
+    def rule(channels: Channels, step: Step, given: list[Value]) -> list[Value]:
+        passes = [
+            isinstance(x, Known) and bool(np.all(sign * np.asarray(x.value) <= 0))
+            for x in step.inputs
+        ]
+
+        def zero_if(zeros: list[np.ndarray]) -> np.ndarray:
+            return _all([z | p for z, p in zip(zeros, passes, strict=True)])
+
+        return _elementwise(_all if all(passes) else zero_if)(channels, step, given)
+
+    return rule
+
+
 def _clamp(channels: Channels, step: Step, given: list[Value]) -> list[Value]:
     low, _, high = step.inputs
     holds_zero = (
@@ -476,11 +493,11 @@ _RULES: dict[str, Any] = {
         ),
         _elementwise(_never),
     ),
-    **dict.fromkeys(
-        ("add", "add_any", "sub", "max", "min", "or", "xor", "atan2"), _elementwise(_all)
-    ),
+    **dict.fromkeys(("add", "add_any", "sub", "or", "xor", "atan2"), _elementwise(_all)),
     **dict.fromkeys(("mul", "and"), _elementwise(_any)),
     "select_n": _elementwise(_all_but_first),
+    "max": _bound(1),
+    "min": _bound(-1),
     "integer_pow": _integer_pow,
     "clamp": _clamp,
     "dot_general": _dot_general,

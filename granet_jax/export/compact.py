@@ -46,7 +46,7 @@ def compact(
     Which axes belong together (a kernel, the norm after it, the residual stream they write to, the
     kernels that read that) follows from the trace of the model. It is exactly 0 only where
     everything that adds to it is: a filter of zeros under a bias or a norm offset that is not 0
-    stays, and :func:`table` says so; :func:`channel_rules` ties such leaves to the filter in
+    stays, and :func:`cuts_table` says so; :func:`channel_rules` ties such leaves to the filter in
     training.
 
     Args:
@@ -99,11 +99,11 @@ def compact(
     return Compact(small, apply, cuts)
 
 
-def table(cuts: tuple[Cut, ...]) -> str:
+def cuts_table(cuts: tuple[Cut, ...]) -> str:
     """One line for each axis that was cut, or that keeps something dead, and why.
 
     Example:
-      >>> print(table((Cut("fc/kernel", 1, 300, 120, {"a product reads it": 3}),)))
+      >>> print(cuts_table((Cut("fc/kernel", 1, 300, 120, {"a product reads it": 3}),)))
       parameter  axis  before  after         dead, but kept
       fc/kernel  1        300    120  3: a product reads it
     """

@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
 
 class Program(NamedTuple):
-    """Steps in order; slots 0 and on are the inputs, then come those of ``consts``."""
+    """Steps in order; slots 0 and on are the inputs."""
 
     num_inputs: int
     steps: list[Step]
@@ -42,15 +42,18 @@ class Program(NamedTuple):
 
 
 def flatten(closed: Any) -> Program:
-    """Writes out the calls in a closed jaxpr; loops and conditionals stay single steps."""
+    """Writes out the calls in a closed jaxpr; loops and conditionals stay single steps.
+
+    Numbers that follow from numbers are computed.
+    """
     steps: list[Step] = []
     num_inputs = len(closed.jaxpr.invars)
     consts = dict(enumerate(closed.consts, start=num_inputs))
     num_slots = num_inputs + len(consts)
 
-    def walk(jaxpr: Any, consts: Sequence[Any], given: Sequence[int | Known]) -> list[int | Known]:
+    def walk(jaxpr: Any, own: Sequence[int], given: Sequence[int | Known]) -> list[int | Known]:
         nonlocal num_slots
-        values: dict[Any, int | Known] = dict(zip(jaxpr.constvars, consts, strict=True))
+        values: dict[Any, int | Known] = dict(zip(jaxpr.constvars, own, strict=True))
         values |= dict(zip(jaxpr.invars, given, strict=True))
 
         def read(atom: Any) -> int | Known:
@@ -60,13 +63,21 @@ def flatten(closed: Any) -> Program:
             inputs = [read(atom) for atom in eqn.invars]
             inner = _called(eqn)
             if inner is not None:
-                outs = walk(inner.jaxpr, [Known(x) for x in inner.consts], inputs)
+                own = list(range(num_slots, num_slots + len(inner.consts)))
+                num_slots += len(own)
+                consts.update(zip(own, inner.consts, strict=True))
+                outs = walk(inner.jaxpr, own, inputs)
                 values |= dict(zip(eqn.outvars, outs, strict=True))
                 continue
             read_later = [i for i, var in enumerate(eqn.outvars) if str(var) != "_"]
+            function = _function_of(jaxpr, eqn, read_later)
+            known = [x.value for x in inputs if isinstance(x, Known)]
+            if known and len(known) == len(inputs) and not any(v.aval.shape for v in eqn.outvars):
+                numbers = map(Known, function(*known))
+                values |= dict(zip((eqn.outvars[i] for i in read_later), numbers, strict=True))
+                continue
             slots = list(range(num_slots, num_slots + len(read_later)))
             num_slots += len(slots)
-            function = _function_of(jaxpr, eqn, read_later)
             steps.append(Step(eqn, function, inputs, slots, read_later))
             values |= dict(zip((eqn.outvars[i] for i in read_later), slots, strict=True))
         return [read(atom) for atom in jaxpr.outvars]

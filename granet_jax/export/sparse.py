@@ -70,7 +70,7 @@ def compile(
 
     Returns:
       A function of the inputs. Its outputs are those of ``apply_fn`` but for the order in which
-      sums are added up. Its field ``choices`` tells what was measured; see :func:`table`.
+      sums are added up. Its field ``choices`` tells what was measured; see :func:`choices_table`.
 
     Example:
       >>> import granet_jax as gj, jax, jax.numpy as jnp
@@ -122,11 +122,12 @@ def compile(
     return SparseApply(run, weights, tuple(choices))
 
 
-def table(choices: Sequence[Choice]) -> str:
+def choices_table(choices: Sequence[Choice]) -> str:
     """One line for each product: its density, the milliseconds of each way, the one taken.
 
     Example:
-      >>> print(table([Choice("(1, 8) x (8, 4)", 0.25, {"dense": 2.0, "bcsr": 1.0}, "bcsr")]))
+      >>> choice = Choice("(1, 8) x (8, 4)", 0.25, {"dense": 2.0, "bcsr": 1.0}, "bcsr")
+      >>> print(choices_table([choice]))
       product          density  dense (ms)  bcsr (ms)  gather (ms)  taken  times faster
       (1, 8) x (8, 4)  0.2500       2.0000     1.0000            -   bcsr          2.00
     """

@@ -1,0 +1,220 @@
+"""Compaction: smaller models with the same outputs, and what is refused."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import granet_jax as gj
+from granet_jax import export, structures
+
+KEY = jax.random.key(0)
+
+
+class Residual(nn.Module):
+    """A stem, two blocks on one stream, one of them depthwise, pooling, a flattened head."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(self.norm("norm")(nn.Conv(8, (3, 3), use_bias=False, name="stem")(x)))
+        y = nn.relu(self.norm("norm1")(nn.Conv(6, (3, 3), strides=2, name="conv1")(x)))
+        y = self.norm("norm2")(nn.Conv(8, (1, 1), name="conv2")(y))
+        x = nn.max_pool(x, (2, 2), (2, 2)) + y
+        y = nn.Conv(8, (3, 3), feature_group_count=8, name="depthwise")(x)
+        x = jnp.concatenate([nn.gelu(y) + x, x], axis=-1)
+        x = nn.avg_pool(x, (2, 2), (2, 2)).reshape(len(x), -1)
+        return nn.Dense(3, name="head")(nn.tanh(nn.Dense(7, name="hidden")(x)))
+
+    def norm(self, name):
+        return nn.BatchNorm(use_running_average=True, name=name)
+
+
+def residual():
+    x = jax.random.normal(KEY, (2, 8, 8, 3))
+    variables = jax.jit(Residual().init)(jax.random.key(1), x)
+    # Nothing is 0 or 1 by initialisation.
+    drawn = jax.tree.map(
+        lambda a: a + 0.1 + jax.random.uniform(jax.random.key(2), a.shape), variables
+    )
+
+    def apply_fn(params, x):
+        return Residual().apply({"params": params, "batch_stats": drawn["batch_stats"]}, x)
+
+    return jax.jit(apply_fn), drawn["params"], x
+
+
+def test_half_of_the_channels_cut_leaves_the_outputs():
+    apply_fn, params, x = residual()
+    rules = export.channel_rules(apply_fn, params, x)
+    masks = gj.random_masks(KEY, params, 0.5, gj.uniform, rules)
+    small = export.compact(apply_fn, params, masks, x)
+    shapes = {"/".join(path): a.shape for path, a in gj.trees.by_path(small.params).items()}
+    assert shapes["stem/kernel"] == (3, 3, 3, 4)
+    assert shapes["norm/scale"] == shapes["norm2/bias"] == shapes["depthwise/bias"] == (4,)
+    assert shapes["conv1/kernel"] == (3, 3, 4, 3)
+    assert shapes["conv2/kernel"] == (1, 1, 3, 4)
+    assert shapes["depthwise/kernel"] == (3, 3, 1, 4)
+    assert shapes["hidden/kernel"] == (2 * 2 * 8, 3)  # of 8 + 6 + 7, 10 stay
+    assert shapes["head/kernel"] == (3, 3)
+    wanted = apply_fn(gj.apply_masks(params, masks), x)
+    chex.assert_trees_all_close(small.apply(small.params, x), wanted, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(jax.jit(small.apply)(small.params, x), wanted, rtol=1e-5, atol=1e-5)
+    assert not any(cut.refused for cut in small.cuts)
+
+
+def test_costs_are_those_of_the_smaller_model():
+    apply_fn, params, x = residual()
+    rules = export.channel_rules(apply_fn, params, x)
+    masks = gj.random_masks(KEY, params, 0.5, gj.uniform, rules)
+    small = export.compact(apply_fn, params, masks, x)
+    macs = {leaf.path: leaf.macs for leaf in gj.flops.count(small.apply, small.params, x).leaves}
+    assert macs["stem/kernel"] == 2 * 8 * 8 * (3 * 3 * 3 * 4)
+    assert macs["conv1/kernel"] == 2 * 4 * 4 * (3 * 3 * 4 * 3)
+    assert macs["depthwise/kernel"] == 2 * 4 * 4 * (3 * 3 * 4)
+    assert macs["head/kernel"] == 2 * 3 * 3
+
+
+def test_a_dense_model_stays_as_it_is():
+    apply_fn, params, x = residual()
+    small = export.compact(apply_fn, params, None, x)
+    assert small.cuts == ()
+    chex.assert_trees_all_equal(small.params, params)
+    chex.assert_trees_all_close(small.apply(params, x), apply_fn(params, x), rtol=1e-5)
+
+
+def test_filters_under_a_norm_that_is_not_pruned_stay_and_are_told():
+    apply_fn, params, x = residual()
+    rules = [("conv1/kernel", structures.channel()), ("", False)]
+    masks = gj.random_masks(KEY, params, 0.5, gj.uniform, rules)
+    small = export.compact(apply_fn, params, masks, x)
+    (cut,) = small.cuts
+    assert (cut.path, cut.axis, cut.before, cut.after) == ("conv1/kernel", 3, 6, 6)
+    assert cut.refused == {"a product reads it": 3}
+    assert "3: a product reads it" in export.cuts_table(small.cuts)
+
+
+def test_what_nothing_reads_is_cut_whatever_it_holds():
+    """Consumers without weights are as good as producers of zeros."""
+    keys = jax.random.split(KEY, 3)
+    params = {
+        "in": jax.random.normal(keys[0], (3, 5)),
+        "bias": jnp.ones(5),
+        "out": jax.random.normal(keys[1], (5, 2)).at[jnp.array([1, 4])].set(0),
+    }
+
+    def apply_fn(params, x):
+        return jnp.exp(x @ params["in"] + params["bias"][None]) @ params["out"]
+
+    x = jax.random.normal(keys[2], (4, 3))
+    small = export.compact(apply_fn, params, None, x)
+    assert [a.shape for a in small.params.values()] == [(3,), (3, 3), (3, 2)]
+    chex.assert_trees_all_close(small.apply(small.params, x), apply_fn(params, x), rtol=1e-5)
+
+
+def cases():
+    """Models of which half of the hidden channels are 0; how many of 6 stay."""
+    norm = {"epsilon": 1e-6}
+
+    def layer_norm(h):
+        h = h - h.mean(1, keepdims=True)
+        return h / jnp.sqrt((h * h).mean(1, keepdims=True) + norm["epsilon"])
+
+    return {
+        "relu": (jax.nn.relu, 3),
+        "silu": (jax.nn.silu, 3),
+        "sigmoid is not 0 at 0": (jax.nn.sigmoid, 6),
+        "rms norm": (lambda h: h / jnp.sqrt((h * h).mean(1, keepdims=True) + 1e-6), 3),
+        "layer norm subtracts the mean": (layer_norm, 6),
+        "softmax": (lambda h: jax.nn.softmax(h, axis=1), 6),
+        "sorted": (lambda h: jnp.sort(h, axis=1), 6),
+        "turned": (lambda h: h[:, ::-1], 3),
+        "two slices": (lambda h: jnp.concatenate([h[:, 4:], h[:, :4]], 1), 3),
+        "every second": (lambda h: jnp.concatenate([h[:, ::2], h[:, 1::2]], 1), 6),
+        "split": (lambda h: jnp.concatenate(jnp.split(h, [2], axis=1)[::-1], 1), 3),
+        "heads": (lambda h: h.reshape(-1, 2, 3).swapaxes(1, 2).reshape(-1, 6), 6),
+        "places": (lambda h: (h[:, None] * jnp.ones((1, 4, 1))).mean(1), 3),
+        "padded": (lambda h: jnp.pad(h, ((0, 0), (1, 0)))[:, 1:], 6),
+        "clipped": (lambda h: jnp.clip(h, -1.0, 1.0), 3),
+        "clipped above 0": (lambda h: jnp.clip(h, 0.5, 1.0), 6),
+        "where": (lambda h: jnp.where(h > 0, h, 0.1 * h), 3),
+        "scanned": (
+            lambda h: jax.lax.scan(lambda c, _: (c * 0.5, None), h, None, length=2)[0],
+            6,
+        ),
+        "remat": (jax.checkpoint(lambda h: jnp.tanh(h) ** 3), 3),
+        "a sum is added": (lambda h: h + h.sum(1, keepdims=True), 6),
+        "scaled by a sum": (lambda h: h * h.sum(1, keepdims=True), 3),
+        "numbers": (lambda h: h * (jnp.float32(2) ** 3) + 0.0, 3),
+    }
+
+
+@pytest.mark.parametrize("case", cases())
+def test_operations_between_two_products(case):
+    between, stays = cases()[case]
+    keys = jax.random.split(KEY, 3)
+    params = {
+        "in": jax.random.normal(keys[0], (3, 6)) * jnp.array([[1.0, 0, 1, 0, 0, 1]]),
+        "out": jax.random.normal(keys[1], (6, 2)),
+    }
+
+    def apply_fn(params, x):
+        return between(x @ params["in"]) @ params["out"]
+
+    x = jax.random.normal(keys[2], (4, 3))
+    small = export.compact(apply_fn, params, None, x)
+    assert small.params["in"].shape == (3, stays)
+    assert small.params["out"].shape == (stays, 2)
+    wanted = apply_fn(params, x)
+    chex.assert_trees_all_close(small.apply(small.params, x), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_one_channel_stays_where_all_are_dead():
+    params = {"in": jnp.zeros((3, 4)), "out": jnp.ones((4, 2)), "unused": jnp.zeros((5, 5))}
+    x = jnp.ones((2, 3))
+    small = export.compact(lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"], params, None, x)
+    assert small.params["in"].shape == (3, 1)
+    assert small.params["unused"].shape == (5, 5)
+    np.testing.assert_array_equal(small.apply(small.params, x), jnp.zeros((2, 2)))
+
+
+def test_trained_by_channel_then_cut():
+    """GraNet by channel, from rules of the trace, to a model of half the width."""
+    keys = jax.random.split(KEY, 3)
+    params = {
+        "in": jax.random.normal(keys[0], (8, 16)),
+        "bias": jnp.zeros(16),
+        "out": jax.random.normal(keys[1], (16, 4)),
+    }
+    x = jax.random.normal(keys[2], (32, 8))
+
+    def apply_fn(params, x):
+        return jax.nn.relu(x @ params["in"] + params["bias"][None]) @ params["out"]
+
+    rules = export.channel_rules(apply_fn, params, x)
+    method = gj.granet(
+        final_sparsity=0.5, end_step=10, update_every=2, total_steps=20, prunable=rules
+    )
+    tx = gj.sparsify(optax.adam(1e-2), method)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(lambda p: jnp.mean((apply_fn(p, x) - jnp.sin(x[:, :4])) ** 2))(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(20):
+        params, state = step(params, state)
+    small = export.compact(apply_fn, params, gj.get_masks(state), x)
+    assert {name: a.shape for name, a in small.params.items()} == {
+        "in": (8, 8),
+        "bias": (8,),
+        "out": (8, 4),
+    }
+    wanted = apply_fn(params, x)
+    chex.assert_trees_all_close(small.apply(small.params, x), wanted, rtol=1e-5, atol=1e-6)
+    # The parameters alone serve a function that takes its widths from them, with any batch.
+    chex.assert_trees_all_close(apply_fn(small.params, x[:5]), wanted[:5], rtol=1e-5, atol=1e-6)
