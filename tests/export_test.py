@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import math
 import random
 
 import chex
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import granet_jax as gj
+from experiments.benchmarks import weights
 from granet_jax import export
 from granet_jax.export import sparse
 
@@ -130,6 +132,26 @@ def test_other_files_are_refused(tmp_path):
     save_file({"x": np.ones(3, np.float32)}, tmp_path / "other")
     with pytest.raises(ValueError, match=r"was not written by granet_jax\.export\.save"):
         export.load(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "megabytes"), [(0.8, 23.683), (0.9, 13.499), (0.95, 8.399), (0.99, 4.354)]
+)
+def test_sizes_of_resnet_50_are_those_that_rigl_published(sparsity, megabytes, tmp_path):
+    """ERK, at 99 % over all but the first layer, which is dense there; kernels and all biases."""
+    shapes = weights.resnet50_shapes()
+    layers = {f"{i:02}": np.zeros(shape, np.float32) for i, shape in enumerate(shapes)}
+    counts = gj.erk(shapes, sparsity)
+    if sparsity == 0.99:
+        counts = (math.prod(shapes[0]), *gj.erk(shapes[1:], sparsity))
+    masks = {
+        name: (np.arange(x.size) < count).reshape(x.shape)
+        for (name, x), count in zip(layers.items(), counts, strict=True)
+    }
+    biases = {"biases": np.ones(26_560 + 1_000, np.float32)}
+    path = tmp_path / "model"
+    size = export.save(path, layers | biases, masks | {"biases": np.ones(27_560, bool)})
+    assert size / 1e6 == pytest.approx(megabytes, rel=0.005)
 
 
 # --- Sparse execution ---
