@@ -16,6 +16,7 @@ selection -> masks -> updates``. Modules import only from those before them::
     transform      sparsify: a method around any optax optimizer
     metrics, report, flops   numbers, a table, what it all costs
     sharding, checkpoint   where a state lies on many devices, whether one came back whole
+    kernels        a block-sparse product for GPUs
     export         compact files, sparse execution: a model that is smaller and faster to run
     reparam        dst and str_: thresholds that are trained, a family of its own
     testing        the conformance kit for methods
@@ -23,6 +24,7 @@ selection -> masks -> updates``. Modules import only from those before them::
 
 from granet_jax import export as export
 from granet_jax import flops as flops
+from granet_jax import kernels as kernels
 from granet_jax import metrics as metrics
 from granet_jax import reparam as reparam
 from granet_jax import report as report

@@ -17,7 +17,7 @@ ORDER = [
     *("types", "trees", "scores", "distributions", "schedules", "selection"),
     *("structures", "masks"),
     *("methods", "transform", "metrics", "report", "flops", "sharding", "checkpoint"),
-    *("export",),
+    *("kernels", "export"),
     *("reparam", "testing"),
 ]
 # Never import methods.
