@@ -235,6 +235,7 @@ def _make_method(config: Config, key: jax.Array) -> gj.Method:
         total_steps=config.total_steps,
         initial_threshold=0.0,  # only of methods that are not in METHODS
         prunable=PRUNABLE,
+        start=gj.erk,
         key=key,
     )
     method = methods.METHODS[config.method].make(plan)

@@ -1,6 +1,7 @@
 """The one table from the values of ``--method`` to methods of the library."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,6 +13,31 @@ from granet_jax.types import Distribution
 SparseMethod: TypeAlias = gj.Method | gj.reparam.Reparameterisation
 
 
+@functools.cache
+def parse_structure(text: str, sparsity: float) -> gj.trees.Structure | None:
+    """The value of ``--structure``; the same object for the same text.
+
+    Raises:
+      ValueError: it is none that the library has, or not of this sparsity.
+    """
+    if text == "none":
+        return None
+    name, _, number = text.partition(":")
+    try:
+        if name.isdecimal():
+            n, m = int(name), int(number)
+            if not math.isclose(1 - n / m, sparsity, abs_tol=1e-9):
+                raise ValueError(f"{text} is a sparsity of {1 - n / m}, not {sparsity}")
+            return gj.structures.n_of_m(m)
+        if name == "block":
+            return gj.structures.block([int(side) for side in number.split("x")])
+        if name == "fan_in":
+            return gj.structures.fan_in(ablation=float(number or 0))
+        raise ValueError("expected none, 2:4 and the like, block:16x16, fan_in or fan_in:0.3")
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"structure {text!r}: {error}.") from error
+
+
 class Plan(NamedTuple):
     """What a method needs to know of a run."""
 
@@ -21,6 +47,7 @@ class Plan(NamedTuple):
     total_steps: int
     initial_threshold: float
     prunable: gj.trees.Rules
+    start: Distribution  # how a random start is spread over layers
     key: jax.Array
 
 
@@ -67,7 +94,7 @@ def _dense(plan: Plan) -> gj.Method:
 
 
 def _static(plan: Plan) -> gj.Method:
-    return gj.static(sparsity=plan.sparsity, prunable=plan.prunable, key=plan.key)
+    return gj.static(sparsity=plan.sparsity, start=plan.start, prunable=plan.prunable, key=plan.key)
 
 
 def _magnitude(plan: Plan) -> gj.Method:
@@ -85,6 +112,7 @@ def _granet(initial_sparsity: float, scope: Distribution) -> Entry:
             initial_fraction=ITOP.initial,
             final_fraction=ITOP.final,
             scope=scope,
+            start=plan.start,
             prunable=plan.prunable,
             key=plan.key,
         )
@@ -117,6 +145,7 @@ def _dynamic(
                 sparsity=plan.sparsity,
                 update_every=plan.update_every,
                 total_steps=plan.total_steps,
+                start=plan.start,
                 prunable=plan.prunable,
                 key=plan.key,
             )

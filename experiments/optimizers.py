@@ -70,6 +70,7 @@ def make_method(config: Settings, steps_per_epoch: int, key: jax.Array) -> metho
         total_steps=total_steps,
         initial_threshold=config.initial_threshold,
         prunable=config.prunable,
+        start=gj.erk if config.structure == "none" else gj.uniform,
         key=key,
     )
     return methods.METHODS[config.method].make(plan)

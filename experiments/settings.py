@@ -66,6 +66,12 @@ class Settings:
     dense_layers: tuple[str, ...] = _flag(
         "patterns of paths of weights that are never pruned, as in ^fc3/", ()
     )
+    structure: str = _flag(
+        "how weights are grouped: none; N:M as in 2:4, with the sparsity that it has; block:RxC; "
+        "fan_in or fan_in:ABLATION. Layers get equal sparsities then, and gradual methods have "
+        "to, as granet_uniform",
+        "none",
+    )
     prune_until: float = _flag(
         "gradual pruning ends at this fraction of training", 0.5, low=0, high=1
     )
@@ -110,11 +116,14 @@ class Settings:
     seed: int = _flag("of the initial weights, the masks and the order of the data", 0, low=0)
 
     @property
-    def prunable(self) -> tuple[tuple[str, bool], ...]:
+    def prunable(self) -> tuple[tuple[str, Any], ...]:
         """The path rules for the library."""
-        return tuple((pattern, False) for pattern in self.dense_layers)
+        dense = tuple((pattern, False) for pattern in self.dense_layers)
+        structure = methods.parse_structure(self.structure, self.sparsity)
+        return dense if structure is None else (*dense, ("", structure))
 
     def __post_init__(self) -> None:
+        methods.parse_structure(self.structure, self.sparsity)
         for field in dataclasses.fields(self):
             value, meta = getattr(self, field.name), field.metadata
             low, high = meta.get("low", -math.inf), meta.get("high", math.inf)
@@ -145,6 +154,8 @@ def define_flags(
             default = "digits"
         if "choices" in meta:
             flags.DEFINE_enum(field.name, default, meta["choices"], text, **to)
+        elif field.type is str:
+            flags.DEFINE_string(field.name, default, text, **to)
         elif field.type is bool:
             flags.DEFINE_boolean(field.name, default, text, **to)
         elif field.type is int:
@@ -179,6 +190,15 @@ def from_flags(flag_values: flags.FlagValues = flags.FLAGS, **given: Any) -> Set
     except ValueError as error:
         raise ValueError(f"--drop_at takes numbers, as in 0.5,0.75: {error}.") from error
     return Settings(**values)
+
+
+def from_json(values: dict[str, Any]) -> Settings:
+    """Settings as a run's settings.json has them, among other things."""
+    known = {field.name for field in dataclasses.fields(Settings)}
+    given: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
+    }
+    return Settings(**given)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -173,7 +173,7 @@ def _outer(
 
 
 def _for_gpus() -> Any:
-    """Says that Triton compiles it. (Imported here: not every platform has it.)"""
+    """Says that Triton compiles it; imported here, for not every platform has it."""
     from jax.experimental.pallas import triton
 
     return triton.CompilerParams()

@@ -18,6 +18,7 @@ from experiments import output, settings
 from experiments.benchmarks import (
     bandwidth,
     compile_time,
+    inference,
     input,
     selection,
     step,
@@ -34,6 +35,7 @@ BENCHMARKS = {
     "compile_time": compile_time.tables,
     "training_step": training_step.tables,
     "input": input.tables,
+    "inference": inference.tables_of,
 }
 
 flags.DEFINE_string("out", "docs/benchmarks.md", "the file to write; figures come beside it")
