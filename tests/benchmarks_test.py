@@ -7,8 +7,9 @@ import sys
 import jax
 import pytest
 
+from experiments import data, run, settings
 from experiments.benchmarks import __main__ as benchmarks
-from experiments.benchmarks import timing
+from experiments.benchmarks import inference, timing
 
 
 def tables(text):
@@ -57,6 +58,43 @@ def test_quick_benchmarks_write_one_file(tmp_path):
                 assert math.isfinite(float(number.replace(",", ""))), (column, cell)
                 assert float(number.replace(",", "")) >= 0, (column, cell)
     assert all(float(row["more at the peak"]) >= 1 for row in steps)  # a mask has a byte a weight
+
+
+@pytest.mark.usefixtures("_compile_quickly")
+def test_exported_models_give_the_outputs_of_dense_ones():
+    perceptrons, even, training = inference.tables_of(quick=True)
+    assert len(perceptrons.rows) == 2 * 2 * 2
+    assert all(float(row["largest error"]) < 1e-5 for row in perceptrons.rows)
+    assert len(even.rows) == 2 * 2
+    assert all(float(row["error of dx"]) < 1e-5 for row in training.rows)
+
+
+@pytest.mark.usefixtures("_compile_quickly")
+def test_a_trained_run_is_exported_with_the_same_guesses(tmp_path):
+    config = settings.Settings(
+        dataset="digits",
+        model="lenet_300_100",
+        method="gmp",
+        sparsity=0.9,
+        epochs=1,
+        batch_size=128,
+        update_every=2,
+    )
+    result = run.run(config, data.load("digits"), tmp_path)
+    (row,) = inference.trained(tmp_path, None, [100]).rows
+    right = round(result.history[-1]["test_accuracy"] / 100 * 360)
+    assert row["images"] == "360"
+    assert row["right, dense"] == row["right, exported"] == str(right)
+    assert row["labelled otherwise"] == "0"
+    with pytest.raises(ValueError, match=r"holds no run: there is no settings\.json"):
+        inference.trained(tmp_path / "checkpoints", None, [1])
+
+
+def test_break_even_is_where_a_ratio_passes_one_for_good():
+    assert inference.break_even([(0.8, 0.5), (0.9, 1.5)]) == "0.85"
+    assert inference.break_even([(0.8, 2.0), (0.9, 0.5), (0.95, 1.5)]) == "0.93"
+    assert inference.break_even([(0.8, 1.2), (0.9, 1.5)]) == "0.80 or less"
+    assert inference.break_even([(0.8, 0.2), (0.9, 0.5)]) == "none of these"
 
 
 def test_calls_take_turns():

@@ -88,6 +88,8 @@ def test_compare_prints_a_row_for_each_method(tmp_path):
             "error: no/where holds no mnist. Pass --data_dir",
         ),
         ("train", ["--dataset=imagenet2012", "--data_dir=no/where"], "holds no imagenet2012."),
+        ("train", ["--structure=2:4"], "2:4 is a sparsity of 0.5, not 0.98"),
+        ("train", ["--structure=2:4", "--sparsity=0.5"], "pass scope=granet_jax.uniform"),
         ("train", ["--drop_at=a"], "--drop_at takes numbers"),
         ("train", ["--drop_at=2"], "--drop_at: fractions between 0 and 1"),
         ("train", ["--warmup_epochs=99"], "--warmup_epochs=99 leaves nothing of 60 epochs"),
@@ -230,3 +232,17 @@ def test_families_of_methods_through_a_run(method, changes, expected, tmp_path):
     else:
         assert 0.0 < record["sparsity"] < 1.0
         assert record["live"] == live
+
+
+@pytest.mark.parametrize("method", ["granet_uniform", "rigl"])
+def test_structures_by_flag(method, tmp_path):
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        settled = config(method=method, structure="2:4", sparsity=0.5, epochs=2, batch_size=128)
+        result = experiments_run.run(settled, data.load("digits"), tmp_path)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    for layer in ("fc1", "fc2", "fc3"):
+        mask = result.masks[layer]["kernel"]
+        assert np.all(mask.reshape(len(mask) // 4, 4, -1).sum(1) == 2)
+    assert result.history[-1]["live"] == 25_100

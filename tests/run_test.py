@@ -294,6 +294,8 @@ def test_orbax_gives_none_and_it_is_noticed(tmp_path):
         ({"method": "magic"}, r"method must be one of dense, static, .*; got 'magic'"),
         ({"epochs": 0}, r"epochs must be in \[1, inf\]; got 0"),
         ({"prune_until": 1.5}, r"prune_until must be in \[0, 1\]; got 1.5"),
+        ({"structure": "2:0"}, "structure '2:0': division by zero"),
+        ({"structure": "lines"}, "structure 'lines': expected none, 2:4 and the like, block:16x16"),
         ({"augment": "mirror"}, "augment must be one of none, reflect, zero; got 'mirror'"),
     ],
 )
@@ -325,8 +327,7 @@ def test_bf16_keeps_parameters_moments_and_updates_in_float32(tmp_path):
 def test_settings_are_read_back_as_written(tmp_path):
     run.run(own_settings(), own_data(), tmp_path, OwnNet(8))
     saved = json.loads((tmp_path / "settings.json").read_text())
-    lists = {name: tuple(value) for name, value in saved.items() if isinstance(value, list)}
-    assert settings.Settings(**saved | lists) == own_settings()
+    assert settings.from_json(saved) == own_settings()
 
 
 def test_the_readme_trains_own_images(tmp_path, monkeypatch):

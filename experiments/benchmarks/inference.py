@@ -88,7 +88,7 @@ def perceptrons(
         "Errors are relative to the largest output."
     )
     even = [
-        {"batch": str(batch), "masks": kind, "sparse wins from a sparsity of": _break_even(points)}
+        {"batch": str(batch), "masks": kind, "sparse wins from a sparsity of": break_even(points)}
         for batch, kind in itertools.product(batch_sizes, kinds)
         for points in [[(s, ratios[batch, kind, s]) for s in sparsities]]
     ]
@@ -122,8 +122,8 @@ def _error(wanted: Any, got: Any) -> str:
     return f"{np.abs(got - wanted).max() / max(np.abs(wanted).max(), 1e-30):.1e}"
 
 
-def _break_even(points: Sequence[tuple[float, float]]) -> str:
-    """Where the ratio passes 1 for good."""
+def break_even(points: Sequence[tuple[float, float]]) -> str:
+    """Where the ratio passes 1 for good, of ``(sparsity, ratio)`` in order."""
     if points[-1][1] < 1:
         return "none of these"
     for (low, below), (high, above) in reversed(list(itertools.pairwise(points))):
