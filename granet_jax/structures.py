@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from granet_jax import selection
-from granet_jax.trees import Leaf, Structure
-from granet_jax.types import Shapes
+from granet_jax.trees import Leaf, Rules, Structure, describe, join, split
+from granet_jax.types import PyTree, Shapes
 
 
 def n_of_m(m: int, *, axis: int = -2) -> Structure:
@@ -193,7 +193,9 @@ def channel(*, axis: int = -1, tie: str | None = None) -> Structure:
 
     Only where all that makes a channel nonzero is tied (kernels, biases, norm scales and offsets)
     is it exactly 0 in the network, and can :func:`granet_jax.export.compact` cut it out;
-    :func:`granet_jax.export.channel_rules` writes such rules for a given network.
+    :func:`granet_jax.export.channel_rules` writes such rules for a given network. But a channel
+    whose norm and bias are 0, too, has no gradient by which it could grow again: with methods that
+    regrow, tie kernels alone (``vectors=False`` there) and :func:`complete` the masks at the end.
 
     Args:
       axis: of the channels; -1 for the outputs of kernels ``(..., in, out)``.
@@ -230,6 +232,30 @@ def channel(*, axis: int = -1, tie: str | None = None) -> Structure:
         return jnp.broadcast_to(x.reshape(len(x), *ones), (len(x), *leaf.layer_shape))
 
     return Structure(grid, gather, spread, tie=tie)
+
+
+def complete(masks: PyTree, params: PyTree, prunable: Rules) -> PyTree:
+    """Masks with whole units: on where any weight of a unit is, of tied leaves any of a kernel.
+
+    So vectors that the training left alone follow the kernels that rules tie them to. Put the
+    result into the optimizer with :func:`granet_jax.set_masks` and train on, for the outputs
+    change: a norm's offset of a dead channel was not 0.
+
+    Args:
+      masks: bool tree of params.
+      params: tree of arrays or ``ShapeDtypeStruct``s.
+      prunable: path rules with structures.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> masks = {"kernel": jnp.array([[True, False]]), "bias": jnp.array([True, True])}
+      >>> params = {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)}
+      >>> masks = complete(masks, params, [("", channel(tie="a"))])
+      >>> masks["bias"].tolist()
+      [True, False]
+    """
+    leaves = describe(params, prunable)
+    return join(spread(live_units(split(masks, leaves), leaves), leaves), masks, leaves)
 
 
 def layers(leaves: Sequence[Leaf]) -> list[list[int]]:

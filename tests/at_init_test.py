@@ -389,3 +389,12 @@ def test_the_collapse_study_as_a_person_runs_it(tmp_path):
     assert reached["magnitude"] < reached["snip"] < reached["synflow"] <= 4.0
     assert "Above 4.22 there are fewer weights than layers" in done.stdout
     assert (tmp_path / "collapse.svg").read_text().startswith("<?xml")
+
+
+def test_structures_hold_before_training_too():
+    params = {"kernel": jax.random.normal(jax.random.key(0), (8, 6))}
+    rules = [("", gj.structures.n_of_m(4))]
+    masks = gj.at_init.magnitude(params, sparsity=0.5, scope=gj.uniform, prunable=rules)
+    groups = np.asarray(jnp.abs(params["kernel"])).reshape(2, 4, 6)
+    best = np.argsort(np.argsort(-groups, axis=1), axis=1) < 2
+    np.testing.assert_array_equal(masks["kernel"].reshape(2, 4, 6), best)

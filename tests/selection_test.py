@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from granet_jax import selection
@@ -62,9 +62,10 @@ def test_equals_a_stable_argsort():
 
 @pytest.mark.usefixtures("devices")
 def test_stacks_one_ranking_or_one_each():
-    shapes = [(2, 6), (1, 6), (3, 5), (1, 1)]
+    shapes = [(2, 6), (1, 5)]  # few, for each list of them is compiled
 
-    @given(st.lists(cases(shapes=shapes), min_size=1, max_size=5), st.data())
+    @settings(max_examples=30)
+    @given(st.lists(cases(shapes=shapes), min_size=1, max_size=3), st.data())
     def check(stack_cases, data):
         scores = [jnp.asarray(c[0]) for c in stack_cases]
         eligible = [jnp.asarray(c[2]) for c in stack_cases]

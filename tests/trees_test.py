@@ -85,7 +85,7 @@ def test_stacked_layers_are_pruned_as_if_they_were_apart():
         ([("conv_1", False)], "matches no parameter; the paths are: .*conv/kernel"),
         ([(".", False)], "No parameter is prunable"),
         ([("heads/bias", gj.Stacked(3))], r"stacks 3 axes of heads/bias, which has shape \(2, 4\)"),
-        ([("conv", 0.5)], "decides 0.5; expected True, False or Stacked"),
+        ([("conv", 0.5)], r"decides 0.5; expected True, False, Stacked\(axes\) or one"),
     ],
 )
 def test_wrong_rules(rules, message):

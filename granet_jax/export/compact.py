@@ -115,7 +115,7 @@ def cuts_table(cuts: tuple[Cut, ...]) -> str:
 
 
 def channel_rules(
-    apply_fn: Callable[..., Any], params: PyTree, *example: Any
+    apply_fn: Callable[..., Any], params: PyTree, *example: Any, vectors: bool = True
 ) -> list[tuple[str, bool | trees.Structure | trees.Stacked]]:
     """Path rules under which channels are pruned so that :func:`compact` can cut them out.
 
@@ -126,6 +126,9 @@ def channel_rules(
       apply_fn: ``(params, *inputs) -> outputs``.
       params: the tree that the optimizer trains; the rest (batch statistics) may be closed over.
       *example: inputs.
+      vectors: False = prune kernels alone, for methods that regrow: a channel whose norm and bias
+        are 0 has no gradient. Afterwards ``granet_jax.structures.complete(masks, params, rules)``
+        with the rules of True, and some steps of training more.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -146,7 +149,8 @@ def channel_rules(
         written = [i for i, ids in enumerate(value.ids) if not read.intersection(ids.tolist())]
         roots = {i: tuple(traced.channels.roots(value.ids[i]).tolist()) for i in written}
         free = [i for i in written if not fixed.keys() & set(roots[i])]
-        if len(free) == 1 and jnp.issubdtype(leaf.dtype, jnp.floating):
+        is_pruned = jnp.issubdtype(leaf.dtype, jnp.floating) and (vectors or leaf.ndim > 1)
+        if len(free) == 1 and is_pruned:
             tie = names.setdefault(roots[free[0]], path)
             rules.append((pattern, structures.channel(axis=free[0], tie=tie)))
         else:
