@@ -154,6 +154,23 @@ def test_sizes_of_resnet_50_are_those_that_rigl_published(sparsity, megabytes, t
     assert size / 1e6 == pytest.approx(megabytes, rel=0.005)
 
 
+def test_two_of_four_packs_and_unpacks():
+    kernel = np.asarray(jax.random.normal(KEY, (48, 5)), np.float16)
+    rules = [("", gj.structures.n_of_m(4))]
+    masks = gj.random_masks(KEY, {"kernel": kernel}, 0.5, gj.uniform, rules)
+    masks = {"half": np.asarray(masks["kernel"]), "fewer": np.asarray(masks["kernel"]).copy()}
+    masks["fewer"][:20] = False
+    for mask in masks.values():
+        packed = export.to_two_of_four(kernel, mask)
+        assert packed.values.shape == (5, 24)
+        assert packed.metadata.shape == (5, 3)
+        np.testing.assert_array_equal(export.from_two_of_four(packed), np.where(mask, kernel, 0))
+    with pytest.raises(ValueError, match="Of some four inputs 4 are kept"):
+        export.to_two_of_four(kernel, np.ones_like(kernel, bool))
+    with pytest.raises(ValueError, match="multiple of 16 inputs"):
+        export.to_two_of_four(kernel[:4], masks["half"][:4])
+
+
 # --- Sparse execution ---
 
 
@@ -197,6 +214,7 @@ def forced(monkeypatch, way):
     measured = sparse._fastest
     monkeypatch.setattr(sparse, "_ROUNDS", 1)
     monkeypatch.setattr(sparse, "_fastest", fastest)
+    monkeypatch.setattr(sparse, "_is_faster", lambda a, b, example: True)
 
 
 @pytest.mark.parametrize("way", ["bcsr", "gather"])
@@ -250,6 +268,16 @@ def test_what_does_not_depend_on_inputs_is_computed_once():
     ]
     assert "exp" not in names
     chex.assert_trees_all_close(sparse_apply(x), apply_fn(params, x))
+
+
+def test_a_model_that_is_not_faster_as_a_whole_is_the_dense_one(monkeypatch):
+    forced(monkeypatch, "gather")
+    monkeypatch.setattr(sparse, "_is_faster", lambda a, b, example: False)
+    apply_fn, params, masks, x = conv_net()
+    sparse_apply = export.compile(apply_fn, params, masks, x)
+    assert {choice.taken for choice in sparse_apply.choices} == {"dense"}
+    wanted = apply_fn(gj.apply_masks(params, masks), x)
+    chex.assert_trees_all_close(sparse_apply(x), wanted, **CLOSE)
 
 
 def test_dense_layers_and_loops_stay_as_they_are():

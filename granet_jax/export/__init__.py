@@ -14,3 +14,6 @@ from granet_jax.export.sparse import choices_table as choices_table
 from granet_jax.export.sparse import compile as compile
 from granet_jax.export.sparse import deserialize as deserialize
 from granet_jax.export.sparse import serialize as serialize
+from granet_jax.export.two_of_four import TwoOfFour as TwoOfFour
+from granet_jax.export.two_of_four import from_two_of_four as from_two_of_four
+from granet_jax.export.two_of_four import to_two_of_four as to_two_of_four

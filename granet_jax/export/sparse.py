@@ -6,9 +6,10 @@ matrix (BCSR, for which XLA:CPU has a kernel of its own), or by gathering the in
 """
 
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from granet_jax.export.graph import Known, Program, Step, flatten
 from granet_jax.masks import apply_masks
 from granet_jax.types import PyTree
 
-_ROUNDS = 15  # timings of each candidate; the fastest counts
+_ROUNDS = 15  # timings of each candidate; the shortest counts
 _CLEARLY = 0.95  # another way than the dense one has to take at most this share of its time
 
 
@@ -71,6 +72,7 @@ def compile(
     Returns:
       A function of the inputs. Its outputs are those of ``apply_fn`` but for the order in which
       sums are added up. Its field ``choices`` tells what was measured; see :func:`choices_table`.
+      If the whole is not faster than the dense model after all, it is the dense model.
 
     Example:
       >>> import granet_jax as gj, jax, jax.numpy as jnp
@@ -92,13 +94,29 @@ def compile(
         *example
     )
     program = _partially_evaluate(flatten(closed))
-    found = {i: _Product.of(step) for i, step in enumerate(program.steps)}
-    products = {i: product for i, product in found.items() if product is not None}
-    ready, choices = {}, []
-    for i, product in products.items():
-        ready[i], choice = _fastest(product, program.steps[i], ways)
-        choices.append(choice)
     out_tree = jax.tree.structure(shapes)
+    ready, choices = {}, []
+    for i, step in enumerate(program.steps):
+        product = _Product.of(step)
+        if product is not None:
+            way, choice = _fastest(product, step, ways)
+            choices.append(choice)
+            if choice.taken != "dense":
+                ready[i] = way
+    chosen = SparseApply(*_assemble(program, ready, example, out_tree), tuple(choices))
+    if not ready:
+        return chosen
+    dense = SparseApply(
+        *_assemble(program, {}, example, out_tree),
+        tuple(choice._replace(taken="dense") for choice in choices),
+    )
+    return chosen if _is_faster(chosen, dense, example) else dense
+
+
+def _assemble(
+    program: Program, ready: dict[int, "_Ready"], example: Any, out_tree: Any
+) -> tuple[Callable[..., Any], list[Any]]:
+    """The program as a function of its weights and inputs, some steps done in other ways."""
     weights = [
         ready[i].arrays if i in ready else step.known() for i, step in enumerate(program.steps)
     ]
@@ -109,7 +127,8 @@ def compile(
         slots = dict(enumerate(jax.tree.leaves(inputs)))
         for i, (step, arrays) in enumerate(zip(program.steps, weights, strict=True)):
             if i in ready:
-                outs = ready[i].run(arrays, slots[products[i].slot])
+                (slot,) = step.slots()
+                outs = ready[i].run(arrays, slots[slot])
             else:
                 known = iter(arrays)
                 outs = step.function(
@@ -119,7 +138,7 @@ def compile(
         outs = [slots[x] if isinstance(x, int) else x.value for x in program.outputs]
         return jax.tree.unflatten(out_tree, outs)
 
-    return SparseApply(run, weights, tuple(choices))
+    return run, weights
 
 
 def choices_table(choices: Sequence[Choice]) -> str:
@@ -331,12 +350,13 @@ def _gather(product: _Product) -> _Ready | None:
         return None
     order = np.argsort(product.weights == 0, axis=0, kind="stable")[:fan_in]
     values = np.take_along_axis(product.weights, order, axis=0)
-    parts = jnp.asarray(order.T.copy(), jnp.int32), jnp.asarray(values.T.copy())
+    narrow = jnp.uint16 if len(product.weights) < 2**16 else jnp.int32  # less to read
+    parts = jnp.asarray(order.T.copy(), narrow), jnp.asarray(values.T.copy())
 
     def run(parts: Any, x: jax.Array) -> list[jax.Array]:
         index, values = parts
         rows = product.to_rows(x)
-        gathered = rows.at[:, index].get(mode="promise_in_bounds")
+        gathered = rows.at[:, index.astype(jnp.int32)].get(mode="promise_in_bounds")
         return [product.from_rows(jnp.einsum("bnk,nk->bn", gathered, values))]
 
     return _Ready(parts, run)
@@ -360,21 +380,34 @@ def _fastest(product: _Product, step: Step, ways: Sequence[str]) -> tuple[_Ready
         tried |= {name: way for name, way in made.items() if way is not None}
     shape = _shape_of(product)
     x = jax.random.normal(jax.random.key(0), shape.shape, shape.dtype)
-    runs = {name: jax.jit(way.run) for name, way in tried.items()}
-    for name, run in runs.items():
-        jax.block_until_ready(run(tried[name].arrays, x))
-    best = dict.fromkeys(runs, math.inf)
-    for _ in range(_ROUNDS):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            jax.block_until_ready(run(tried[name].arrays, x))
-            best[name] = min(best[name], time.perf_counter() - started)
+    runs = {name: functools.partial(jax.jit(way.run), way.arrays, x) for name, way in tried.items()}
+    best = _shortest(runs)
     taken = min(best, key=lambda name: best[name])
     if best[taken] > _CLEARLY * best["dense"]:
         taken = "dense"
     described = f"{product.shape} x {product.weights.shape}"
     milliseconds = {name: 1e3 * seconds for name, seconds in best.items()}
     return tried[taken], Choice(described, density, milliseconds, taken)
+
+
+def _is_faster(a: SparseApply, b: SparseApply, example: Any) -> bool:
+    """Of whole models, for a product by itself finds its inputs in other places."""
+    inputs = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.result_type(x)), example)
+    best = _shortest({"a": lambda: a(*inputs), "b": lambda: b(*inputs)})
+    return best["a"] < best["b"]
+
+
+def _shortest(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Seconds of the fastest of some rounds; in turns, after one run to warm up."""
+    for run in runs.values():
+        jax.block_until_ready(run())
+    best = dict.fromkeys(runs, math.inf)
+    for _ in range(_ROUNDS):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            jax.block_until_ready(run())
+            best[name] = min(best[name], time.perf_counter() - started)
+    return best
 
 
 def _shape_of(product: _Product) -> jax.ShapeDtypeStruct:
