@@ -9,7 +9,7 @@ import pytest
 
 from experiments import data, run, settings
 from experiments.benchmarks import __main__ as benchmarks
-from experiments.benchmarks import inference, timing
+from experiments.benchmarks import inference, kernels, timing
 
 
 def tables(text):
@@ -63,6 +63,8 @@ def test_quick_benchmarks_write_one_file(tmp_path):
 @pytest.mark.usefixtures("_compile_quickly")
 def test_exported_models_give_the_outputs_of_dense_ones():
     perceptrons, even, training = inference.tables_of(quick=True)
+    (blocks,) = kernels.tables(quick=True)
+    assert all(float(row["largest error"]) < 0.02 for row in blocks.rows)  # of bfloat16
     assert len(perceptrons.rows) == 2 * 2 * 2
     assert all(float(row["largest error"]) < 1e-5 for row in perceptrons.rows)
     assert len(even.rows) == 2 * 2

@@ -20,6 +20,7 @@ from experiments.benchmarks import (
     compile_time,
     inference,
     input,
+    kernels,
     selection,
     step,
     tables,
@@ -36,6 +37,7 @@ BENCHMARKS = {
     "training_step": training_step.tables,
     "input": input.tables,
     "inference": inference.tables_of,
+    "kernels": kernels.tables,
 }
 
 flags.DEFINE_string("out", "docs/benchmarks.md", "the file to write; figures come beside it")
