@@ -18,7 +18,7 @@ BLOCK = (64, 64)
 def tables(quick: bool) -> list[Table]:
     """Rows for each sparsity, forward alone and with both gradients."""
     on_gpu = jax.default_backend() == "gpu"
-    size, rows_of_x, block = (4096, 4096, BLOCK) if on_gpu else (32, 16, (16, 16))
+    size, rows_of_x, block = (4096, 4096, BLOCK) if on_gpu else (32, 16, (4, 4))
     rows = []
     for sparsity in SPARSITIES:
         for what in ("forward", "forward and gradients"):
