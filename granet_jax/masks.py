@@ -163,7 +163,8 @@ def regenerate(
     Dropped are the live weights with the lowest ``drop`` score; grown are the highest by ``grow``
     among all that are then off, those just dropped included. A weight dropped and regrown in one
     event stays in ``keep``, with its value and moments. Counts of layers do not change (unless
-    ``redistribute`` moves them), and in a dense layer nothing does.
+    ``redistribute`` moves them, or ``structures.fan_in`` ablates outputs), and in a dense layer
+    nothing does.
 
     Args:
       fraction: schedule of the fraction of live weights exchanged, in [0, 1].
