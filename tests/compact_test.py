@@ -1,5 +1,7 @@
 """Compaction: smaller models with the same outputs, and what is refused."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -32,6 +34,7 @@ class Residual(nn.Module):
         return nn.BatchNorm(use_running_average=True, name=name)
 
 
+@functools.cache
 def residual():
     x = jax.random.normal(KEY, (2, 8, 8, 3))
     variables = jax.jit(Residual().init)(jax.random.key(1), x)

@@ -304,10 +304,9 @@ def test_inputs_of_other_shapes_and_unknown_ways_are_refused():
         export.compile(lambda params, x: x, params, None, jnp.ones(3), ways=["magic"])
 
 
-@pytest.mark.parametrize("way", ["bcsr", "gather"])
-def test_serialized_models_give_the_same_bits(way, monkeypatch):
+def test_serialized_models_give_the_same_outputs(monkeypatch):
     pytest.importorskip("flatbuffers")
-    forced(monkeypatch, way)
+    forced(monkeypatch, "bcsr")
     apply_fn, params, masks, x = conv_net()
     sparse_apply = export.compile(apply_fn, params, masks, x)
     data = export.serialize(sparse_apply, x)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from granet_jax import report, structures, trees
-from granet_jax.export.channels import Channels, Value, is_depthwise, of_array, of_input, trace
+from granet_jax.export.channels import is_depthwise, of_array, of_input, trace
 from granet_jax.export.graph import Program, Step, flatten
+from granet_jax.export.ids import Channels, Value
 from granet_jax.masks import apply_masks
 from granet_jax.types import PyTree
 
