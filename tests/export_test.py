@@ -59,6 +59,19 @@ def test_a_file_comes_back_bit_for_bit(tmp_path):
     assert bits(saved.masks) == bits(masks)
 
 
+def test_leaves_find_their_places_by_path(tmp_path):
+    """Twelve equal layers: as strings, "10" comes before "2"."""
+    params = [jnp.full(3, i, jnp.float32) for i in range(12)]
+    export.save(tmp_path / "model", params)
+    saved = export.load(tmp_path / "model", like=params)
+    chex.assert_trees_all_equal(saved.params, params)
+    chex.assert_trees_all_equal(saved.masks, gj.ones(params))
+    with pytest.raises(ValueError, match=r"3 is float32\(3,\), expected float32\(4,\)"):
+        export.load(tmp_path / "model", like=[*params[:3], jnp.ones(4), *params[4:]])
+    with pytest.raises(ValueError, match=r"11 is .*, expected no such leaf"):
+        export.load(tmp_path / "model", like=params[:11])
+
+
 def test_a_file_without_masks_is_dense(tmp_path):
     params, _ = odd_tree()
     export.save(tmp_path / "model", params)
@@ -76,6 +89,12 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         export.save(tmp_path / "model", params)
     assert (tmp_path / "model").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_leaves_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="Two leaves are called a/b"):
+        export.save(tmp_path / "model", {"a": {"b": jnp.ones(2)}, "a/b": jnp.zeros(2)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_masks_of_another_tree_are_refused(tmp_path):

@@ -37,6 +37,19 @@ STRUCTURES = {
         0.5,
     ),
 }
+
+
+def exchanging(method, sparsity, rules):
+    return method(
+        sparsity=sparsity,
+        update_every=4,
+        total_steps=STEPS,
+        start=gj.uniform,
+        prunable=rules,
+        key=KEY,
+    )
+
+
 METHODS = {
     "granet": lambda sparsity, rules: gj.granet(
         final_sparsity=sparsity,
@@ -49,22 +62,8 @@ METHODS = {
     "gmp": lambda sparsity, rules: gj.gmp(
         final_sparsity=sparsity, end_step=14, update_every=4, scope=gj.uniform, prunable=rules
     ),
-    "rigl": lambda sparsity, rules: gj.rigl(
-        sparsity=sparsity,
-        update_every=4,
-        total_steps=STEPS,
-        start=gj.uniform,
-        prunable=rules,
-        key=KEY,
-    ),
-    "set": lambda sparsity, rules: gj.set_(
-        sparsity=sparsity,
-        update_every=4,
-        total_steps=STEPS,
-        start=gj.uniform,
-        prunable=rules,
-        key=KEY,
-    ),
+    "rigl": lambda sparsity, rules: exchanging(gj.rigl, sparsity, rules),
+    "set": lambda sparsity, rules: exchanging(gj.set_, sparsity, rules),
     "static": lambda sparsity, rules: gj.static(
         sparsity=sparsity, start=gj.uniform, prunable=rules, key=KEY
     ),

@@ -286,9 +286,7 @@ def trained(run_dir: pathlib.Path, data_dir: str | None, batch_sizes: Sequence[i
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "model.safetensors"
         size = gj.export.save(path, params, masks)
-        params = jax.tree.unflatten(
-            jax.tree.structure(params), gj.trees.by_path(gj.export.load(path).params).values()
-        )
+        params = gj.export.load(path, like=params).params
     dense_size = sum(x.nbytes for x in jax.tree.leaves(params))
     rows = []
     for batch_size in batch_sizes:

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import pathlib
-import tempfile
 from typing import Any, NamedTuple
 
 import jax
@@ -73,6 +72,8 @@ def save(path: str | os.PathLike[str], params: PyTree, masks: PyTree | None = No
         name = "/".join(words)
         if array.dtype.kind not in "biufcV":
             raise ValueError(f"{name} is no array of numbers, but {array.dtype}.")
+        if f"values/{name}" in tensors:
+            raise ValueError(f"Two leaves are called {name} once their paths are joined.")
         leaf = _Stored.of(array, flat_masks.get(words))
         leaves.append([list(words), array.dtype.name, list(array.shape)])
         tensors[f"values/{name}"] = leaf.values
@@ -89,18 +90,22 @@ def save(path: str | os.PathLike[str], params: PyTree, masks: PyTree | None = No
     return len(data)
 
 
-def load(path: str | os.PathLike[str]) -> Saved:
+def load(path: str | os.PathLike[str], like: PyTree | None = None) -> Saved:
     """Reads what :func:`save` wrote, and checks it: lengths, counts and a SHA-256 of everything.
 
+    Args:
+      path: of the file.
+      like: a tree with the leaves that the file should hold, matched by path (arrays or
+        ``ShapeDtypeStruct``s of their shapes and dtypes); the trees returned are of its kind.
+        None = nested dicts, one level for each part of a path (indices of lists are strings, too).
+
     Returns:
-      Nested dicts of numpy arrays, one level for each part of a path (indices of lists are
-      strings, too). To put them into a tree of another kind, match paths:
-      ``jax.tree.unflatten(jax.tree.structure(params), gj.trees.by_path(saved.params).values())``
-      where the order of the leaves agrees.
+      Numpy arrays, in trees.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is truncated, changed, of a later version, or something else.
+      ValueError: the file is truncated, changed, of a later version, or something else; or it holds
+        other leaves than ``like``.
     """
     from safetensors.numpy import load as deserialize
 
@@ -116,14 +121,11 @@ def load(path: str | os.PathLike[str]) -> Saved:
         leaves = json.loads(metadata["leaves"])
         if metadata["sha256"] != _digest(leaves, tensors):
             raise ValueError("its checksum does not match, so some of it was changed")
-        params: dict[str, Any] = {}
-        masks: dict[str, Any] = {}
+        found = {}
         for words, dtype, shape in leaves:
             name = "/".join(words)
             stored = _Stored(tensors.pop(f"values/{name}"), tensors.pop(f"mask/{name}", None))
-            array, mask = stored.unpack(np.dtype(dtype), tuple(shape))
-            _put(params, words, array)
-            _put(masks, words, mask)
+            found[tuple(words)] = stored.unpack(np.dtype(dtype), tuple(shape))
         if tensors:
             raise ValueError(f"it holds tensors of no leaf: {', '.join(sorted(tensors))}")
     except Exception as error:  # whatever a hostile file brings about
@@ -131,7 +133,12 @@ def load(path: str | os.PathLike[str]) -> Saved:
             f"{path} cannot be read as a sparse model: {error or type(error).__name__}. "
             "Write it again with granet_jax.export.save."
         ) from error
-    return Saved(params, masks)
+    if like is None:
+        return Saved(*(_nested({words: pair[i] for words, pair in found.items()}) for i in (0, 1)))
+    _check_like(path, {words: array for words, (array, _) in found.items()}, trees.by_path(like))
+    in_order = [found[words] for words in trees.by_path(like)]
+    structure = jax.tree.structure(like)
+    return Saved(*(jax.tree.unflatten(structure, [pair[i] for pair in in_order]) for i in (0, 1)))
 
 
 class _Stored(NamedTuple):
@@ -184,23 +191,37 @@ def _digest(leaves: Any, tensors: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _put(tree: dict[str, Any], words: list[str], leaf: np.ndarray) -> None:
-    *front, last = words
-    for word in front:
-        tree = tree.setdefault(word, {})
-    if last in tree:
-        raise ValueError(f"two leaves are called {'/'.join(words)}")
-    tree[last] = leaf
+def _nested(flat: dict[tuple[str, ...], np.ndarray]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for (*front, last), leaf in flat.items():
+        branch = tree
+        for word in front:
+            branch = branch.setdefault(word, {})
+        branch[last] = leaf
+    return tree
+
+
+def _check_like(path: pathlib.Path, found: dict[Any, Any], wanted: dict[Any, Any]) -> None:
+    for words in sorted(found.keys() | wanted.keys()):
+        got, expected = (
+            f"{x[words].dtype}{tuple(x[words].shape)}" if words in x else "no such leaf"
+            for x in (found, wanted)
+        )
+        if got != expected:
+            raise ValueError(
+                f"{path} holds another model: {'/'.join(words)} is {got}, expected {expected}. "
+                "Load it without like=, or into the model that it was saved from."
+            )
 
 
 def _write_whole(path: pathlib.Path, data: bytes) -> None:
     """A reader sees the old file or the new one, never a part."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            pathlib.Path(file.name).replace(path)
-        except BaseException:
-            pathlib.Path(file.name).unlink(missing_ok=True)
-            raise
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -219,7 +219,6 @@ def _check_inputs(inputs: Any, example: Any) -> None:
 class _Product(NamedTuple):
     """A product with known weights, as ``x (rows, inputs) @ weights (inputs, outputs)``."""
 
-    slot: int  # of x
     weights: np.ndarray
     shape: tuple[int, ...]  # of x
     to_rows: Callable[[jax.Array], jax.Array]
@@ -238,7 +237,7 @@ class _Product(NamedTuple):
 
 def _of_dot(step: Step, side: int) -> _Product | None:
     contracted, batch = step.eqn.params["dimension_numbers"]
-    value, slot = np.asarray(step.known()[0]), step.slots()[0]
+    value = np.asarray(step.known()[0])
     if batch[0] or not contracted[0] or not jnp.issubdtype(value.dtype, jnp.floating):
         return None
     axes, x_axes = contracted[side], contracted[1 - side]
@@ -259,7 +258,7 @@ def _of_dot(step: Step, side: int) -> _Product | None:
         return y.T.reshape(*free, *rows)
 
     two_axes = weights.reshape(math.prod(inputs), -1)
-    return _Product(slot, two_axes, aval.shape, to_rows, from_rows)
+    return _Product(two_axes, aval.shape, to_rows, from_rows)
 
 
 def _of_convolution(step: Step) -> _Product | None:
@@ -307,7 +306,7 @@ def _of_convolution(step: Step) -> _Product | None:
         return jnp.transpose(y, tuple(order.index(i) for i in range(len(order))))
 
     weights = kernel.reshape(-1, num_out)
-    return _Product(step.slots()[0], weights, aval.shape, to_rows, from_rows)
+    return _Product(weights, aval.shape, to_rows, from_rows)
 
 
 class _Ready(NamedTuple):
