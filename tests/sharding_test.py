@@ -1,6 +1,7 @@
 """Sharded parameters: the same masks on any number of devices, and nothing gathered for them."""
 
 import functools
+import itertools
 import math
 import re
 
@@ -43,6 +44,12 @@ START = jax.tree.map(
 _every_step = {"update_every": 1, "prunable": RULES}
 _gradual = {**_every_step, "final_sparsity": 0.9, "end_step": STEPS}
 _sparse = {**_every_step, "sparsity": 0.6, "masks": START, "total_steps": 2 * STEPS, "key": KEY}
+
+
+def structured(structure):
+    return {"prunable": [("^blocks/", gj.Stacked(1, structure)), ("", structure)]}
+
+
 METHODS = {  # of each kind the one that does most
     "granet": lambda: gj.granet(masks=START, total_steps=STEPS, **_gradual),
     "granet_by_layer": lambda: gj.granet(total_steps=STEPS, scope=gj.erk, **_gradual),
@@ -51,6 +58,25 @@ METHODS = {  # of each kind the one that does most
     "set_itop_unexplored": lambda: gj.set_itop(unexplored_first=True, **_sparse),
     "snfs": lambda: gj.snfs(**_sparse),
 }
+REST = {  # in `make test-all`
+    "rigl": lambda: gj.rigl(**_sparse),
+    "set": lambda: gj.set_(**_sparse),
+    "set_itop": lambda: gj.set_itop(**_sparse),
+    "gmp": lambda: gj.gmp(**_gradual),
+    "granet_uniform": lambda: gj.granet(total_steps=STEPS, scope=gj.uniform, **_gradual),
+    "magnitude": lambda: gj.magnitude(sparsity=0.8, at=1, prunable=RULES),
+}
+_half = {"final_sparsity": 0.5, "end_step": 1, "update_every": 1, "scope": gj.uniform}
+STRUCTURED = {  # explicit axes do not let all of them be reshaped
+    name: functools.partial(gj.granet, total_steps=STEPS, **_half, **structured(structure))
+    for name, structure in {
+        "2:4": gj.structures.n_of_m(4),
+        "fan-in": gj.structures.fan_in(ablation=0.3),
+        "block": gj.structures.block((8, 4)),
+        "channel": gj.structures.channel(),
+    }.items()
+}
+ALL = METHODS | REST | STRUCTURED
 
 
 ABSTRACT = jax.tree.map(
@@ -109,19 +135,26 @@ def masks_of_events(method, shardings):
 
 @functools.cache
 def masks_on_one_device(name):
-    return masks_of_events(METHODS[name](), shardings_on(mesh_of(AxisType.Auto, 1, 1)))
+    return masks_of_events(ALL[name](), shardings_on(mesh_of(AxisType.Auto, 1, 1)))
 
 
 @pytest.mark.parametrize(
     ("axis_type", "name"),
     [(AxisType.Explicit, name) for name in METHODS]  # what jax.make_mesh makes
-    + [(AxisType.Auto, name) for name in ("granet", "set_by_sign")],
+    + [(AxisType.Auto, name) for name in ("granet", "set_by_sign", "2:4")]
+    + [
+        pytest.param(axis_type, name, marks=pytest.mark.full)
+        for axis_type, name in [
+            *itertools.product(AXIS_TYPES, REST),
+            *((AxisType.Auto, name) for name in STRUCTURED if name != "2:4"),
+        ]
+    ],
 )
 @pytest.mark.usefixtures("quick_compilation")
 def test_masks_are_those_of_one_device_and_lie_like_their_parameters(axis_type, name):
     mesh = mesh_of(axis_type)
     with jax.set_mesh(mesh):
-        masks = masks_of_events(METHODS[name](), shardings_on(mesh))
+        masks = masks_of_events(ALL[name](), shardings_on(mesh))
     expected = masks_on_one_device(name)
     chex.assert_trees_all_equal(masks, expected)
     for path, name in (("blocks", "kernel"), ("head", "kernel")):
