@@ -16,8 +16,8 @@ Two kinds:
   drops the lowest of the layer, and grows in each group as many as it lost.
 
 Means are sums of floats: on sharded arrays they may depend, in the last bits, on the number of
-devices, and ties and near-ties with them. Meshes with Explicit axes take ``n_of_m`` and ``channel``;
-``block`` and ``fan_in`` reshape what lies sharded, which JAX does on Auto axes alone.
+devices, and ties and near-ties with them. Meshes with Explicit axes take ``n_of_m`` and
+``channel``; ``block`` and ``fan_in`` reshape what lies sharded, which JAX does on Auto axes alone.
 """
 
 import math
