@@ -44,6 +44,10 @@ def _define_flags() -> None:
     flags.DEFINE_integer("bytes", 2_500_000, "of training text in all", lower_bound=1)
     flags.DEFINE_float("learning_rate", 2e-3, "peak of AdamW", lower_bound=0)
     flags.DEFINE_float("sparsity", 0.8, "fraction of zeros among prunable weights at the end")
+    flags.DEFINE_string("structure", "none", "of masks: none, 2:4 and the like, block:RxC, fan_in")
+    flags.DEFINE_boolean(
+        "block_kernel", False, "dense layers multiply only by blocks that are on; see train --help"
+    )
     flags.DEFINE_integer("update_every", 20, "steps between mask updates (Delta T)", lower_bound=1)
     flags.DEFINE_float(
         "prune_until", 0.5, "gradual pruning ends at this fraction of training", 0.0, 1.0

@@ -45,6 +45,8 @@ class Config(NamedTuple):
     bytes: int
     learning_rate: float
     sparsity: float
+    structure: str
+    block_kernel: bool
     update_every: int
     prune_until: float
     eval_every: int
@@ -119,6 +121,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
       ValueError: the settings do not fit each other or the mesh.
     """
     _check(config, mesh)
+    methods.check_block_kernel(config)
     size = transformer.SIZES[config.size]
     model = transformer.Transformer(
         size,
@@ -152,23 +155,25 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         step = jnp.zeros([], jnp.int32)
         return State(step, params, opt_state, forward_ratio(opt_state), jax.random.fold_in(key, 2))
 
-    def loss_fn(params: Any, windows: jax.Array) -> jax.Array:
+    def loss_fn(params: Any, windows: jax.Array, masks: Any) -> jax.Array:
         windows = jax.lax.with_sharding_constraint(
             windows.astype(jnp.int32), NamedSharding(mesh, PartitionSpec(_BATCH))
         )
-        logits = model.apply({"params": params}, windows[:, :-1])
+        logits = model.apply({"params": params, **masks}, windows[:, :-1])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
         return jnp.mean(losses)
 
     def one_step(state: State, text: jax.Array) -> tuple[State, Log]:
         key = jax.random.fold_in(state.key, state.step)
         windows = draw_windows(key, text, config.batch_size, config.context + 1)
-        loss, grads = jax.value_and_grad(loss_fn)(state.params, windows)
+        step = state.step + 1
+        is_update_step = method.is_update_step(step)
+        with methods.products(config, state.opt_state, is_update_step) as masks:
+            loss, grads = jax.value_and_grad(loss_fn)(state.params, windows, masks)
         updates, opt_state = update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        step = state.step + 1
         forward = jax.lax.cond(
-            method.is_update_step(step), lambda: forward_ratio(opt_state), lambda: state.forward
+            is_update_step, lambda: forward_ratio(opt_state), lambda: state.forward
         )
         return State(step, params, opt_state, forward, state.key), Log(loss, state.forward)
 
@@ -184,7 +189,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
 
     @jax.jit
     def losses_of(params: Any, windows: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda batch: loss_fn(params, batch), windows)
+        return jax.lax.map(lambda batch: loss_fn(params, batch, {}), windows)
 
     def evaluate(state: State, windows: jax.Array) -> float:
         batches = windows.reshape(-1, config.batch_size, config.context + 1)
@@ -228,14 +233,15 @@ def learning_rate(config: Config) -> optax.Schedule:
 
 
 def _make_method(config: Config, key: jax.Array) -> gj.Method:
+    structure = methods.parse_structure(config.structure, config.sparsity)
     plan = methods.Plan(
         sparsity=config.sparsity,
         update_every=config.update_every,
         prune_end_step=max(1, round(config.prune_until * config.total_steps)),
         total_steps=config.total_steps,
         initial_threshold=0.0,  # only of methods that are not in METHODS
-        prunable=PRUNABLE,
-        start=gj.erk,
+        prunable=[("^blocks/", gj.Stacked(1, structure))],
+        start=gj.erk if structure is None else gj.uniform,
         key=key,
     )
     method = methods.METHODS[config.method].make(plan)

@@ -1,8 +1,9 @@
 """The one table from the values of ``--method`` to methods of the library."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -29,13 +30,67 @@ def parse_structure(text: str, sparsity: float) -> gj.trees.Structure | None:
             if not math.isclose(1 - n / m, sparsity, abs_tol=1e-9):
                 raise ValueError(f"{text} is a sparsity of {1 - n / m}, not {sparsity}")
             return gj.structures.n_of_m(m)
-        if name == "block":
-            return gj.structures.block([int(side) for side in number.split("x")])
+        if (sides := parse_block(text)) is not None:
+            return gj.structures.block(sides)
         if name == "fan_in":
             return gj.structures.fan_in(ablation=float(number or 0))
         raise ValueError("expected none, 2:4 and the like, block:16x16, fan_in or fan_in:0.3")
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"structure {text!r}: {error}.") from error
+
+
+def parse_block(text: str) -> tuple[int, ...] | None:
+    """The sides of the blocks of a ``--structure``; None = it has others, or none."""
+    name, _, number = text.partition(":")
+    return tuple(int(side) for side in number.split("x")) if name == "block" else None
+
+
+def check_block_kernel(config: Any) -> None:
+    """Whether ``--block_kernel``, if it is given, can be had.
+
+    Args:
+      config: settings with ``structure`` and ``block_kernel``.
+
+    Raises:
+      ValueError: the structure has no blocks of two sides, or there are several GPUs.
+    """
+    if not config.block_kernel:
+        return
+    if len(parse_block(config.structure) or ()) != 2:
+        raise ValueError(
+            f"--block_kernel needs a structure as block:64x64; got {config.structure!r}."
+        )
+    if jax.default_backend() == "gpu" and jax.device_count() > 1:
+        raise ValueError(
+            f"--block_kernel works on one GPU; there are {jax.device_count()}. Leave it out, or "
+            "hide the others by CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+@contextlib.contextmanager
+def products(config: Any, opt_state: Any, is_update_step: jax.Array) -> Iterator[dict[str, Any]]:
+    """How dense layers multiply in training: all, or only the blocks that are on.
+
+    Args:
+      config: settings with ``method``, ``structure``, ``block_kernel`` and ``update_every``.
+      opt_state: holds the masks.
+      is_update_step: whether this step's gradients may grow weights.
+
+    Yields:
+      What the model's variables have to hold besides, within the context.
+    """
+    if not config.block_kernel:
+        yield {}
+        return
+    block = parse_block(config.structure)
+    assert block is not None  # see check_block_kernel
+    always = METHODS[config.method].dense_gradients(config.update_every) == 1.0
+    with gj.kernels.dense_in_blocks(
+        (block[0], block[1]),
+        dense_gradient=is_update_step | always,
+        interpret=jax.default_backend() != "gpu",
+    ):
+        yield {"masks": gj.get_masks(opt_state)}
 
 
 class Plan(NamedTuple):

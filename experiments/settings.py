@@ -72,6 +72,11 @@ class Settings:
         "to, as granet_uniform",
         "none",
     )
+    block_kernel: bool = _flag(
+        "dense layers multiply only by the blocks that are on, in training, too; with "
+        "--structure=block:RxC on one GPU (elsewhere simulated, slowly)",
+        False,
+    )
     prune_until: float = _flag(
         "gradual pruning ends at this fraction of training", 0.5, low=0, high=1
     )

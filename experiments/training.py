@@ -97,6 +97,7 @@ def make_trainer(
             f"--batch_size={config.batch_size} is no multiple of the {jax.device_count()} devices "
             "that share a batch."
         )
+    methods.check_block_kernel(config)
     image = jax.ShapeDtypeStruct((1, *data.image_shape(dataset.train)), jnp.float32)
     make_method = functools.partial(optimizers.make_method, config, steps_per_epoch)
     # The methods' keys are in the state; the one given here is not used again.
@@ -147,14 +148,16 @@ def make_trainer(
     def loss_fn(params: Any, state: State, batch: Batch) -> tuple[jax.Array, Any]:
         dropout = {"dropout": jax.random.fold_in(_key_of_step(state), 0)}
         collected = list(state.model_state)
-        logits, model_state = forward(
-            family.weights(params),
-            state.model_state,
-            batch.images,
-            True,
-            rngs=dropout,
-            mutable=collected,
-        )
+        is_update_step = family.is_update_step(state.step + 1)
+        with methods.products(config, state.opt_state, is_update_step) as masks:
+            logits, model_state = forward(
+                family.weights(params),
+                {**state.model_state, **masks},
+                batch.images,
+                True,
+                rngs=dropout,
+                mutable=collected,
+            )
         labels = jax.nn.one_hot(batch.labels, dataset.num_classes)
         labels = optax.smooth_labels(labels, config.label_smoothing)
         losses = optax.softmax_cross_entropy(logits.astype(jnp.float32), labels)

@@ -6,6 +6,7 @@ blocks of a kernel that are on, in the forward pass and in both gradients, so th
 when the masks change, nothing is compiled again.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ def block_matmul(
     mask: jax.Array,
     block: tuple[int, int],
     *,
-    dense_gradient: bool = False,
+    dense_gradient: bool | jax.Array = False,
     interpret: bool = False,
 ) -> jax.Array:
     """``x @ where(mask, kernel, 0)`` for a mask made of blocks, without the empty ones.
@@ -36,7 +37,7 @@ def block_matmul(
       block: its shape ``(rows, columns)``. A GPU takes powers of two from 16 on, best 32 to 128;
         blocks at the edges may be smaller.
       dense_gradient: also compute the gradient of weights that are off, which growth by gradients
-        needs (at events; ``jax.lax.cond`` on ``method.is_update_step`` chooses). False = 0 there.
+        needs: ``method.is_update_step(step)``, a traced bool, is true where it does. False = 0.
       interpret: run the kernel as ordinary operations, one program after the other: for tests on
         CPU. False = on a GPU, by Triton; not on TPUs.
 
@@ -64,8 +65,53 @@ def block_matmul(
         raise ValueError(f"A block has at least one row and one column; got {block}.")
     live = mask[:: block[0], :: block[1]]
     rows = x.reshape(-1, x.shape[-1])
-    product = _product(tuple(block), dense_gradient, interpret)
-    return product(rows, kernel, live).reshape(*x.shape[:-1], kernel.shape[1])
+    product = _product(tuple(block), interpret)
+    y = product(rows, kernel, live, live | jnp.asarray(dense_gradient))
+    return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def dense_in_blocks(
+    block: tuple[int, int],
+    *,
+    dense_gradient: bool | jax.Array = False,
+    interpret: bool = False,
+) -> contextlib.AbstractContextManager[None]:
+    """A context in which Flax's ``nn.Dense`` multiplies by :func:`block_matmul`.
+
+    Layers take part whose kernel has a mask in the collection "masks" of the variables; others,
+    and all while parameters are made, are left alone. ``nn.scan`` has to hand out the collection
+    as it does "params". Needs the package flax.
+
+    Args:
+      block: as for :func:`block_matmul`, for all layers.
+      dense_gradient: as there.
+      interpret: as there.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> model, x = nn.Dense(8), jnp.ones((1, 8))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> masks = {"kernel": jnp.zeros((8, 8), bool), "bias": jnp.ones(8, bool)}
+      >>> with dense_in_blocks((4, 4), interpret=True):
+      ...     model.apply({"params": params, "masks": masks}, x).tolist()
+      [[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
+    """
+    import flax.linen as nn
+
+    def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        layer = context.module
+        multiplies = type(layer) is nn.Dense and context.method_name == "__call__"
+        if not multiplies or not layer.has_variable("masks", "kernel"):
+            return call(*args, **kwargs)
+        names = ("kernel", "bias") if layer.use_bias else ("kernel",)
+        weights = [layer.get_variable("params", name) for name in names]
+        x, kernel, *bias = layer.promote_dtype(*args, *kwargs.values(), *weights, dtype=layer.dtype)
+        mask = layer.get_variable("masks", "kernel")
+        y = block_matmul(x, kernel, mask, block, dense_gradient=dense_gradient, interpret=interpret)
+        return y + bias[0].reshape((1,) * (y.ndim - 1) + (-1,)) if bias else y
+
+    context: contextlib.AbstractContextManager[None] = nn.intercept_methods(intercept)
+    return context
 
 
 _ROWS = 64  # of x that one program multiplies
@@ -73,23 +119,28 @@ _ROWS = 64  # of x that one program multiplies
 
 @functools.cache
 def _product(
-    block: tuple[int, int], dense_gradient: bool, interpret: bool
-) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """The product of ``x``, a kernel and its live blocks, with gradients of its own."""
+    block: tuple[int, int], interpret: bool
+) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """The product of ``x``, a kernel and its live blocks, with gradients of its own.
+
+    The fourth argument says of which blocks the gradient is wanted.
+    """
 
     @jax.custom_vjp
-    def product(x: jax.Array, kernel: jax.Array, live: jax.Array) -> jax.Array:
+    def product(x: jax.Array, kernel: jax.Array, live: jax.Array, wanted: jax.Array) -> jax.Array:
         return _times(x, kernel, live, block, interpret)
 
-    def forward(x: jax.Array, kernel: jax.Array, live: jax.Array) -> tuple[jax.Array, Any]:
-        return product(x, kernel, live), (x, kernel, live)
+    def forward(
+        x: jax.Array, kernel: jax.Array, live: jax.Array, wanted: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        return _times(x, kernel, live, block, interpret), (x, kernel, live, wanted)
 
-    def backward(saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, Any]:
-        x, kernel, live = saved
+    def backward(saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, Any, Any]:
+        x, kernel, live, wanted = saved
         dx = _times(dy, kernel.T, live.T, block[::-1], interpret)
-        wanted = jnp.ones_like(live) if dense_gradient else live
         d_kernel = _outer(x, dy, wanted, block, interpret)
-        return dx, d_kernel, np.zeros(live.shape, jax.dtypes.float0)
+        no_gradient = np.zeros(live.shape, jax.dtypes.float0)
+        return dx, d_kernel, no_gradient, no_gradient
 
     product.defvjp(forward, backward)
     return product

@@ -1,5 +1,6 @@
 """The programs as a person runs them, on the data that ships with a dependency."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -232,6 +233,22 @@ def test_families_of_methods_through_a_run(method, changes, expected, tmp_path):
     else:
         assert 0.0 < record["sparsity"] < 1.0
         assert record["live"] == live
+
+
+def test_block_kernel_by_flag():
+    """As without it, but for the order of sums."""
+    settled = config(method="granet_uniform", structure="block:16x16", sparsity=0.5, epochs=1)
+    runs = []
+    for block_kernel in (False, True):
+        chosen = dataclasses.replace(settled, block_kernel=block_kernel, batch_size=128)
+        trainer = training.make_trainer(chosen, data.load("digits"))
+        runs.append(trainer.run(trainer.init(0), None, 11))
+    (plain, losses), (by_blocks, same_losses) = runs
+    chex.assert_trees_all_close(losses, same_losses, rtol=1e-4)
+    chex.assert_trees_all_equal(*(gj.get_masks(s.opt_state) for s in (plain, by_blocks)))
+    assert gj.get_masks(plain.opt_state)["fc1"]["kernel"].mean() < 0.9
+    with pytest.raises(ValueError, match="--block_kernel needs a structure as block:64x64"):
+        training.make_trainer(dataclasses.replace(chosen, structure="fan_in"), data.load("digits"))
 
 
 @pytest.mark.parametrize("method", ["granet_uniform", "rigl"])

@@ -232,6 +232,7 @@ def forced(monkeypatch, way):
 
     measured = sparse._fastest
     monkeypatch.setattr(sparse, "_ROUNDS", 1)
+    monkeypatch.setattr(sparse, "_SMALLEST_TILE", 1)
     monkeypatch.setattr(sparse, "_fastest", fastest)
     monkeypatch.setattr(sparse, "_is_faster", lambda a, b, example: True)
 
@@ -240,7 +241,7 @@ def forced(monkeypatch, way):
 def test_each_way_gives_the_outputs_of_the_dense_model(way, monkeypatch):
     forced(monkeypatch, way)
     apply_fn, params, masks, x = conv_net()
-    sparse_apply = export.compile(apply_fn, params, masks, x)
+    sparse_apply = export.compile(apply_fn, params, masks, x, ways=[way])
     taken = [choice.taken for choice in sparse_apply.choices]
     assert taken == [way] * 8  # three convolutions, four products of attention, the last layer
     wanted = apply_fn(gj.apply_masks(params, masks), x)
@@ -248,7 +249,7 @@ def test_each_way_gives_the_outputs_of_the_dense_model(way, monkeypatch):
     chex.assert_trees_all_close(jax.jit(sparse_apply)(x), wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("way", ["bcsr", "gather"])
+@pytest.mark.parametrize("way", ["bcsr", "bcsr4", "gather"])
 @pytest.mark.parametrize(
     "spec", ["bi,io->bo", "io,bi->bo", "oi,bi->ob", "bci,iho->bcho", "i,io->o"]
 )
@@ -267,10 +268,17 @@ def test_products_in_any_layout(spec, way, monkeypatch):
         pair = (params["kernel"], x) if weight_first else (x, params["kernel"])
         return jnp.einsum(spec, *pair)
 
-    sparse_apply = export.compile(apply_fn, {"kernel": kernel}, masks, x)
+    sparse_apply = export.compile(apply_fn, {"kernel": kernel}, masks, x, ways=[way])
     assert [choice.taken for choice in sparse_apply.choices] == [way]
     dense = apply_fn(gj.apply_masks({"kernel": kernel}, masks), x)
     chex.assert_trees_all_close(sparse_apply(x), dense, **CLOSE)
+
+
+def test_small_inputs_are_not_cut_into_tiles():
+    params = {"kernel": jnp.eye(8)}
+    sparse_apply = export.compile(lambda p, x: x @ p["kernel"], params, None, jnp.ones((4, 8)))
+    (choice,) = sparse_apply.choices
+    assert list(choice.milliseconds) == ["dense", "bcsr", "gather"]
 
 
 def test_what_does_not_depend_on_inputs_is_computed_once():
@@ -293,7 +301,7 @@ def test_a_model_that_is_not_faster_as_a_whole_is_the_dense_one(monkeypatch):
     forced(monkeypatch, "gather")
     monkeypatch.setattr(sparse, "_is_faster", lambda a, b, example: False)
     apply_fn, params, masks, x = conv_net()
-    sparse_apply = export.compile(apply_fn, params, masks, x)
+    sparse_apply = export.compile(apply_fn, params, masks, x, ways=["gather"])
     assert {choice.taken for choice in sparse_apply.choices} == {"dense"}
     wanted = apply_fn(gj.apply_masks(params, masks), x)
     chex.assert_trees_all_close(sparse_apply(x), wanted, **CLOSE)
@@ -327,6 +335,6 @@ def test_serialized_models_give_the_same_outputs(monkeypatch):
     pytest.importorskip("flatbuffers")
     forced(monkeypatch, "bcsr")
     apply_fn, params, masks, x = conv_net()
-    sparse_apply = export.compile(apply_fn, params, masks, x)
+    sparse_apply = export.compile(apply_fn, params, masks, x, ways=["bcsr"])
     data = export.serialize(sparse_apply, x)
     chex.assert_trees_all_close(export.deserialize(data)(x), sparse_apply(x), **CLOSE)

@@ -3,6 +3,7 @@
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,20 +92,15 @@ def test_training_through_it_is_training_under_the_masks():
     )
     tx = gj.sparsify(optax.sgd(0.1, momentum=0.9), method)
 
-    def loss(params, masks, dense_gradient):
-        product = block_matmul(
-            x, params["kernel"], masks["kernel"], block, dense_gradient=dense_gradient
-        )
+    def loss(params, masks, is_event):
+        kernel, mask = params["kernel"], masks["kernel"]
+        product = block_matmul(x, kernel, mask, block, dense_gradient=is_event)
         return jnp.mean((product - y) ** 2)
 
     @jax.jit
     def sparse_step(params, state):
         is_event = method.is_update_step(state.mask_step + 1)
-        grads = jax.lax.cond(
-            is_event,
-            lambda: jax.grad(loss)(params, gj.get_masks(state), True),
-            lambda: jax.grad(loss)(params, gj.get_masks(state), False),
-        )
+        grads = jax.grad(loss)(params, gj.get_masks(state), is_event)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -121,6 +117,29 @@ def test_training_through_it_is_training_under_the_masks():
         sparse, dense = sparse_step(*sparse), dense_step(*dense)
         chex.assert_trees_all_equal(gj.get_masks(sparse[1]), gj.get_masks(dense[1]))
         chex.assert_trees_all_close(sparse[0], dense[0], rtol=1e-5, atol=1e-6)
+
+
+def test_dense_layers_of_flax_with_masks_and_without():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Dense(12, dtype=jnp.bfloat16, name="a")(x))
+            x = nn.Dense(8, use_bias=False, name="b")(inputs=x.astype(jnp.float32))
+            return nn.Dense(3, name="head")(x)
+
+    x = jax.random.normal(jax.random.key(0), (2, 5, 16))
+    with kernels.dense_in_blocks((4, 4), interpret=True):
+        params = Net().init(jax.random.key(1), x)["params"]
+    rules = [("head", False), ("", structures.block((4, 4)))]
+    masks = gj.random_masks(jax.random.key(2), params, 0.5, gj.uniform, rules)
+    variables = {"params": params, "masks": {name: masks[name] for name in "ab"}}
+    with kernels.dense_in_blocks((4, 4), interpret=True):
+        trace = str(jax.make_jaxpr(Net().apply)(variables, x))
+        y = Net().apply(variables, x)
+    assert trace.count(" = pallas_call") == 2
+    wanted = Net().apply({"params": gj.apply_masks(params, masks)}, x)
+    chex.assert_trees_all_close(y, wanted, rtol=1e-2, atol=1e-2)  # bfloat16
+    assert "pallas_call" not in str(jax.make_jaxpr(Net().apply)(variables, x))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

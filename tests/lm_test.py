@@ -4,6 +4,7 @@ import doctest
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +26,8 @@ CONFIG = lm_training.Config(
     bytes=8 * 4 * 8,
     learning_rate=1e-2,
     sparsity=0.75,
+    structure="none",
+    block_kernel=False,
     update_every=2,
     prune_until=0.5,
     eval_every=2,
@@ -227,6 +230,29 @@ def test_masks_are_the_same_on_a_mesh(tmp_path, data, monkeypatch):
     assert np.isfinite(result.history[-1]["loss"])
 
 
+def test_training_by_the_blocks_that_are_on_is_training_under_masks(data):
+    """Also of stacked layers that are computed again in the backward pass."""
+    config = CONFIG._replace(method="rigl", structure="block:4x4", remat=True, bytes=6 * 4 * 8)
+    logs, states = [], []
+    for block_kernel in (False, True):
+        trainer = lm_training.make_trainer(
+            config._replace(block_kernel=block_kernel), mesh_of(1, 1, 1)
+        )
+        state, told = trainer.init(), []
+        for _ in range(3):
+            state, log = trainer.chunk(state, jnp.asarray(data.train))
+            told.append(log)
+        logs.append(told)
+        states.append(state)
+    chex.assert_trees_all_close(*logs, rtol=1e-4)
+    masks = [gj.get_masks(state.opt_state) for state in states]
+    chex.assert_trees_all_equal(*masks)
+    for kernel in jax.tree.leaves(masks[0]["blocks"]):
+        if kernel.ndim == 3:
+            units = kernel.reshape(2, kernel.shape[1] // 4, 4, -1, 4).mean((2, 4))
+            assert set(np.unique(units)) == {0.0, 1.0}
+
+
 @pytest.mark.parametrize(
     ("change", "mesh", "message"),
     [
@@ -235,6 +261,7 @@ def test_masks_are_the_same_on_a_mesh(tmp_path, data, monkeypatch):
         ({"batch_size": 3}, (2, 1, 1), "no multiple of the 2 devices"),
         ({}, (1, 1, 4), "does not divide the 2 heads"),
         ({"batch_size": 3}, (1, 3, 1), "cannot be cut into 3"),
+        ({"structure": "fan_in", "block_kernel": True}, (1, 1, 1), "as block:64x64; got 'fan_in'"),
     ],
 )
 def test_what_does_not_fit_is_told(change, mesh, message):

@@ -113,7 +113,7 @@ def _apply_perceptron(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.A
 def _of_first(sparse_apply: gj.export.SparseApply) -> dict[str, str]:
     """Milliseconds of the first product in each way."""
     first = sparse_apply.choices[0].milliseconds
-    ways = ("dense", "bcsr", "gather")
+    ways = ("dense", "bcsr", "bcsr2", "bcsr4", "gather")
     return {way: timing.figure(first[way]) if way in first else "not tried" for way in ways}
 
 

@@ -55,5 +55,6 @@ def ms(seconds: float) -> str:
 
 def quartiles(values: Sequence[float], show: Callable[[float], str] = "{:.2f}".format) -> str:
     """The first and the third, as shown in tables; of one value, that value twice."""
-    first, _, third = statistics.quantiles([*values] * (2 if len(values) == 1 else 1), n=4)
+    twice = [*values] * (2 if len(values) == 1 else 1)
+    first, _, third = statistics.quantiles(twice, n=4, method="inclusive")
     return f"{show(first)} to {show(third)}"

@@ -51,7 +51,10 @@ class Transformer(nn.Module):
             table = jax.lax.with_sharding_constraint(table, whole)
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         blocks = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth
+            block,
+            variable_axes={"params": 0, "masks": 0},  # masks where dense layers ask for them
+            split_rngs={"params": True},
+            length=depth,
         )
         x = table[tokens.reshape(-1)] * math.sqrt(width)
         stack = blocks(heads, depth, tokens.shape[1], self.dtype, self.sharding, name="blocks")

@@ -55,7 +55,7 @@ def compile(
     params: PyTree,
     masks: PyTree | None,
     *example: Any,
-    ways: Sequence[str] = ("bcsr", "gather"),
+    ways: Sequence[str] = ("bcsr", "bcsr2", "bcsr4", "gather"),
 ) -> SparseApply:
     """A model's inference, each of its products done in the fastest way.
 
@@ -67,7 +67,8 @@ def compile(
       params: the trained parameters, and whatever else ``apply_fn`` takes as its first argument.
       masks: bool tree; its leaves find their parameters by path. None = zeros count as pruned.
       *example: inputs of the shapes and dtypes to compile for; their values do not matter.
-      ways: what to try besides the dense product: "bcsr", "gather".
+      ways: what to try besides the dense product: "bcsr"; "bcsr2" and "bcsr4", the same in two and
+        four tiles of the inputs, where these are large; "gather".
 
     Returns:
       A function of the inputs. Its outputs are those of ``apply_fn`` but for the order in which
@@ -147,10 +148,10 @@ def choices_table(choices: Sequence[Choice]) -> str:
     Example:
       >>> choice = Choice("(1, 8) x (8, 4)", 0.25, {"dense": 2.0, "bcsr": 1.0}, "bcsr")
       >>> print(choices_table([choice]))
-      product          density  dense (ms)  bcsr (ms)  gather (ms)  taken  times faster
-      (1, 8) x (8, 4)  0.2500       2.0000     1.0000            -   bcsr          2.00
+      product          density  dense (ms)  bcsr (ms)  taken  times faster
+      (1, 8) x (8, 4)  0.2500       2.0000     1.0000   bcsr          2.00
     """
-    names = ["dense", *_WAYS]
+    names = [n for n in ("dense", *_WAYS) if any(n in choice.milliseconds for choice in choices)]
     rows = [("product", "density", *(f"{name} (ms)" for name in names), "taken", "times faster")]
     for choice in choices:
         each = [choice.milliseconds.get(name) for name in names]
@@ -316,35 +317,60 @@ class _Ready(NamedTuple):
     run: Callable[[Any, jax.Array], list[jax.Array]]  # (arrays, x) -> [output]
 
 
-def _bcsr(product: _Product) -> _Ready | None:
+def _bcsr(product: _Product, num_tiles: int = 1) -> _Ready | None:
     """A sparse matrix times a dense one: a kernel of XLA:CPU; on a GPU cuSPARSE.
 
-    All that rests on JAX's experimental sparse module.
+    For each weight the kernel reads one input of all rows. Where the inputs do not fit a core's
+    cache, it is faster to go through a tile of them for all outputs before the next. The sum over
+    tiles is a product with ones, for XLA would fuse any other with the transposition, and do both
+    slowly.
     """
-    from jax.experimental import sparse
-
-    if product.weights.dtype != np.float32:
+    num_inputs, num_outputs = product.weights.shape
+    small = num_tiles > 1 and _num_rows(product) * num_inputs < num_tiles * _SMALLEST_TILE
+    if small or product.weights.dtype != np.float32:
         return None
-    transposed = product.weights.T
-    rows, columns = np.nonzero(transposed)
-    ends = np.cumsum(np.bincount(rows, minlength=len(transposed)))
-    parts = (
-        jnp.asarray(transposed[rows, columns]),
-        jnp.asarray(columns, jnp.int32),
-        jnp.asarray(np.concatenate([[0], ends]), jnp.int32),
-    )
+    outputs, inputs = np.nonzero(product.weights.T)
+    tiles = inputs * num_tiles // max(num_inputs, 1)
+    order = np.argsort(tiles, kind="stable")
+    values = product.weights[inputs, outputs][order]
+    rows = (tiles * num_outputs + outputs)[order]
+    matrices = [(values, inputs[order], rows, (num_tiles * num_outputs, num_inputs))]
+    if num_tiles > 1:
+        ones = np.ones(num_tiles * num_outputs, np.float32)
+        rows, tiles = np.divmod(np.arange(len(ones)), num_tiles)
+        matrices.append((ones, tiles * num_outputs + rows, rows, (num_outputs, len(ones))))
+    parts = [
+        (jnp.asarray(values), jnp.asarray(columns, jnp.int32), _ends_of_rows(rows, shape))
+        for values, columns, rows, shape in matrices
+    ]
 
     def run(parts: Any, x: jax.Array) -> list[jax.Array]:
-        matrix = sparse.BCSR(parts, shape=transposed.shape)
-        return [product.from_rows((matrix @ product.to_rows(x).T).T)]
+        y = product.to_rows(x).T
+        for part, (*_, shape) in zip(parts, matrices, strict=True):
+            y = _sparse_times_dense(part, shape, y)
+        return [product.from_rows(y.T)]
 
     return _Ready(parts, run)
+
+
+def _ends_of_rows(rows: np.ndarray, shape: tuple[int, int]) -> jax.Array:
+    """Where each row's values begin among all, and the last row's end."""
+    ends = np.cumsum(np.bincount(rows, minlength=shape[0]))
+    return jnp.asarray(np.concatenate([[0], ends]), jnp.int32)
+
+
+def _sparse_times_dense(parts: Any, shape: tuple[int, ...], x: jax.Array) -> jax.Array:
+    """All that rests on JAX's experimental sparse module."""
+    from jax.experimental import sparse
+
+    product: jax.Array = sparse.BCSR(parts, shape=shape) @ x
+    return product
 
 
 def _gather(product: _Product) -> _Ready | None:
     """Each output gathers its inputs, as many for all as the fullest one has."""
     fan_in = max(int(np.count_nonzero(product.weights, axis=0).max()), 1)
-    num_rows = math.prod(jax.eval_shape(product.to_rows, _shape_of(product)).shape[:1])
+    num_rows = _num_rows(product)
     if num_rows * fan_in * product.weights.shape[1] > _LARGEST_GATHER:
         return None
     order = np.argsort(product.weights == 0, axis=0, kind="stable")[:fan_in]
@@ -356,13 +382,21 @@ def _gather(product: _Product) -> _Ready | None:
         index, values = parts
         rows = product.to_rows(x)
         gathered = rows.at[:, index.astype(jnp.int32)].get(mode="promise_in_bounds")
-        return [product.from_rows(jnp.einsum("bnk,nk->bn", gathered, values))]
+        # A product with ones adds up faster than a sum on CPU.
+        ones = jnp.ones(values.shape[1], values.dtype)
+        return [product.from_rows((gathered * values[None]) @ ones)]
 
     return _Ready(parts, run)
 
 
+_SMALLEST_TILE = 2**16  # entries, 256 KiB: fits in any core's second cache
 _LARGEST_GATHER = 2**26  # entries; more of them are never fast
-_WAYS = {"bcsr": _bcsr, "gather": _gather}
+_WAYS: dict[str, Callable[[_Product], _Ready | None]] = {
+    "bcsr": _bcsr,
+    "bcsr2": functools.partial(_bcsr, num_tiles=2),
+    "bcsr4": functools.partial(_bcsr, num_tiles=4),
+    "gather": _gather,
+}
 
 
 def _fastest(product: _Product, step: Step, ways: Sequence[str]) -> tuple[_Ready, Choice]:
@@ -407,6 +441,10 @@ def _shortest(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
             jax.block_until_ready(run())
             best[name] = min(best[name], time.perf_counter() - started)
     return best
+
+
+def _num_rows(product: _Product) -> int:
+    return int(jax.eval_shape(product.to_rows, _shape_of(product)).shape[0])
 
 
 def _shape_of(product: _Product) -> jax.ShapeDtypeStruct:
