@@ -36,11 +36,11 @@ class Residual(nn.Module):
 
 @functools.cache
 def residual():
-    x = jax.random.normal(KEY, (2, 8, 8, 3))
-    variables = jax.jit(Residual().init)(jax.random.key(1), x)
-    # Nothing is 0 or 1 by initialisation.
+    draw = np.random.default_rng(0)  # compiles nothing
+    x = jnp.asarray(draw.normal(size=(2, 8, 8, 3)), jnp.float32)
     drawn = jax.tree.map(
-        lambda a: a + 0.1 + jax.random.uniform(jax.random.key(2), a.shape), variables
+        lambda a: jnp.asarray(draw.uniform(-1 if a.ndim > 1 else 0.1, 1.1, a.shape), a.dtype),
+        jax.eval_shape(Residual().init, jax.random.key(1), x),
     )
 
     def apply_fn(params, x):
@@ -88,15 +88,89 @@ def test_a_dense_model_stays_as_it_is():
     chex.assert_trees_all_close(small.apply(params, x), apply_fn(params, x), rtol=1e-5)
 
 
-def test_filters_under_a_norm_that_is_not_pruned_stay_and_are_told():
+def test_filters_under_a_norm_that_is_not_pruned():
+    """They go where what reads them has a bias and no edges; others stay and are told."""
     apply_fn, params, x = residual()
-    rules = [("conv1/kernel", structures.channel()), ("", False)]
+    rules = [("(stem|conv1)/kernel", structures.channel()), ("", False)]
     masks = gj.random_masks(KEY, params, 0.5, gj.uniform, rules)
     small = export.compact(apply_fn, params, masks, x)
-    (cut,) = small.cuts
-    assert (cut.path, cut.axis, cut.before, cut.after) == ("conv1/kernel", 3, 6, 6)
-    assert cut.refused == {"a product reads it": 3}
-    assert "3: a product reads it" in export.cuts_table(small.cuts)
+    told = {(cut.path, cut.axis): (cut.before, cut.after, cut.refused) for cut in small.cuts}
+    assert told["conv1/kernel", 3] == told["norm1/bias", 0] == (6, 3, {})
+    assert told["stem/kernel", 3] == (8, 8, {"a product reads it": 4})
+    assert "4: a product reads it" in export.cuts_table(small.cuts)
+    assert small.params["conv2"]["bias"].shape == params["conv2"]["bias"].shape
+    assert not np.array_equal(small.params["conv2"]["bias"], params["conv2"]["bias"])
+    wanted = apply_fn(gj.apply_masks(params, masks), x)
+    chex.assert_trees_all_close(small.apply(small.params, x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def readers():
+    """What reads six neurons, three of which are numbers; how many of them stay."""
+    return {
+        "bias": (lambda h, p: h @ p["out"] + p["b"], 3),
+        "weights first": (lambda h, p: (p["out"].T @ h.T + p["b"][:, None]).T, 3),
+        "turned weights": (lambda h, p: jnp.dot(h, p["out"].T.T) + p["b"][None], 3),
+        "half precision": (
+            lambda h, p: (
+                h.astype(jnp.bfloat16) @ p["out"].astype(jnp.bfloat16) + p["b"].astype(jnp.bfloat16)
+            ).astype(jnp.float32),
+            3,
+        ),
+        "window": (lambda h, p: (_windows(h, p["window"], "VALID") + p["b"])[:, 0], 3),
+        "window with edges": (lambda h, p: (_windows(h, p["window"], "SAME") + p["b"])[:, 0], 6),
+        "no bias": (lambda h, p: h @ p["out"], 6),
+        "bias of two products": (lambda h, p: jnp.tanh(h @ p["out"] + p["b"]) + p["b"], 6),
+        "output read twice": (lambda h, p: (y := h @ p["out"]) * (y + p["b"]), 6),
+        "bias along the batch": (lambda h, p: h @ p["out"] + p["batch"][:, None], 6),
+        "bias of two axes": (lambda h, p: h @ p["out"] + p["plane"], 6),
+        "one more reader": (lambda h, p: h @ p["out"] + p["b"] + (h @ p["other"]), 6),
+        "one more reader with a bias": (
+            lambda h, p: h @ p["out"] + p["b"] + (h @ p["other"] + p["b2"]),
+            3,
+        ),
+        "tied weights": (lambda h, p: (h @ p["out"] + p["b"]) @ p["out"].T @ p["out"], 6),
+    }
+
+
+def _windows(h, kernel, padding):
+    """Two places, both the same, seen by a window of two."""
+    numbers = ("NHC", "HIO", "NHC")
+    return jax.lax.conv_general_dilated(
+        jnp.stack([h, h], 1), kernel, (1,), padding, dimension_numbers=numbers
+    )
+
+
+@pytest.mark.parametrize("case", readers())
+def test_numbers_go_into_the_bias_of_what_reads_them(case):
+    read, stays = readers()[case]
+    keys = jax.random.split(KEY, 8)
+    shapes = {
+        "out": (6, 2),
+        "other": (6, 2),
+        "window": (2, 6, 2),
+        "plane": (4, 2),
+        "batch": (4,),
+        "b": (2,),
+        "b2": (2,),
+        "bias": (6,),
+    }
+    params = {
+        name: jax.random.normal(key, shape)
+        for (name, shape), key in zip(shapes.items(), keys, strict=True)
+    }
+    params["in"] = jax.random.normal(KEY, (3, 6)) * jnp.array([[1.0, 0, 1, 0, 0, 1]])
+
+    def apply_fn(params, x):
+        return read(jax.nn.softplus(x @ params["in"] + params["bias"][None]), params)
+
+    x = jax.random.normal(keys[0], (4, 3))
+    with jax.numpy_rank_promotion("allow"):
+        small = export.compact(apply_fn, params, None, x)
+        assert small.params["in"].shape == (3, stays)
+        wanted = apply_fn(params, x)
+        rough = 3e-2 if case == "half precision" else 1e-5
+        got = small.apply(small.params, x)
+        chex.assert_trees_all_close(got, wanted, rtol=rough, atol=rough)
 
 
 def test_what_nothing_reads_is_cut_whatever_it_holds():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from granet_jax import report, structures, trees
+from granet_jax.export import fold
 from granet_jax.export.channels import is_depthwise, of_array, of_input, trace
 from granet_jax.export.graph import Program, Step, flatten
 from granet_jax.export.ids import Channels, Value
@@ -45,10 +46,12 @@ def compact(
     An element of an axis (a channel, a neuron) is dead where, whatever the inputs, each product
     that reads it is 0: because it is exactly 0 itself, or because the weights that read it are.
     Which axes belong together (a kernel, the norm after it, the residual stream they write to, the
-    kernels that read that) follows from the trace of the model. It is exactly 0 only where
-    everything that adds to it is: a filter of zeros under a bias or a norm offset that is not 0
-    stays, and :func:`cuts_table` says so; :func:`channel_rules` ties such leaves to the filter in
-    training.
+    kernels that read that) follows from the trace of the model.
+
+    A filter of zeros under a bias or a norm offset is a number, whatever the inputs. It is cut as
+    well where each product that reads it has a bias of its own to take what the number adds (a
+    convolution only without padding). Otherwise it stays, and :func:`cuts_table` says so;
+    :func:`channel_rules` ties such leaves to the filter in training.
 
     Args:
       apply_fn: ``(params, *inputs) -> outputs``. Arrays that it closes over are cut, too.
@@ -63,7 +66,7 @@ def compact(
       Equinox, bare functions) with any batch size; ``apply`` replays the trace, for any model.
       At least one element of each axis stays.
 
-    Example: a hidden layer with two dead neurons; the third stays for its bias.
+    Example: a hidden layer with two dead neurons; a third stays, for nothing takes its bias.
       >>> import granet_jax as gj, jax.numpy as jnp
       >>> params = {"in": jnp.array([[1.0, 0.0, 0.0, 0.0]]),
       ...           "bias": jnp.array([0.0, 0.0, 0.0, 5.0]),
@@ -81,7 +84,8 @@ def compact(
         params = apply_masks(params, masks)
     traced = _Traced.of(apply_fn, params, example)
     keep = _Keep.of(traced)
-    leaves = map(keep.cut, jax.tree.leaves(params), traced.params)
+    whole = _with_folded_biases(jax.tree.leaves(params), traced, keep)
+    leaves = map(keep.cut, whole, traced.params)
     small = jax.tree.unflatten(jax.tree.structure(params), leaves)
     paths = ["/".join(words) for words in trees.by_path(params)]
     each = (keep.told(path, value) for path, value in zip(paths, traced.params, strict=True))
@@ -164,6 +168,7 @@ class _Traced(NamedTuple):
     channels: Channels
     values: dict[int, Value]  # by slot
     params: list[Value]  # of each leaf
+    folds: dict[int, fold.Fold]  # by the slot of the product's output
     out_tree: Any
 
     @classmethod
@@ -172,8 +177,9 @@ class _Traced(NamedTuple):
         program, channels = flatten(closed), Channels()
         given = [of_array(channels, np.asarray(x)) for x in jax.tree.leaves(params)]
         inputs = [of_input(channels, jnp.shape(x)) for x in jax.tree.leaves(example)]
-        values = trace(channels, program, [*given, *inputs])
-        return cls(program, channels, values, given, jax.tree.structure(shapes))
+        folds = fold.find(program, [x.shape for x in map(jnp.asarray, jax.tree.leaves(params))])
+        values = trace(channels, program, [*given, *inputs], folds)
+        return cls(program, channels, values, given, folds, jax.tree.structure(shapes))
 
     def read_by_products(self) -> set[int]:
         """Ids of the axes of weights that products contract: those on the side of their inputs."""
@@ -249,6 +255,20 @@ class _Keep(NamedTuple):
             if refused or self.num(ids) < len(ids):
                 cuts.append(Cut(path, axis, len(ids), self.num(ids), dict(refused)))
         return cuts
+
+
+def _with_folded_biases(leaves: list[Any], traced: _Traced, keep: _Keep) -> list[Any]:
+    """Parameters that make up for the numbers which are gone."""
+    evaluate = fold.evaluator(traced.program, leaves)
+    changed = list(leaves)
+    for each in traced.folds.values():
+        data, weights = each.slots
+        value = traced.values[data]
+        added = each.into_bias(value, ~keep.mask(value.ids[each.axis]), evaluate(weights))
+        if added.any():
+            bias = np.asarray(changed[each.bias])
+            changed[each.bias] = jnp.asarray((bias + added).astype(bias.dtype))
+    return changed
 
 
 def _adapted(step: Step, traced: _Traced, keep: _Keep) -> Callable[..., list[Any]]:

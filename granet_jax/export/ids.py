@@ -1,5 +1,6 @@
 """Ids of the elements of arrays, and what is known of each: joined with others, fixed, needed."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -9,13 +10,19 @@ class Value(NamedTuple):
     """What is known of one array."""
 
     ids: list[np.ndarray]  # for each axis, of its elements
-    # For each axis, bool: is this slice 0 whatever the inputs? A number counts as one slice.
-    zero: list[np.ndarray]
+    # For each axis, float64: the number that fills this slice whatever the inputs; NaN = there is
+    # none, or it is not known. A number counts as one slice.
+    const: list[np.ndarray]
 
     @property
-    def is_zero(self) -> bool:
-        """Whether all of it is."""
-        return any(bool(np.all(z)) for z in self.zero)
+    def zero(self) -> list[np.ndarray]:
+        """For each axis, bool: whether the slice is 0 whatever the inputs."""
+        return [c == 0 for c in self.const]
+
+    @property
+    def whole(self) -> float:
+        """The number that fills all of it, or NaN."""
+        return next((c[0] for c in self.const if len(c) and np.all(c == c[0])), math.nan)
 
 
 class Channels:

@@ -1,0 +1,136 @@
+"""Channels that are a number whatever the inputs go into the bias after the product."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from granet_jax.export.graph import Program, Step
+from granet_jax.export.ids import Value
+
+
+class Fold(NamedTuple):
+    """A product of the data with weights, to which a bias is added."""
+
+    operand: int  # of the product, that holds the data: 0 or 1
+    axis: int  # of the data, contracted
+    weights_axis: int  # of the weights, contracted
+    slots: tuple[int, int]  # of the data and the weights
+    features: int  # axis of the weights that the outputs have
+    bias: int  # number of the parameter
+
+    def without_numbers(self, value: Value) -> Value:
+        """The data, with 0 for numbers along the contracted axis."""
+        const = list(value.const)
+        const[self.axis] = np.where(np.isnan(const[self.axis]), math.nan, 0.0)
+        return value._replace(const=const)
+
+    def into_bias(self, data: Value, is_gone: np.ndarray, weights: Any) -> np.ndarray:
+        """What the channels that are gone add to each output, float64 ``(outputs,)``."""
+        numbers = np.where(is_gone & ~np.isnan(data.const[self.axis]), data.const[self.axis], 0.0)
+        weights = np.moveaxis(
+            np.asarray(weights, np.float64), (self.weights_axis, self.features), (0, -1)
+        )
+        places = weights.reshape(len(numbers), -1, weights.shape[-1]).sum(1)
+        return numbers @ places
+
+
+def find(program: Program, shapes: Sequence[tuple[int, ...]]) -> dict[int, Fold]:
+    """The products that can take numbers into their bias, by the slot of their output.
+
+    They contract one axis of the data with an axis of weights that do not depend on the inputs. A
+    convolution sees no edges. What reads the output is the addition of a bias alone: a vector among
+    the parameters, whose shapes are given, that nothing else reads.
+    """
+    uses = Counter(slot for step in program.steps for slot in step.slots())
+    uses.update(x for x in program.outputs if isinstance(x, int))
+    maker = {slot: step for step in program.steps for slot in step.outputs}
+    reader = {slot: step for step in program.steps for slot in step.slots()}
+    data = set(range(len(shapes), program.num_inputs))
+    folds = {}
+    for step in program.steps:
+        if not data.intersection(step.slots()):
+            continue
+        data.update(step.outputs)
+        product = _product_of(step, data)
+        if product is None or uses[step.outputs[0]] != 1:
+            continue
+        (out,) = step.outputs
+        addition = reader.get(out)
+        if addition is None or addition.eqn.primitive.name != "add":
+            continue
+        fold, out_axis = product
+        (other,) = (x for x in addition.inputs if x != out)
+        bias = _source_along(out_axis, other, maker, uses)
+        if bias is not None and bias < len(shapes) and len(shapes[bias]) == 1:
+            folds[out] = fold._replace(bias=bias)
+    return folds
+
+
+def _product_of(step: Step, data: set[int]) -> tuple[Fold, int] | None:
+    """The product, its bias not known yet, and the axis of its outputs."""
+    name, params = step.eqn.primitive.name, step.eqn.params
+    if name not in ("dot_general", "conv_general_dilated") or len(step.slots()) < 2:
+        return None
+    first, second = step.slots()
+    if (first in data) == (second in data):
+        return None
+    operand = 0 if first in data else 1
+    slots = (first, second) if operand == 0 else (second, first)
+    if name == "dot_general":
+        contracted, batch = params["dimension_numbers"]
+        weights_shape = step.eqn.invars[1 - operand].aval.shape
+        if batch[0] or len(contracted[0]) != 1 or len(weights_shape) != 2:
+            return None
+        (axis,), (weights_axis,) = contracted[operand], contracted[1 - operand]
+        out_axis = len(step.eqn.outvars[0].aval.shape) - 1 if operand == 0 else 0
+        return Fold(operand, axis, weights_axis, slots, 1 - weights_axis, -1), out_axis
+    numbers = params["dimension_numbers"]
+    has_edges = any(tuple(edges) != (0, 0) for edges in params["padding"])
+    has_edges |= math.prod(params["lhs_dilation"]) > 1
+    if operand == 1 or has_edges or params["feature_group_count"] * params["batch_group_count"] > 1:
+        return None
+    outputs, inputs = numbers.rhs_spec[:2]
+    return Fold(0, numbers.lhs_spec[1], inputs, slots, outputs, -1), numbers.out_spec[1]
+
+
+def _source_along(
+    out_axis: int, slot: Any, maker: dict[int, Step], uses: Counter[int]
+) -> int | None:
+    """The slot from which ``slot`` is made by laying it along an axis; None = otherwise."""
+    axis = out_axis
+    while isinstance(slot, int) and uses[slot] == 1:
+        step = maker.get(slot)
+        if step is None:
+            return slot
+        (before,) = (var.aval.shape for var in step.eqn.invars[:1])
+        after = step.eqn.outvars[0].aval.shape
+        name = step.eqn.primitive.name
+        if name == "broadcast_in_dim":
+            dims = step.eqn.params["broadcast_dimensions"]
+            if axis not in dims or before[dims.index(axis)] != after[axis]:
+                return None
+            axis = dims.index(axis)
+        elif name == "reshape" and math.prod(after) == after[axis] > 1:
+            axis = before.index(after[axis]) if after[axis] in before else -1
+        elif name != "convert_element_type":
+            return None
+        slot = step.inputs[0]
+    return None
+
+
+def evaluator(program: Program, params: Sequence[Any]) -> Callable[[int], Any]:
+    """A function from slots that do not depend on the inputs to their arrays."""
+    known: dict[int, Any] = dict(enumerate(params)) | program.consts
+    maker = {slot: step for step in program.steps for slot in step.outputs}
+
+    def value(slot: int) -> Any:
+        if slot not in known:
+            step = maker[slot]
+            inputs = (value(x) if isinstance(x, int) else x.value for x in step.inputs)
+            known.update(zip(step.outputs, step.function(*inputs), strict=True))
+        return known[slot]
+
+    return value
