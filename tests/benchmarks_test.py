@@ -114,7 +114,7 @@ def test_ratios_and_quartiles_are_of_rounds():
         timing.Measured(None, [2.0, 9.0, 8.0]), timing.Measured(None, [1.0, 3.0, 2.0])
     )
     assert ratios == [2, 3, 4]
-    assert timing.quartiles(ratios) == "2.00 to 4.00"
+    assert timing.quartiles(ratios) == "2.50 to 3.50"
     assert timing.quartiles([5.0]) == "5.00 to 5.00"
     assert timing.ms(0.0123) == "12.3"
 
