@@ -9,7 +9,7 @@ when the masks change, nothing is compiled again.
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -78,9 +78,12 @@ def dense_in_blocks(
 ) -> contextlib.AbstractContextManager[None]:
     """A context in which Flax's ``nn.Dense`` multiplies by :func:`block_matmul`.
 
-    Layers take part whose kernel has a mask in the collection "masks" of the variables; others,
-    and all while parameters are made, are left alone. ``nn.scan`` has to hand out the collection
-    as it does "params". Needs the package flax.
+    Layers take part whose kernel has a mask in the collection "masks" of the variables, which
+    ``nn.scan`` and ``nn.vmap`` have to hand out as they do "params". Others are left alone and
+    multiply by the whole kernel, which is right as long as that is masked, as training keeps it:
+    other layers (subclasses, ``DenseGeneral``, attention), those with a ``dot_general`` of their
+    own, and all while parameters are made. The context has to be active when ``jit`` traces. Needs
+    the package flax.
 
     Args:
       block: as for :func:`block_matmul`, for all layers.
@@ -100,13 +103,16 @@ def dense_in_blocks(
 
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         layer = context.module
-        multiplies = type(layer) is nn.Dense and context.method_name == "__call__"
-        if not multiplies or not layer.has_variable("masks", "kernel"):
+        if type(layer) is not nn.Dense or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        has_both = all(layer.has_variable(kind, "kernel") for kind in ("params", "masks"))
+        if not has_both or layer.dot_general is not None or layer.dot_general_cls is not None:
             return call(*args, **kwargs)
         names = ("kernel", "bias") if layer.use_bias else ("kernel",)
-        weights = [layer.get_variable("params", name) for name in names]
-        x, kernel, *bias = layer.promote_dtype(*args, *kwargs.values(), *weights, dtype=layer.dtype)
-        mask = layer.get_variable("masks", "kernel")
+        weights = [nn.meta.unbox(layer.get_variable("params", name)) for name in names]
+        operands: Any = (*args, *kwargs.values(), *weights)
+        x, kernel, *bias = cast(Any, layer.promote_dtype(*operands, dtype=layer.dtype))
+        mask = nn.meta.unbox(layer.get_variable("masks", "kernel"))
         y = block_matmul(x, kernel, mask, block, dense_gradient=dense_gradient, interpret=interpret)
         return y + bias[0].reshape((1,) * (y.ndim - 1) + (-1,)) if bias else y
 

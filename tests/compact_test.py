@@ -248,6 +248,79 @@ def test_operations_between_two_products(case):
     chex.assert_trees_all_close(small.apply(small.params, x), wanted, rtol=1e-5, atol=1e-6)
 
 
+def odd_models():
+    """Between ``h``, half of it 0, and the outputs; what the parameters are."""
+    narrow, whole = {"b": jnp.ones(2, jnp.bfloat16)}, {"b": jnp.array([1, 2])}
+    halves = (2, 1), (2, 1), "SAME"
+    return {
+        "one bias for all": (lambda h, p: jnp.exp(h) @ p["out"] + p["b"], {"b": jnp.ones(1)}),
+        "narrow bias": (lambda h, p: jnp.exp(h) @ p["out"] + p["b"], narrow),
+        "whole bias": (lambda h, p: jnp.exp(h) @ p["out"] + p["b"], whole),
+        "rounded bias": (
+            lambda h, p: jnp.exp(h) @ p["out"] + p["b"].astype(jnp.int32).astype(jnp.float32),
+            {"b": jnp.array([0.6, -1.7])},
+        ),
+        "0 / 0": (lambda h, p: jnp.nan_to_num(h / h, nan=1.0) @ p["out"] + p["b"], {}),
+        "complex": (lambda h, p: jnp.abs(jnp.exp(1j * h) * (1 + 2j)) @ p["out"] + p["b"], {}),
+        "one dead channel": (lambda h, p: h[:, 1] * h.sum(1), {}),
+        "one dead channel, split": (lambda h, p: jnp.split(h, [1, 2], 1)[1] * (h @ p["out"]), {}),
+        "custom reduction": (
+            lambda h, p: jax.lax.reduce_window(h, 0.0, jax.lax.max, *halves) @ p["out"],
+            {},
+        ),
+        "random keys": (
+            lambda h, p: jnp.where(jax.random.bernoulli(KEY, 0.5, h.shape), h, 0) @ p["out"],
+            {},
+        ),
+        "windows of padding": (
+            lambda h, p: jnp.tanh(nn.max_pool(h[None], (2,), (2,), ((2, 2),)))[0] @ p["out"],
+            {},
+        ),
+        "no outputs": (
+            lambda h, p: jnp.exp(h) @ p["out"] + p["b"],
+            {"out": jnp.zeros((6, 0)), "b": jnp.zeros(0)},
+        ),
+        "a straight path": (lambda h, p: (h + jax.lax.stop_gradient(h)) @ p["out"], {}),
+    }
+
+
+@pytest.mark.parametrize("case", odd_models())
+def test_odd_models_keep_their_outputs(case):
+    read, changes = odd_models()[case]
+    draw = np.random.default_rng(0)
+    params = {
+        "in": jnp.asarray(draw.normal(size=(3, 6)) * [1, 0, 1, 0, 0, 1], jnp.float32),
+        "out": jnp.asarray(draw.normal(size=(6, 2)), jnp.float32),
+        "b": jnp.zeros(2),
+        **changes,
+    }
+    x = jnp.asarray(draw.normal(size=(5, 3)), jnp.float32)
+
+    def apply_fn(params, x):
+        return read(x @ params["in"], params)
+
+    with jax.numpy_rank_promotion("allow"):
+        small = export.compact(apply_fn, params, None, x)
+        compiled = export.compile(apply_fn, params, None, x, ways=[])
+        wanted = apply_fn(params, x)
+        for got in (small.apply(small.params, x), compiled(x)):
+            chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_nan_is_refused_unless_it_is_masked():
+    params = {"in": jnp.eye(3).at[0, 1].set(jnp.nan), "out": jnp.ones((3, 2))}
+    x = jnp.ones((2, 3))
+
+    def apply_fn(params, x):
+        return jnp.tanh(x @ params["in"]) @ params["out"]
+
+    with pytest.raises(ValueError, match="in holds NaN"):
+        export.compact(apply_fn, params, None, x)
+    masks = {"in": jnp.eye(3, dtype=bool), "out": jnp.ones((3, 2), bool)}
+    small = export.compact(apply_fn, params, masks, x)
+    assert np.isfinite(small.apply(small.params, x)).all()
+
+
 def test_one_channel_stays_where_all_are_dead():
     params = {"in": jnp.zeros((3, 4)), "out": jnp.ones((4, 2)), "unused": jnp.zeros((5, 5))}
     x = jnp.ones((2, 3))

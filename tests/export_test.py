@@ -278,6 +278,25 @@ def test_products_in_any_layout(spec, way, monkeypatch):
     chex.assert_trees_all_close(sparse_apply(x), dense, **CLOSE)
 
 
+def test_products_of_nothing_and_half_precision_with_wide_sums(monkeypatch):
+    forced(monkeypatch, "gather")
+    draw = np.random.default_rng(0)
+    params = {
+        "none": jnp.zeros((0, 3)),
+        "half": jnp.asarray(draw.normal(size=(70, 5)), jnp.bfloat16),
+    }
+
+    def apply_fn(params, x, y):
+        wide = jax.lax.dot(y, params["half"], preferred_element_type=jnp.float32)
+        return x @ params["none"], wide
+
+    inputs = jnp.ones((2, 0)), jnp.asarray(draw.normal(size=(4, 70)), jnp.bfloat16)
+    params["half"] *= draw.random((70, 5)) > 0.5
+    sparse_apply = export.compile(apply_fn, params, None, *inputs)
+    assert [choice.taken for choice in sparse_apply.choices] == ["gather"]
+    chex.assert_trees_all_close(sparse_apply(*inputs), apply_fn(params, *inputs), **CLOSE)
+
+
 def test_small_inputs_are_not_cut_into_tiles():
     params = {"kernel": jnp.eye(8)}
     sparse_apply = export.compile(lambda p, x: x @ p["kernel"], params, None, jnp.ones((4, 8)))

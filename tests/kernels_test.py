@@ -142,6 +142,27 @@ def test_dense_layers_of_flax_with_masks_and_without():
     assert "pallas_call" not in str(jax.make_jaxpr(Net().apply)(variables, x))
 
 
+def test_layers_of_another_kind_are_left_alone():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            init = nn.with_partitioning(nn.initializers.ones, (None, None))
+            x = nn.Dense(4, kernel_init=init, name="boxed")(x)
+            return nn.Dense(4, dot_general=lambda *args, **kwargs: args[0] * 0, name="own")(x)
+
+    x = jnp.ones((2, 4))
+    variables = Net().init(jax.random.key(0), x)
+    masks = jax.tree.map(lambda p: jnp.ones(p.shape, bool), variables["params"])
+    with kernels.dense_in_blocks((2, 2), interpret=True):
+        trace = str(jax.make_jaxpr(Net().apply)({**variables, "masks": masks}, x))
+        y, made = Net().apply(
+            {"masks": masks}, x, rngs={"params": jax.random.key(0)}, mutable=["params"]
+        )
+    assert trace.count(" = pallas_call") == 1
+    np.testing.assert_array_equal(y, jnp.zeros((2, 4)))
+    chex.assert_trees_all_equal_shapes(made["params"], variables["params"])
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_can_be_compiled_for_a_gpu(dtype):
     """As far as one can tell without one: all three products are lowered to Triton."""

@@ -49,9 +49,10 @@ def compact(
     kernels that read that) follows from the trace of the model.
 
     A filter of zeros under a bias or a norm offset is a number, whatever the inputs. It is cut as
-    well where each product that reads it has a bias of its own to take what the number adds (a
-    convolution only without padding). Otherwise it stays, and :func:`cuts_table` says so;
-    :func:`channel_rules` ties such leaves to the filter in training.
+    well where what reads it are products with kernels of two axes, or convolutions without padding
+    and groups, to each of which a bias of its own is added at once: that takes what the number
+    adds. Otherwise it stays, and :func:`cuts_table` says so; :func:`channel_rules` ties such leaves
+    to the filter in training.
 
     Args:
       apply_fn: ``(params, *inputs) -> outputs``. Arrays that it closes over are cut, too.
@@ -62,9 +63,12 @@ def compact(
 
     Returns:
       A :class:`Compact`. Outputs are those of ``apply_fn`` but for the order in which sums are
-      added up. ``params`` serve a model that takes its widths from its parameters (Flax NNX,
-      Equinox, bare functions) with any batch size; ``apply`` replays the trace, for any model.
-      At least one element of each axis stays.
+      added up. ``apply`` replays the trace, for any model. ``params`` alone serve a model that
+      takes its widths from its parameters (Flax NNX, Equinox, bare functions), with any batch size,
+      if it does not divide by a width or the batch size. At least one element of each axis stays.
+
+    Raises:
+      ValueError: a parameter that is not masked holds NaN.
 
     Example: a hidden layer with two dead neurons; a third stays, for nothing takes its bias.
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -82,14 +86,24 @@ def compact(
     """
     if masks is not None:
         params = apply_masks(params, masks)
+    paths = ["/".join(words) for words in trees.by_path(params)]
+    for path, x in zip(paths, jax.tree.leaves(params), strict=True):
+        if jnp.issubdtype(jnp.result_type(x), jnp.inexact) and bool(jnp.isnan(x).any()):
+            raise ValueError(f"{path} holds NaN, which no cut can respect; mend it first.")
     traced = _Traced.of(apply_fn, params, example)
     keep = _Keep.of(traced)
-    whole = _with_folded_biases(jax.tree.leaves(params), traced, keep)
+    added = _added_to_biases(jax.tree.leaves(params), traced, keep)
+    whole = [
+        jnp.asarray(x if i not in added else (np.asarray(x) + added[i]).astype(x.dtype))
+        for i, x in enumerate(jax.tree.leaves(params))
+    ]
     leaves = map(keep.cut, whole, traced.params)
     small = jax.tree.unflatten(jax.tree.structure(params), leaves)
-    paths = ["/".join(words) for words in trees.by_path(params)]
-    each = (keep.told(path, value) for path, value in zip(paths, traced.params, strict=True))
-    cuts = tuple(cut for cuts in each for cut in cuts)
+    told = [
+        value._replace(const=value.const if i not in added else [np.asarray(x)])
+        for i, (x, value) in enumerate(zip(whole, traced.params, strict=True))
+    ]
+    cuts = tuple(cut for args in zip(paths, told, strict=True) for cut in keep.told(*args))
     consts = {slot: keep.cut(x, traced.values[slot]) for slot, x in traced.program.consts.items()}
     steps = [(step, _adapted(step, traced, keep)) for step in traced.program.steps]
 
@@ -175,9 +189,9 @@ class _Traced(NamedTuple):
     def of(cls, apply_fn: Callable[..., Any], params: PyTree, example: Any) -> "_Traced":
         closed, shapes = jax.make_jaxpr(apply_fn, return_shape=True)(params, *example)
         program, channels = flatten(closed), Channels()
-        given = [of_array(channels, np.asarray(x)) for x in jax.tree.leaves(params)]
+        given = [of_array(channels, x) for x in jax.tree.leaves(params)]
         inputs = [of_input(channels, jnp.shape(x)) for x in jax.tree.leaves(example)]
-        folds = fold.find(program, [x.shape for x in map(jnp.asarray, jax.tree.leaves(params))])
+        folds = fold.find(program, [jnp.shape(x) for x in jax.tree.leaves(params)])
         values = trace(channels, program, [*given, *inputs], folds)
         return cls(program, channels, values, given, folds, jax.tree.structure(shapes))
 
@@ -243,7 +257,9 @@ class _Keep(NamedTuple):
     def cut(self, x: Any, value: Value) -> jax.Array:
         """An array without what is gone."""
         masks = [self.mask(ids) for ids in value.ids]
-        return jnp.asarray(np.asarray(x)[np.ix_(*masks)] if masks else x)
+        if all(mask.all() for mask in masks):
+            return jnp.asarray(x)
+        return jnp.asarray(np.asarray(x)[np.ix_(*masks)])
 
     def told(self, path: str, value: Value) -> list[Cut]:
         """What became of the axes of a leaf, where there is something to tell."""
@@ -257,18 +273,18 @@ class _Keep(NamedTuple):
         return cuts
 
 
-def _with_folded_biases(leaves: list[Any], traced: _Traced, keep: _Keep) -> list[Any]:
-    """Parameters that make up for the numbers which are gone."""
+def _added_to_biases(leaves: list[Any], traced: _Traced, keep: _Keep) -> dict[int, np.ndarray]:
+    """What makes up for the numbers that are gone, by the number of the leaf."""
     evaluate = fold.evaluator(traced.program, leaves)
-    changed = list(leaves)
-    for each in traced.folds.values():
-        data, weights = each.slots
-        value = traced.values[data]
-        added = each.into_bias(value, ~keep.mask(value.ids[each.axis]), evaluate(weights))
-        if added.any():
-            bias = np.asarray(changed[each.bias])
-            changed[each.bias] = jnp.asarray((bias + added).astype(bias.dtype))
-    return changed
+    each = {
+        f.bias: f.into_bias(
+            traced.values[f.slots[0]],
+            ~keep.mask(traced.values[f.slots[0]].ids[f.axis]),
+            evaluate(f.slots[1]),
+        )
+        for f in traced.folds.values()
+    }
+    return {bias: added for bias, added in each.items() if added.any()}
 
 
 def _adapted(step: Step, traced: _Traced, keep: _Keep) -> Callable[..., list[Any]]:

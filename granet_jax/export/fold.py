@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from granet_jax.export.graph import Program, Step
@@ -33,16 +34,16 @@ class Fold(NamedTuple):
         weights = np.moveaxis(
             np.asarray(weights, np.float64), (self.weights_axis, self.features), (0, -1)
         )
-        places = weights.reshape(len(numbers), -1, weights.shape[-1]).sum(1)
-        return numbers @ places
+        return numbers @ weights.sum(tuple(range(1, weights.ndim - 1)))
 
 
 def find(program: Program, shapes: Sequence[tuple[int, ...]]) -> dict[int, Fold]:
     """The products that can take numbers into their bias, by the slot of their output.
 
     They contract one axis of the data with an axis of weights that do not depend on the inputs. A
-    convolution sees no edges. What reads the output is the addition of a bias alone: a vector among
-    the parameters, whose shapes are given, that nothing else reads.
+    convolution sees no edges. What reads the output is the addition of a bias alone: a vector of as
+    many elements as the product has outputs, at least as precise, among the parameters (given by
+    shapes), that nothing else reads.
     """
     uses = Counter(slot for step in program.steps for slot in step.slots())
     uses.update(x for x in program.outputs if isinstance(x, int))
@@ -63,8 +64,14 @@ def find(program: Program, shapes: Sequence[tuple[int, ...]]) -> dict[int, Fold]
             continue
         fold, out_axis = product
         (other,) = (x for x in addition.inputs if x != out)
-        bias = _source_along(out_axis, other, maker, uses)
-        if bias is not None and bias < len(shapes) and len(shapes[bias]) == 1:
+        num_outputs = step.eqn.outvars[0].aval.shape[out_axis]
+        dtype = step.eqn.outvars[0].aval.dtype
+        vars_of = zip(addition.inputs, addition.eqn.invars, strict=True)
+        (var,) = (var for x, var in vars_of if x != out)
+        if var.aval.shape[out_axis] != num_outputs or not _is_as_precise(var.aval.dtype, dtype):
+            continue
+        bias = _source_along(out_axis, other, maker, uses, dtype)
+        if bias is not None and bias < len(shapes) and shapes[bias] == (num_outputs,):
             folds[out] = fold._replace(bias=bias)
     return folds
 
@@ -96,10 +103,19 @@ def _product_of(step: Step, data: set[int]) -> tuple[Fold, int] | None:
     return Fold(0, numbers.lhs_spec[1], inputs, slots, outputs, -1), numbers.out_spec[1]
 
 
+def _is_as_precise(dtype: Any, as_dtype: Any) -> bool:
+    if not jnp.issubdtype(dtype, jnp.floating) or not jnp.issubdtype(as_dtype, jnp.floating):
+        return False
+    return bool(dtype == as_dtype or jnp.finfo(dtype).bits > jnp.finfo(as_dtype).bits)
+
+
 def _source_along(
-    out_axis: int, slot: Any, maker: dict[int, Step], uses: Counter[int]
+    out_axis: int, slot: Any, maker: dict[int, Step], uses: Counter[int], dtype: Any
 ) -> int | None:
-    """The slot from which ``slot`` is made by laying it along an axis; None = otherwise."""
+    """The slot from which ``slot`` is made by laying it along an axis; None = otherwise.
+
+    On the way it may be converted, but never to less than ``dtype``.
+    """
     axis = out_axis
     while isinstance(slot, int) and uses[slot] == 1:
         step = maker.get(slot)
@@ -116,6 +132,8 @@ def _source_along(
         elif name == "reshape" and math.prod(after) == after[axis] > 1:
             axis = before.index(after[axis]) if after[axis] in before else -1
         elif name != "convert_element_type":
+            return None
+        if not _is_as_precise(step.eqn.invars[0].aval.dtype, dtype):
             return None
         slot = step.inputs[0]
     return None

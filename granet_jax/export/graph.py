@@ -86,9 +86,15 @@ def flatten(closed: Any) -> Program:
     return Program(num_inputs, steps, consts, outputs)
 
 
+_CALLS = {  # of JAX's versions; in others, what is not here stays a single step
+    *("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"),
+    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+}
+
+
 def _called(eqn: Any) -> Any:
     """The closed jaxpr of a call that does nothing else (jit, remat, custom derivatives)."""
-    if eqn.primitive.name in ("scan", "while", "cond", "shard_map"):
+    if eqn.primitive.name not in _CALLS:
         return None
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         inner = eqn.params.get(name)

@@ -11,7 +11,7 @@ class Value(NamedTuple):
 
     ids: list[np.ndarray]  # for each axis, of its elements
     # For each axis, float64: the number that fills this slice whatever the inputs; NaN = there is
-    # none, or it is not known. A number counts as one slice.
+    # none, or it is not known. A scalar counts as one slice.
     const: list[np.ndarray]
 
     @property

@@ -222,6 +222,7 @@ class _Product(NamedTuple):
 
     weights: np.ndarray
     shape: tuple[int, ...]  # of x
+    dtype: Any  # of the sums
     to_rows: Callable[[jax.Array], jax.Array]
     from_rows: Callable[[jax.Array], jax.Array]
 
@@ -239,7 +240,8 @@ class _Product(NamedTuple):
 def _of_dot(step: Step, side: int) -> _Product | None:
     contracted, batch = step.eqn.params["dimension_numbers"]
     value = np.asarray(step.known()[0])
-    if batch[0] or not contracted[0] or not jnp.issubdtype(value.dtype, jnp.floating):
+    is_float = jnp.issubdtype(value.dtype, jnp.floating)
+    if batch[0] or not contracted[0] or not is_float or not value.size:
         return None
     axes, x_axes = contracted[side], contracted[1 - side]
     weights = np.moveaxis(value, axes, range(len(axes)))
@@ -259,7 +261,7 @@ def _of_dot(step: Step, side: int) -> _Product | None:
         return y.T.reshape(*free, *rows)
 
     two_axes = weights.reshape(math.prod(inputs), -1)
-    return _Product(two_axes, aval.shape, to_rows, from_rows)
+    return _Product(two_axes, aval.shape, dtype, to_rows, from_rows)
 
 
 def _of_convolution(step: Step) -> _Product | None:
@@ -307,7 +309,7 @@ def _of_convolution(step: Step) -> _Product | None:
         return jnp.transpose(y, tuple(order.index(i) for i in range(len(order))))
 
     weights = kernel.reshape(-1, num_out)
-    return _Product(weights, aval.shape, to_rows, from_rows)
+    return _Product(weights, aval.shape, out.dtype, to_rows, from_rows)
 
 
 class _Ready(NamedTuple):
@@ -382,9 +384,9 @@ def _gather(product: _Product) -> _Ready | None:
         index, values = parts
         rows = product.to_rows(x)
         gathered = rows.at[:, index.astype(jnp.int32)].get(mode="promise_in_bounds")
+        each = gathered.astype(product.dtype) * values[None].astype(product.dtype)
         # A product with ones adds up faster than a sum on CPU.
-        ones = jnp.ones(values.shape[1], values.dtype)
-        return [product.from_rows((gathered * values[None]) @ ones)]
+        return [product.from_rows(each @ jnp.ones(values.shape[1], product.dtype))]
 
     return _Ready(parts, run)
 
