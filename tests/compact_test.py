@@ -253,6 +253,8 @@ def odd_models():
     narrow, whole = {"b": jnp.ones(2, jnp.bfloat16)}, {"b": jnp.array([1, 2])}
     halves = (2, 1), (2, 1), "SAME"
     return {
+        "a number added": (lambda h, p: jnp.exp(h) @ p["out"] + 1.0, {}),
+        "itself added": (lambda h, p: (y := jnp.exp(h) @ p["out"]) + y, {}),
         "one bias for all": (lambda h, p: jnp.exp(h) @ p["out"] + p["b"], {"b": jnp.ones(1)}),
         "narrow bias": (lambda h, p: jnp.exp(h) @ p["out"] + p["b"], narrow),
         "whole bias": (lambda h, p: jnp.exp(h) @ p["out"] + p["b"], whole),

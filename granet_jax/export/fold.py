@@ -63,15 +63,14 @@ def find(program: Program, shapes: Sequence[tuple[int, ...]]) -> dict[int, Fold]
         if addition is None or addition.eqn.primitive.name != "add":
             continue
         fold, out_axis = product
-        (other,) = (x for x in addition.inputs if x != out)
-        num_outputs = step.eqn.outvars[0].aval.shape[out_axis]
-        dtype = step.eqn.outvars[0].aval.dtype
-        vars_of = zip(addition.inputs, addition.eqn.invars, strict=True)
-        (var,) = (var for x, var in vars_of if x != out)
-        if var.aval.shape[out_axis] != num_outputs or not _is_as_precise(var.aval.dtype, dtype):
+        other = 1 if addition.inputs[0] == out else 0
+        sums, added = step.eqn.outvars[0].aval, addition.eqn.invars[other].aval
+        if added.ndim != sums.ndim or not _is_as_precise(added.dtype, sums.dtype):
             continue
-        bias = _source_along(out_axis, other, maker, uses, dtype)
-        if bias is not None and bias < len(shapes) and shapes[bias] == (num_outputs,):
+        bias = _source_along(out_axis, addition.inputs[other], maker, uses, sums.dtype)
+        if bias is None or bias >= len(shapes):
+            continue
+        if shapes[bias] == (added.shape[out_axis],) == (sums.shape[out_axis],):
             folds[out] = fold._replace(bias=bias)
     return folds
 
