@@ -1,7 +1,7 @@
 """Every method with every optimizer and wrapper: the promises of the transform, on real state.
 
-Pairwise in ``make test`` (each method meets each optimizer, and each wrapper meets both); the full
-product in ``make test-all``.
+In ``make test`` each method meets each wrapper, and every second optimizer; in ``make test-all``
+the full product.
 """
 
 import itertools
@@ -18,10 +18,11 @@ from tests import tables
 
 FULL = list(itertools.product(tables.METHODS, tables.INNERS, tables.WRAPPERS))
 _wrappers = list(tables.WRAPPERS)
-PAIRWISE = [
-    (method, inner, _wrappers[(i + j) % len(_wrappers)])
+HALF = [
+    (method, inner, _wrappers[(i + j // 2) % len(_wrappers)])
     for i, method in enumerate(tables.METHODS)
     for j, inner in enumerate(tables.INNERS)
+    if (i + j) % 2 == 0
 ]
 
 
@@ -33,18 +34,18 @@ def _compile_quickly():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def test_pairwise_table_covers_all_pairs():
-    for a, b in ((0, 1), (0, 2), (1, 2)):
-        assert {(row[a], row[b]) for row in PAIRWISE} == {(row[a], row[b]) for row in FULL}
+def test_each_method_meets_each_wrapper():
+    assert {(row[0], row[2]) for row in HALF} == set(itertools.product(tables.METHODS, _wrappers))
+    assert {row[1] for row in HALF} == set(tables.INNERS)
 
 
-@pytest.mark.parametrize("row", PAIRWISE, ids="-".join)
-def test_pairwise(row):
+@pytest.mark.parametrize("row", HALF, ids="-".join)
+def test_half_of_the_pairs(row):
     check(*row)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("row", sorted(set(FULL) - set(PAIRWISE)), ids="-".join)
+@pytest.mark.parametrize("row", sorted(set(FULL) - set(HALF)), ids="-".join)
 def test_full_product(row):
     check(*row)
 

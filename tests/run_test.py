@@ -73,7 +73,8 @@ def assert_same_after_kills(tmp_path, flags, devices, steps):
     assert len(files.read_json(killed, "about.json")["sessions"]) == len(steps) + 1
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.full), 4])
+@pytest.mark.full
+@pytest.mark.parametrize("devices", [1, 4])
 def test_killed_twice_the_same_bits(tmp_path, devices):
     flags = ["--epochs=8", "--chunk_steps=25", "--checkpoint_seconds=0", "--sparsity=0.95"]
     assert_same_after_kills(tmp_path, flags, devices, steps=(50, 150))  # of 352
