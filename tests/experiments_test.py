@@ -90,7 +90,7 @@ def test_compare_prints_a_row_for_each_method(tmp_path):
         ),
         ("train", ["--dataset=imagenet2012", "--data_dir=no/where"], "holds no imagenet2012."),
         ("train", ["--structure=2:4"], "2:4 is a sparsity of 0.5, not 0.98"),
-        ("train", ["--structure=2:4", "--sparsity=0.5"], "pass scope=granet_jax.uniform"),
+        ("train", ["--structure=2:4", "--sparsity=0.5", "--out_dir={}"], "pass scope=granet_jax"),
         ("train", ["--drop_at=a"], "--drop_at takes numbers"),
         ("train", ["--drop_at=2"], "--drop_at: fractions between 0 and 1"),
         ("train", ["--warmup_epochs=99"], "--warmup_epochs=99 leaves nothing of 60 epochs"),

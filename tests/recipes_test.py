@@ -16,9 +16,8 @@ ROOT = pathlib.Path(training.__file__).parents[1]
 RECIPES = sorted((ROOT / "experiments" / "recipes").glob("*.flags"))
 REST = (
     "cifar100",
-    "cifar10-resnet50-granet_st",
-    "cifar10-resnet50-rigl_itop",
-    "cifar10-resnet50-gmp",
+    *(f"cifar10-resnet50-{method}" for method in ("granet_st", "rigl_itop", "gmp", "dense")),
+    *(f"imagenet-resnet50-{method}" for method in ("granet_st", "str", "dense")),
 )
 CLASSES = {"cifar100": 100, "imagenet2012": 1000}
 
