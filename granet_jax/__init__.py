@@ -13,6 +13,7 @@ selection -> masks -> updates``. Modules import only from those before them::
     masks          prune_to, regenerate, compose
     methods        granet, gmp, rigl, set_, snfs, rigl_itop, set_itop, static, magnitude;
                    at_init (SNIP, GraSP, SynFlow) and lottery, which give masks
+    moments        what an optimizer's state holds of each parameter
     transform      sparsify: a method around any optax optimizer
     metrics, report, flops   numbers, a table, what it all costs
     sharding, checkpoint   where a state lies on many devices, whether one came back whole
@@ -40,6 +41,7 @@ from granet_jax.distributions import global_ranking as global_ranking
 from granet_jax.distributions import uniform as uniform
 from granet_jax.masks import apply_masks as apply_masks
 from granet_jax.masks import compose as compose
+from granet_jax.masks import masks_from_zeros as masks_from_zeros
 from granet_jax.masks import ones as ones
 from granet_jax.masks import prune_to as prune_to
 from granet_jax.masks import random_masks as random_masks
@@ -65,6 +67,7 @@ from granet_jax.schedules import every as every
 from granet_jax.schedules import gradual_num_keep as gradual_num_keep
 from granet_jax.selection import top_k as top_k
 from granet_jax.selection import top_k_mask as top_k_mask
+from granet_jax.transform import check_sparse as check_sparse
 from granet_jax.transform import get_masks as get_masks
 from granet_jax.transform import get_method_state as get_method_state
 from granet_jax.transform import set_masks as set_masks

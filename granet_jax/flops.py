@@ -86,7 +86,7 @@ def count(apply_fn: Callable[..., Any], params: PyTree, *args: Any) -> Costs:
       >>> [(leaf.path, leaf.macs, leaf.outputs) for leaf in costs.leaves]
       [('kernel', 96, 24), ('scale', 0, 0)]
     """
-    paths = ["/".join(words) for words in trees.by_path(params)]
+    paths = list(trees.paths(params))
     jaxpr = jax.make_jaxpr(apply_fn)(params, *args).jaxpr
     avals: list[Any] = [var.aval for var in jaxpr.invars]
     shapes = [aval.shape for aval in avals[: len(paths)]]

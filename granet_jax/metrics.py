@@ -1,7 +1,7 @@
 """Numbers about masks: pure functions, cheap, safe under ``jit``.
 
 All take the same static ``prunable`` rules as the method did, so that sparsity counts prunable
-weights alone.
+weights alone. Masks find their parameters by path.
 """
 
 import math
@@ -38,16 +38,18 @@ def sparsity(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> jax.A
 def densities(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> dict[str, Any]:
     """Kept fraction of each prunable leaf by its path, float32 scalars."""
     leaves = trees.describe(params, prunable)
-    return {
-        leaf.path: jnp.mean(mask, dtype=jnp.float32)
-        for leaf, mask in zip(leaves, jax.tree.leaves(masks), strict=True)
-        if leaf.prunable
-    }
+    paths = [leaf.path for leaf in leaves if leaf.prunable]
+    pairs = zip(paths, trees.pick(masks, leaves), strict=True)
+    return {path: jnp.mean(mask, dtype=jnp.float32) for path, mask in pairs}
 
 
 def num_grown(old: PyTree, new: PyTree) -> jax.Array:
     """How many weights are on in ``new`` that were off in ``old``, an int32 scalar."""
-    return _total(jax.tree.map(lambda a, b: jnp.sum(b & ~a, dtype=jnp.int32), old, new))
+    before, after = trees.by_path(old), trees.by_path(new)
+    if before.keys() != after.keys():
+        odd = sorted("/".join(path) for path in before.keys() ^ after.keys())
+        raise ValueError(f"Masks of two models: only one of them has {', '.join(odd)}.")
+    return _total({k: jnp.sum(after[k] & ~before[k], dtype=jnp.int32) for k in before})
 
 
 def num_nonfinite(tree: PyTree) -> jax.Array:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from granet_jax import trees
@@ -10,56 +9,58 @@ from granet_jax.types import PyTree
 
 
 def table(params: PyTree, masks: PyTree | None = None, prunable: trees.Rules = ()) -> str:
-    """One line for each leaf of ``params``: path, shape, prunable or dense, kept, sparsity.
+    """One line for each leaf of ``params``: path, shape, kept, sparsity, and why it was chosen.
 
     Print it before a long run, to see what the path rules chose. The last line sums up the
     prunable weights; a layer that has lost all of them is named below.
 
     Args:
       params: tree of arrays or ``ShapeDtypeStruct``s.
-      masks: bool tree of the same structure; None = dense.
+      masks: bool tree of params, whose leaves are found by path; None = dense.
       prunable: the path rules that the method was given.
 
     Raises:
-      ValueError: as :func:`granet_jax.trees.describe`.
+      ValueError: as :func:`granet_jax.trees.describe`; or masks of another tree.
 
     Example:
       >>> import jax.numpy as jnp
       >>> params = {"fc": {"kernel": jnp.ones((4, 5)), "bias": jnp.ones(5)}}
       >>> print(table(params))
-      parameter  shape   weights  kept  sparsity
-      fc/bias    (5,)          5         (dense)
-      fc/kernel  (4, 5)       20    20    0.0000
+      parameter  shape   weights  kept  sparsity  why
+      fc/bias    (5,)          5                  dense: rank 1
+      fc/kernel  (4, 5)       20    20    0.0000  rank 2
       prunable                20    20    0.0000
     """
     leaves = trees.describe(params, prunable)
-    flat_masks = [None] * len(leaves) if masks is None else jax.tree.leaves(masks)
-    rows = [("parameter", "shape", "weights", "kept", "sparsity")]
+    rows = [("parameter", "shape", "weights", "kept", "sparsity", "why")]
     total = live = 0
     empty = []
-    for leaf, mask in zip(leaves, flat_masks, strict=True):
+    prunable_masks = iter(trees.pick(params if masks is None else masks, leaves))
+    for leaf in leaves:
         if not leaf.prunable:
-            rows.append((leaf.path, str(leaf.shape), f"{leaf.size:,}", "", "(dense)"))
+            why = f"dense: {leaf.why}"
+            rows.append((leaf.path, str(leaf.shape), f"{leaf.size:,}", "", "", why))
             continue
-        kept = leaf.size if mask is None else int(np.sum(np.asarray(mask)))
-        rows.append((leaf.path, str(leaf.shape), *_numbers(leaf.size, kept)))
+        mask = next(prunable_masks)
+        kept = leaf.size if masks is None else int(np.sum(np.asarray(mask)))
+        rows.append((leaf.path, str(leaf.shape), *_numbers(leaf.size, kept), leaf.why))
         total, live = total + leaf.size, live + kept
         empty += [leaf.path] if kept == 0 else []
-    rows.append(("prunable", "", *_numbers(total, live)))
-    lines = [aligned(rows)]
+    rows.append(("prunable", "", *_numbers(total, live), ""))
+    lines = [aligned(rows, left=(0, 1, 5))]
     if empty:
         lines.append(f"Layer collapse: no weight is left in {', '.join(empty)}.")
     return "\n".join(lines)
 
 
-def aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows of cells as lines of text, the first two columns flush left."""
+def aligned(rows: Sequence[tuple[str, ...]], left: Sequence[int] = (0, 1)) -> str:
+    """Rows of cells as lines of text, the columns in ``left`` flush left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
+            cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
+        ).rstrip()
         for row in rows
     )
 

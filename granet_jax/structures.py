@@ -37,9 +37,11 @@ from granet_jax.types import PyTree, Shapes
 def n_of_m(m: int, *, axis: int = -2) -> Structure:
     """N:M sparsity: among ``m`` weights in a row along ``axis``, as many are kept everywhere.
 
-    N follows from the sparsity: ``round(m * (1 - sparsity))``, at least 1. So 2:4 is a sparsity of
-    0.5 with ``m=4``, 1:4 is 0.75; give all layers the same, ``scope=uniform`` (``start=uniform``
-    for sparse starts). With ``erk`` each layer gets an N of its own.
+    N follows from the sparsity: ``m * (1 - sparsity)``. So 2:4 is a sparsity of 0.5 with ``m=4``,
+    1:4 is 0.75; give all layers the same, ``scope=uniform`` (``start=uniform`` for sparse starts).
+    With ``erk`` each layer gets an N of its own, rounded, at least 1; and so it is on the way of
+    gradual pruning. Given masks may have other groups: from the first event on none has more than
+    its share.
 
     Args:
       m: length of a group, >= 1. It has to divide the axis.
@@ -47,7 +49,8 @@ def n_of_m(m: int, *, axis: int = -2) -> Structure:
         ``(..., in, out)``, as Flax has them; -1 for ``(out, in)``.
 
     Raises:
-      ValueError: ``m < 1``; and where a rule gives it to a leaf whose axis ``m`` does not divide.
+      ValueError: ``m < 1``; where a rule gives it to a leaf whose axis ``m`` does not divide; and
+        where a method asks for a sparsity that N of M cannot have, such as .6 with ``m=4``.
 
     Example:
       >>> import granet_jax as gj, jax, jax.numpy as jnp
@@ -79,7 +82,7 @@ def n_of_m(m: int, *, axis: int = -2) -> Structure:
         i = 1 + _axis(axis, leaf)
         return jnp.moveaxis(x, -1, i + 1).reshape(len(x), *leaf.layer_shape)
 
-    return Structure(grid, gather, spread, grouped=True)
+    return Structure(grid, gather, spread, grouped=True, fixed=True)
 
 
 def fan_in(*, axis: int = -1, ablation: float = 0.0, spare: str | None = None) -> Structure:
@@ -337,7 +340,9 @@ def first_leaves(leaves: Sequence[Leaf]) -> list[Leaf]:
     return [prunable[members[0]] for members in layers(leaves)]
 
 
-def best_in_groups(scores: jax.Array, num_keep: jax.Array, live: jax.Array) -> jax.Array:
+def best_in_groups(
+    scores: jax.Array, num_keep: jax.Array, live: jax.Array, fixed: bool = False
+) -> jax.Array:
     """Deals a layer's count out over its live groups and keeps the best live units of each.
 
     Args:
@@ -345,8 +350,9 @@ def best_in_groups(scores: jax.Array, num_keep: jax.Array, live: jax.Array) -> j
       num_keep: int32 ``(layers,)``; in each live group ``num_keep / live groups`` are kept,
         rounded, halves up, but at least 1.
       live: bool, shape of ``scores``.
+      fixed: deal it out over all groups, whether they are live or not.
     """
-    is_live = jnp.any(live, axis=-1)
+    is_live = jnp.any(live, axis=-1) | fixed
     num_live = jnp.sum(is_live, axis=tuple(range(1, is_live.ndim)), dtype=jnp.int32)
     each = jnp.maximum((num_keep + num_live // 2) // jnp.maximum(num_live, 1), 1)
     each = jnp.broadcast_to(each.reshape(-1, *[1] * (is_live.ndim - 1)), is_live.shape)
@@ -378,7 +384,7 @@ def fit_groups(
     for i, leaf in enumerate(first_leaves(leaves)):
         if leaf.structure is None or not leaf.structure.grouped:
             continue
-        full = jnp.sum(live[i], axis=-1, dtype=jnp.int32)
+        full = _shares(jnp.sum(live[i], axis=-1, dtype=jnp.int32), leaf.structure.fixed)
         least = leaf.structure.ablation(leaf)
         if least > 0:
             full = _after_ablation(full, jnp.sum(regrown[i], axis=-1, dtype=jnp.int32), least)
@@ -386,6 +392,50 @@ def fit_groups(
         missing = full - jnp.sum(stay, axis=-1, dtype=jnp.int32)
         fitted[i] = stay | selection.top_k_of_rows(growth[i], missing, ~stay)
     return fitted
+
+
+def _shares(full: jax.Array, fixed: bool) -> jax.Array:
+    """How many units each group gets: as many as it has, but no more than its share of all.
+
+    Args:
+      full: int32 ``(layers, *groups)``, how many it has.
+      fixed: the share is of all groups, not of the live ones. Where one has more, as given masks
+        may, all get their share.
+    """
+    axes = tuple(range(1, full.ndim))
+    takes_part = (full > 0) | fixed
+    num = jnp.maximum(jnp.sum(takes_part, axis=axes, keepdims=True, dtype=jnp.int32), 1)
+    share = -(-jnp.sum(full, axis=axes, keepdims=True, dtype=jnp.int32) // num)
+    is_odd = jnp.max(full, axis=axes, keepdims=True) > share
+    return jnp.where(is_odd & takes_part, share, full)
+
+
+def check_counts(leaves: Sequence[Leaf], counts: Any, sparsity: Any) -> None:
+    """Refuses a sparsity that N of M cannot have.
+
+    Args:
+      leaves: of the whole tree.
+      counts: what a distribution makes of the sparsity, in layer order.
+      sparsity: asked for. A layer is looked at where the distribution gave it this one.
+
+    Raises:
+      ValueError: the message names the two nearest. Traced numbers pass unseen.
+    """
+    if isinstance(sparsity, jax.core.Tracer) or np.ndim(counts) == 0:
+        return
+    groups = [x for x in first_leaves(leaves) for _ in range(x.num_layers)]
+    for leaf, count in zip(groups, np.asarray(counts).tolist(), strict=True):
+        if leaf.structure is None or not leaf.structure.fixed:
+            continue
+        size, m = math.prod(leaf.layer_shape), leaf.structure.grid(leaf)[-1]
+        n = m * (1 - float(sparsity))
+        if abs(count - size * (1 - sparsity)) <= 1 and abs(n - round(n)) > max(1e-6, m / size):
+            near = sorted(sorted(range(1, m + 1), key=lambda k: abs(k - n))[:2])
+            told = " and ".join(f"{1 - k / m:g} ({k}:{m})" for k in near)
+            raise ValueError(
+                f"{leaf.path} is pruned in groups of {m}, which have no sparsity of {sparsity:g}: "
+                f"that is {n:g} of {m}. The two nearest are {told}."
+            )
 
 
 def _after_ablation(full: jax.Array, salient: jax.Array, least: float) -> jax.Array:
@@ -401,6 +451,11 @@ def _after_ablation(full: jax.Array, salient: jax.Array, least: float) -> jax.Ar
 def is_grouped(leaf: Leaf) -> bool:
     """Whether each group of the leaf's units keeps as many as the others."""
     return leaf.structure is not None and leaf.structure.grouped
+
+
+def is_fixed(leaf: Leaf) -> bool:
+    """Whether a count is dealt out over all groups of the leaf, empty ones too."""
+    return leaf.structure is not None and leaf.structure.fixed
 
 
 def _units(leaf: Leaf) -> tuple[int, ...]:

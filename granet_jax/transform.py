@@ -1,6 +1,5 @@
 """``sparsify``: any optax optimizer, training sparse. The only file that knows optimizer state."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,14 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from granet_jax import trees
-from granet_jax.masks import check_masks
+from granet_jax import moments, trees
+from granet_jax.masks import apply_masks, check_dense, check_masks
 from granet_jax.types import Method, PyTree, SparseState
-
-# Buffers of optax that are shaped like the parameters but are no moments: the base iterate of
-# schedule-free; the starting points of prodigy, madgrad, mechanic, DoG and COCOB; the running mean
-# of gradients of MultiSteps, which growth needs.
-_NOT_MOMENTS = frozenset({"z", "params0", "x0", "init_params", "init_particles", "acc_grads"})
 
 
 def sparsify(
@@ -29,25 +23,29 @@ def sparsify(
        the weights after it, ``where(mask, p + u, 0)``, and the raw gradients of this batch, and
        returns new masks and ``keep``, the weights that live through the event. At other steps
        ``keep`` is the masks.
-    2. ``inner`` takes the step, on gradients, moments and weights that are 0 outside ``keep``. An
-       optimizer that turns zeros into zeros so leaves moments of exactly 0 there (adafactor leaves
-       its epsilon of 1e-30, ``add_noise`` its noise, until the next step). To the weights in
-       ``keep`` it does what the provisional step did; where an update depends on other weights
-       (norms, factored moments), those in ``keep`` count.
+    2. ``inner`` takes the step, on gradients and weights that are 0 outside ``keep``, and a state
+       that is there as at the start: moments 0, step sizes the initial ones. An optimizer that
+       turns zeros into zeros so leaves moments of exactly 0 (adafactor leaves its epsilon of 1e-30,
+       ``add_noise`` its noise, until the next step). To the weights in ``keep`` it does what the
+       provisional step did; where an update depends on other weights (norms, factored moments,
+       distances from the start), those in ``keep`` count.
     3. The updates returned are ``where(keep, u, -p)``: plain ``optax.apply_updates`` leaves exact
-       zeros where weights are masked, and newly grown weights start at exactly 0.
+       zeros where weights are masked, and newly grown weights start at exactly 0. Leaves that are
+       no floats are left to ``inner``.
 
-    The result is an optax transformation like any other. Put gradient clipping *inside*, so that
-    the norm counts live weights only; put ``optax.MultiSteps`` and ``optax.apply_if_finite``
-    *outside*; nothing after it in a chain may touch the updates. For a sparse start also mask the
-    initial parameters once, ``apply_masks(params, get_masks(opt_state))``; without that the first
-    forward pass is dense and the first update sets the zeros.
+    The result is an optax transformation like any other. What has to stand where is told in
+    docs/optimizers.md: clipping *inside*, so that the norm counts live weights only;
+    ``optax.MultiSteps`` and ``optax.apply_if_finite`` *outside*; nothing after it in a chain may
+    touch the updates, and what averages or perturbs weights (SAM, lookahead, schedule-free) stands
+    inside or is masked by :func:`apply_masks`. :func:`check_sparse` finds what was missed.
 
-    Moments are the leaves of the inner state that end in a parameter's path and have its shape.
-    Factored moments (adafactor) have other shapes and stay as they are, and so do buffers that are
-    no moments (schedule-free's ``z``, prodigy's ``params0``, accumulated gradients). So
-    initialise schedule-free on masked parameters, and ``apply_masks`` what its
-    ``schedule_free_eval_params`` returns.
+    ``init`` shows ``inner`` the parameters as they are under the masks of the start. For a sparse
+    start also mask the parameters once, ``apply_masks(params, get_masks(opt_state))``; without
+    that the first forward pass is dense and the first update sets the zeros.
+
+    What of the inner state belongs to a parameter is told by path and shape, see
+    :mod:`granet_jax.moments`. Factored moments (adafactor) and statistics of axes (Shampoo) have
+    other shapes and stay as they are.
 
     Args:
       inner: any optax transformation that ends in parameter updates.
@@ -61,8 +59,10 @@ def sparsify(
     Raises:
       TypeError: ``inner`` or ``method`` is something else.
       ValueError: in ``init``, where the inner state holds large buffers that cannot be matched
-        with parameters (flattened or limited-memory optimizers); in ``update``, without
-        ``params``.
+        with parameters (flattened or limited-memory optimizers), where the method would prune what
+        the optimizer never updates, or the parameters are pairs (lookahead, complex numbers in
+        halves); in ``update``, without ``params``, with gradients of other shapes, or with a state
+        of another method, optimizer or model.
 
     Note:
       A parameter that is NaN or infinite cannot be brought to 0 by adding to it. Counts and masks
@@ -93,19 +93,23 @@ def sparsify(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> SparseState:
-        inner_state = inner.init(params)
-        _check_maskable(inner_state, params)
+        _check_params(params)
         method_state = method.init(params)
-        keep = jax.tree.map(jnp.copy, method_state[0])
-        return SparseState(jnp.zeros([], jnp.int32), method_state, inner_state, keep)
+        masks = method_state[0]
+        inner_state = inner.init(_masked(params, masks))
+        moments.check_maskable(inner_state, params)
+        _check_frozen(inner, inner_state, method, method_state, params)
+        keep = jax.tree.map(jnp.copy, masks)
+        step = jnp.zeros([], jnp.int32)
+        return SparseState(step, method_state, inner_state, keep, {method.name: None})
 
     def update(
         grads: PyTree, state: SparseState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, SparseState]:
-        if params is None:
-            raise ValueError(
-                "sparsify needs the parameters: call tx.update(grads, opt_state, params)."
-            )
+        _check_update(grads, state, params, method)
+        initial = inner.init(jax.tree.map(jnp.zeros_like, params))
+        moments.check_same_optimizer(state.inner, initial)
+        mirrored = moments.mirrors(inner.init, initial, params)
         step = optax.safe_increment(state.mask_step)
         method_state = state.method
         if method.observe is not None:
@@ -128,12 +132,12 @@ def sparsify(
         method_state, keep = _do_if(method.is_update_step(step), event, operands)
         updates, inner_state = inner.update(
             _where(keep, grads),
-            _mask_moments(state.inner, params, keep),
+            moments.reset(state.inner, initial, mirrored, keep),
             _where(keep, params),
             **extra_args,
         )
         updates = jax.tree.map(_to_zero, keep, updates, params)
-        return updates, SparseState(step, method_state, inner_state, keep)
+        return updates, SparseState(step, method_state, inner_state, keep, state.written_by)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -159,7 +163,7 @@ def get_method_state(opt_state: Any) -> Any:
     Raises:
       ValueError: there is no ``sparsify`` inside, or more than one.
     """
-    states = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_sparse) if _is_sparse(x)]
+    states = _sparse_states(opt_state)
     if len(states) != 1:
         raise ValueError(
             f"Expected one sparsify state in the optimizer state, found {len(states)} in a "
@@ -169,7 +173,71 @@ def get_method_state(opt_state: Any) -> Any:
     return states[0].method
 
 
-def set_masks(opt_state: Any, masks: PyTree) -> Any:
+def check_sparse(params: PyTree, opt_state: Any) -> jax.Array:
+    """How many weights are not exactly 0 though their mask is off, an int32 scalar.
+
+    None, as long as nothing but ``sparsify`` changes weights. It finds what optax cannot refuse:
+    transformations after ``sparsify`` in a chain that touch updates (``scale``, ``ema``,
+    ``add_decayed_weights``, ``mechanize``, ``conditionally_transform``); weights averaged or
+    perturbed outside of it (``lookahead``, ``schedule_free``, SAM, a moving average); parameters
+    that were not masked at the start. It costs about as much as reading the weights once.
+
+    Args:
+      params: the parameters, or any tree that holds copies of them (the fast and slow weights of
+        lookahead, a moving average): leaves are matched as moments are, see
+        :mod:`granet_jax.moments`.
+      opt_state: state of a transformation that contains ``sparsify``, once or more.
+
+    Returns:
+      The count; under ``jit`` the only thing that tells.
+
+    Raises:
+      ValueError: outside of ``jit``, where it is not 0; the message names the first such leaf. Or
+        the masks are of another tree.
+
+    Example:
+      >>> import granet_jax as gj, jax, jax.numpy as jnp, optax
+      >>> params = {"kernel": jnp.ones((4, 4))}
+      >>> tx = gj.sparsify(optax.sgd(0.1), gj.static(sparsity=0.75, key=jax.random.key(0)))
+      >>> state = tx.init(params)
+      >>> int(check_sparse(gj.apply_masks(params, gj.get_masks(state)), state))
+      0
+      >>> check_sparse(params, state)  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+        ...
+      ValueError: 12 weights of kernel are not 0 though they are pruned...
+    """
+    states = _sparse_states(opt_state)
+    if not states:
+        get_masks(opt_state)  # raises
+    counts: dict[str, jax.Array] = {}
+    for state in states:
+        masks = trees.by_path(state.method[0])
+        owners = trees.owners(params, state.method[0])
+        matched = {path: x.names for path, x in owners.items() if x is not None and x.same_shape}
+        if missing := masks.keys() - set(matched.values()):
+            told = ", ".join(sorted("/".join(words) for words in missing))
+            raise ValueError(
+                f"The masks are of another tree: params have no {told} of their shape."
+            )
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if keys in matched:
+                odd = jnp.sum(~masks[matched[keys]] & (leaf != 0), dtype=jnp.int32)
+                counts["/".join(trees.names(keys))] = odd
+    total = sum(counts.values(), start=jnp.zeros([], jnp.int32))
+    if not isinstance(total, jax.core.Tracer) and total > 0:
+        first = next(path for path, x in counts.items() if x > 0)
+        raise ValueError(
+            f"{int(counts[first])} weights of {first} are not 0 though they are pruned, "
+            f"{int(total)} in all. "
+            "Mask the parameters once after tx.init, params = granet_jax.apply_masks(params, "
+            "granet_jax.get_masks(opt_state)), and let nothing after sparsify touch updates or "
+            "weights: scaling, decay and averages belong inside."
+        )
+    return total
+
+
+def set_masks(opt_state: Any, masks: PyTree, prunable: trees.Rules = ()) -> Any:
     """Puts other masks into an optimizer state: pruning by hand, between two steps.
 
     Use this rather than ``optax.tree.set``, for the state also holds what the last update kept. The
@@ -180,9 +248,11 @@ def set_masks(opt_state: Any, masks: PyTree) -> Any:
     Args:
       opt_state: state of a transformation that contains one ``sparsify``.
       masks: bool tree; its leaves find their parameters by path.
+      prunable: the path rules that the method was given.
 
     Raises:
-      ValueError: as ``get_masks``; or the masks are of another tree.
+      ValueError: as ``get_masks``; or the masks are of another tree, or switch off weights of a
+        leaf that is not prunable.
 
     Example: prune to the larger half, once.
       >>> import granet_jax as gj, jax.numpy as jnp, optax
@@ -195,6 +265,9 @@ def set_masks(opt_state: Any, masks: PyTree) -> Any:
       [[3.0, 0.0], [-2.0, 0.0]]
     """
     masks = check_masks(masks, get_masks(opt_state))
+    check_dense(
+        masks, jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, float), masks), prunable
+    )
 
     def replace(state: Any) -> Any:
         if not _is_sparse(state):
@@ -209,27 +282,31 @@ def _is_sparse(state: Any) -> bool:
     return isinstance(state, SparseState)
 
 
+def _sparse_states(opt_state: Any) -> list[SparseState]:
+    return [x for x in jax.tree.leaves(opt_state, is_leaf=_is_sparse) if _is_sparse(x)]
+
+
 def _where(masks: PyTree, tree: PyTree) -> PyTree:
-    return jax.tree.map(_select, masks, tree)
+    return jax.tree.map(lambda m, x: moments.select(m, x) if _is_trained(x) else x, masks, tree)
+
+
+def _is_trained(x: Any) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def _masked(params: PyTree, masks: PyTree) -> PyTree:
+    """The parameters that the inner optimizer starts from; abstract ones as they are."""
+    if any(isinstance(p, jax.ShapeDtypeStruct) for p in jax.tree.leaves(params)):
+        return params
+    return apply_masks(params, masks)
 
 
 def _to_zero(keep: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
     """The update where a weight is kept; elsewhere the one that brings it to 0."""
+    if not _is_trained(param):
+        return update
     dtype = jnp.promote_types(update.dtype, param.dtype)
-    return _select(keep, update.astype(dtype), -param.astype(dtype))
-
-
-def _select(mask: jax.Array, x: jax.Array, otherwise: jax.Array | None = None) -> jax.Array:
-    """``where(mask, x, otherwise)``, by default 0, on bits: XLA:CPU vectorises that far better."""
-    if x.dtype.itemsize not in (2, 4) or not jnp.issubdtype(x.dtype, jnp.floating):
-        return jnp.where(mask, x, jnp.zeros_like(x) if otherwise is None else otherwise)
-    integer = jnp.int32 if x.dtype.itemsize == 4 else jnp.int16
-    as_bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=integer)
-    ones = -mask.astype(integer)  # all bits, where True
-    bits = as_bits(x) & ones
-    if otherwise is not None:
-        bits |= as_bits(otherwise) & ~ones
-    return jax.lax.bitcast_convert_type(bits, x.dtype)
+    return moments.select(keep, update.astype(dtype), -param.astype(dtype))
 
 
 def _do_if(
@@ -250,45 +327,80 @@ def _do_if(
     return jax.lax.while_loop(lambda carry: carry[0], once, start)[1]
 
 
-def _mask_moments(inner_state: Any, params: PyTree, keep: PyTree) -> Any:
-    """``where(keep, s, 0)`` for the leaves of the inner state that are moments of a parameter."""
-    masks = trees.by_path(keep)
-
-    def mask(leaf: Any, owner: trees.Owner | None) -> Any:
-        if owner is None or not owner.same_shape or owner.field in _NOT_MOMENTS:
-            return leaf
-        return _select(masks[owner.names], leaf)
-
-    return trees.map_with_owner(mask, inner_state, params)
+_PAIRS = {
+    "LookaheadParams": "lookahead keeps fast and slow weights, which would be pruned each for "
+    "itself: use optax.lookahead(sparsify(...), ...), and evaluate apply_masks(params.slow, "
+    "get_masks(opt_state))",
+    "SplitRealAndImaginaryArrays": "real and imaginary parts would be pruned each for itself: use "
+    "sparsify(optax.contrib.split_real_and_imaginary(...), method)",
+}
 
 
-def _check_maskable(inner_state: Any, params: PyTree) -> None:
-    """Refuses a state with buffers of a parameter's size that mirror no parameter."""
-    sizes = {path: x.size for path, x in trees.by_path(params).items()}
-    matrices = (x.size for x in jax.tree.leaves(params) if len(x.shape) >= 2)
-    largest = max(matrices, default=None)
-    if largest is None:
+def _check_params(params: PyTree) -> None:
+    """Refuses parameters of which an optimizer has made pairs."""
+
+    def pair(x: Any) -> bool:
+        return type(x).__name__ in _PAIRS
+
+    for x in jax.tree.leaves(params, is_leaf=pair):
+        if pair(x):
+            raise ValueError(f"sparsify got {type(x).__name__}: {_PAIRS[type(x).__name__]}.")
+
+
+def _check_frozen(
+    inner: optax.GradientTransformation, state: Any, method: Method, method_state: Any, params: Any
+) -> None:
+    """Refuses a method that prunes what the optimizer never updates."""
+    if not (never := moments.frozen(inner, state, params)):
         return
-    owners = trees.owners(inner_state, params)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(inner_state):
-        owner = owners[path]
-        if owner is not None and (owner.same_shape or leaf.size < sizes[owner.names]):
-            continue  # a moment, or a factored one
-        if leaf.size >= largest:
+    step = jnp.zeros([], jnp.int32)
+
+    state_after = jax.make_jaxpr(lambda s, p: method.update(s, p, p, step)[0][0])
+    jaxpr = state_after(method_state, params).jaxpr
+    changed = [
+        path
+        for path, before, after in zip(
+            trees.paths(method_state[0]), jaxpr.invars, jaxpr.outvars, strict=False
+        )
+        if path in never and before is not after
+    ]
+    if changed:
+        rules = ", ".join(f"('^{path}$', False)" for path in changed)
+        raise ValueError(
+            f"The method {method.name} would prune {', '.join(changed)}, which the optimizer never "
+            "updates: what is pruned could not come back. Keep frozen layers dense by rules, "
+            f"prunable=[{rules}, ...]."
+        )
+
+
+def _check_update(grads: PyTree, state: Any, params: PyTree | None, method: Method) -> None:
+    """Refuses arguments that do not belong together."""
+    if params is None:
+        raise ValueError("sparsify needs the parameters: call tx.update(grads, opt_state, params).")
+    if not _is_sparse(state):
+        raise ValueError(
+            f"sparsify expects its own state, got a {type(state).__name__}. A file that is read "
+            "without an example gives dicts; granet_jax.check_restored(restored, example) tells."
+        )
+    if state.written_by.keys() != {method.name}:
+        raise ValueError(
+            f"The state was written by the method {', '.join(state.written_by)}, this one is "
+            f"{method.name}. Start anew, with the old masks: granet_jax.set_masks("
+            "tx.init(params), granet_jax.get_masks(old_state))."
+        )
+    wanted = trees.by_path(params)
+    for what, tree in (("mask", state.method[0]), ("gradient", grads)):
+        found = trees.by_path(tree)
+        if odd := found.keys() ^ wanted.keys():
             raise ValueError(
-                f"The state of this optimizer cannot be masked: {_type_on_path(inner_state, path)}"
-                f" holds {'/'.join(trees.names(path))} of shape {leaf.shape}, which mirrors no "
-                "parameter. Use an optimizer whose moments have the parameters' shapes (not "
-                "flattened, no limited-memory history)."
+                f"Each parameter needs a {what}; only one of the two has "
+                f"{', '.join(sorted('/'.join(words) for words in odd))}."
             )
-
-
-def _type_on_path(state: Any, path: tuple[Any, ...]) -> str:
-    """The name of the innermost NamedTuple on the way to a leaf."""
-    name = type(state).__name__
-    for key in path:
-        if not isinstance(key, jax.tree_util.GetAttrKey | jax.tree_util.SequenceKey):
-            break
-        state = getattr(state, key.name) if hasattr(key, "name") else state[key.idx]
-        name = type(state).__name__ if hasattr(state, "_fields") else name
-    return name
+        for words, p in wanted.items():
+            if jnp.shape(found[words]) != jnp.shape(p):
+                raise ValueError(
+                    f"The {what} of {'/'.join(words)} has shape {jnp.shape(found[words])}, the "
+                    f"parameter {jnp.shape(p)}. What works on gradients of other shapes, as "
+                    "differentially_private_aggregate does, stands before sparsify: "
+                    "optax.chain(..., sparsify(...))."
+                )

@@ -5,6 +5,7 @@ while tracing and never has to be stored beside the masks.
 """
 
 import collections
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ class Structure(NamedTuple):
     gather: Callable[[jax.Array, "Leaf"], jax.Array]  # (layers, *layer_shape) -> (layers, *grid)
     spread: Callable[[jax.Array, "Leaf"], jax.Array]  # back, each unit's value to its weights
     grouped: bool = False  # the last axis of the grid is a group, which keeps as many as others
+    fixed: bool = False  # groups that are empty count as well, when a count is dealt out
     ablation: Callable[["Leaf"], float] = lambda leaf: 0.0  # least share of salient weights
     tie: str | None = None  # leaves with the same tie are ranked as one layer
 
@@ -53,6 +55,7 @@ class Leaf(NamedTuple):
     prunable: bool
     stack_axes: int  # how many leading axes stack layers; 0 for most
     structure: Structure | None = None  # of a prunable leaf, if a rule gives one
+    why: str = ""  # it is prunable or not, e.g. "named scale"
 
     @property
     def size(self) -> int:
@@ -70,17 +73,23 @@ class Leaf(NamedTuple):
         return self.shape[self.stack_axes :]
 
 
+@functools.lru_cache(maxsize=2**16)
+def _word(key: Any) -> str:
+    return jax.tree_util.keystr((key,), simple=True)
+
+
 def names(path: tuple[Any, ...]) -> tuple[str, ...]:
     """A key path as words; the trailing ``.value`` of a Flax NNX variable is left out."""
     if path and getattr(path[-1], "name", None) == "value":
         path = path[:-1]
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+    return tuple(map(_word, path))
 
 
 def by_path(tree: PyTree) -> dict[tuple[str, ...], Any]:
     """The leaves of a tree by their :func:`names`, in leaf order.
 
-    Trees of one model in different clothes (``nnx.State``, pure dict) agree on names.
+    Trees of one model in different clothes (``nnx.State``, pure dict, what a file gives back) agree
+    on names, whatever the order of their leaves.
 
     Raises:
       ValueError: two leaves have the same names.
@@ -94,19 +103,41 @@ def by_path(tree: PyTree) -> dict[tuple[str, ...], Any]:
     return found
 
 
+def paths(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by path, words joined by slashes, in leaf order.
+
+    Where two read alike, words that hold a slash are put in quotes.
+
+    Example:
+      >>> list(paths({"a": {"b": 1}, "a/b": 2, "c/d": 3}))
+      ['a/b', "'a/b'", 'c/d']
+    """
+    found = by_path(tree)
+    joined = collections.Counter("/".join(words) for words in found)
+
+    def path(words: tuple[str, ...]) -> str:
+        plain = "/".join(words)
+        if joined[plain] == 1:
+            return plain
+        return "/".join(repr(word) if "/" in word else word for word in words)
+
+    return {path(words): leaf for words, leaf in found.items()}
+
+
 class Owner(NamedTuple):
     """The parameter that a leaf of an optimizer's state belongs to."""
 
     names: tuple[str, ...]  # the parameter's, as of :func:`by_path`
-    field: str  # what the state calls it, e.g. "mu"; "" where it says nothing
     same_shape: bool  # False for factored moments and the like
 
 
 def owners(state: PyTree, params: PyTree) -> dict[tuple[Any, ...], Owner | None]:
     """For each leaf of a state, by its key path, the parameter whose path its own ends in.
 
-    Leaves that belong to none (step counters, keys) have None. With a parameter called "mu", more
-    than one split of a path may fit: the one whose front part holds the most parameters is taken.
+    A leaf of the parameter's shape may also lie one step further on, as where a parameter has a
+    pair of moments. Leaves that belong to none (step counters, keys) have None. With a parameter
+    called "mu", more than one split of a path may fit: the one whose front part holds the most
+    parameters is taken.
     """
     shapes = {path: x.shape for path, x in by_path(params).items()}
     leaves = jax.tree_util.tree_leaves_with_path(state)
@@ -118,10 +149,12 @@ def owners(state: PyTree, params: PyTree) -> dict[tuple[Any, ...], Owner | None]
     def owner(words: tuple[str, ...], leaf: Any) -> Owner | None:
         fits = [i for i in range(len(words) + 1) if words[i:] in shapes]
         start = max(fits, key=lambda i: in_front[words[:i]], default=None)
-        if start is None:
-            return None
-        field = "".join(words[start - 1 : start])
-        return Owner(words[start:], field, leaf.shape == shapes[words[start:]])
+        if start is not None:
+            return Owner(words[start:], leaf.shape == shapes[words[start:]])
+        for i in range(len(words)):
+            if shapes.get(words[i:-1]) == leaf.shape:
+                return Owner(words[i:-1], True)
+        return None
 
     return {path: owner(w, x) for w, (path, x) in zip(all_names, leaves, strict=True)}
 
@@ -133,19 +166,21 @@ def map_with_owner(f: Callable[[Any, Owner | None], Any], state: PyTree, params:
 
 
 def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
-    """Tells of each leaf, in the tree's leaf order, whether it is prunable.
+    """Tells of each leaf, in the tree's leaf order, whether it is prunable, and why.
 
-    By default a leaf is prunable when it holds floats of rank >= 2 (without stack axes), its name
-    is neither ``bias`` nor ``scale``, and no part of its path contains ``embed``. So kernels of
-    dense and convolution layers are; biases, norm scales and embeddings are not. A leaf without
-    elements never is.
+    By default a leaf is prunable when it holds floats, real or complex, of rank >= 2 (without stack
+    axes) and is no vector in disguise: more than its last axis is longer than 1, and more than its
+    first, where there are more than two. Dense stay, by name or by the class of the module that
+    holds them: biases, scales and offsets; norms; embeddings and positions; class tokens and the
+    like; layer scales; adapters (LoRA). The names are those of Flax, Haiku, Equinox, Penzai, Keras
+    and Hugging Face. A leaf without elements never is prunable.
 
     Args:
       params: tree of arrays or ``ShapeDtypeStruct``s.
       rules: ``(pattern, decision)`` pairs; the first pattern that ``re.search`` finds in a leaf's
-        path decides. ``True`` = prunable, ``False`` = dense, ``Stacked(n)`` = the leading ``n``
-        axes stack layers and the default decides on the rest, a structure = that, where the
-        default (or its tie) makes the leaf prunable.
+        path decides. ``True`` = prunable if it holds floats, ``False`` = dense, ``Stacked(n)`` =
+        the leading ``n`` axes stack layers and the default decides on the rest, a structure = that,
+        where the default (or its tie) makes the leaf prunable.
 
     Raises:
       ValueError: a rule matches no leaf, a leaf has fewer axes than its rule stacks, a structure
@@ -156,31 +191,49 @@ def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
       >>> import jax.numpy as jnp
       >>> params = {"fc": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)},
       ...           "head": {"kernel": jnp.ones((3, 2))}}
-      >>> [(leaf.path, leaf.prunable) for leaf in describe(params, [("head", False)])]
-      [('fc/bias', False), ('fc/kernel', True), ('head/kernel', False)]
+      >>> for leaf in describe(params, [("head", False)]):
+      ...     print(leaf.path, leaf.prunable, leaf.why)
+      fc/bias False rank 1
+      fc/kernel True rank 2
+      head/kernel False rule 'head'
     """
-    named = [("/".join(words), leaf) for words, leaf in by_path(params).items()]
+    named = paths(params)
     if not named:
         return ()
     for pattern, _ in rules:
-        if not any(re.search(pattern, name) for name, _ in named):
-            paths = ", ".join(name for name, _ in named)
-            raise ValueError(f"The rule {pattern!r} matches no parameter; the paths are: {paths}.")
-    leaves = tuple(_decide(name, leaf, rules) for name, leaf in named)
+        if not any(re.search(pattern, name) for name in named):
+            raise ValueError(
+                f"The rule {pattern!r} matches no parameter; the paths are: {', '.join(named)}."
+            )
+    holders = [_holder(params, path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    leaves = tuple(
+        _decide(name, leaf, holder, rules)
+        for (name, leaf), holder in zip(named.items(), holders, strict=True)
+    )
     if not any(leaf.prunable for leaf in leaves):
+        told = ", ".join(
+            f"{x.path} {leaf.dtype}{x.shape} ({x.why})"
+            for x, leaf in zip(leaves, named.values(), strict=True)
+        )
         raise ValueError(
-            "No parameter is prunable: by default that takes floats of rank >= 2 not named bias, "
-            f"scale or *embed*; got {', '.join(f'{x.path} {x.shape}' for x in leaves)}. "
+            "No parameter is prunable: by default that takes floats of rank >= 2 that are no bias, "
+            f"scale, norm or embedding; got {told}. "
             "Name what to prune with a rule, e.g. prunable=[('kernel', True)]."
         )
     return leaves
 
 
-def _decide(name: str, leaf: Any, rules: Rules) -> Leaf:
-    decision = next((d for pattern, d in rules if re.search(pattern, name)), Stacked(0))
+def _decide(name: str, leaf: Any, holder: str, rules: Rules) -> Leaf:
+    pattern, decision = next((r for r in rules if re.search(r[0], name)), ("", Stacked(0)))
     shape = tuple(leaf.shape)
+    dense = None
+    if 0 in shape:
+        dense = "no elements"
+    elif not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        dense = "no floats"
     if isinstance(decision, bool):
-        return Leaf(name, shape, decision and 0 not in shape, 0)
+        why = f"rule {pattern!r}"
+        return Leaf(name, shape, decision and not dense, 0, why=(decision and dense) or why)
     if isinstance(decision, Structure):
         decision = Stacked(0, decision)
     if not isinstance(decision, Stacked):
@@ -190,21 +243,72 @@ def _decide(name: str, leaf: Any, rules: Rules) -> Leaf:
         )
     if not 0 <= decision.axes <= len(shape):
         raise ValueError(f"A rule stacks {decision.axes} axes of {name}, which has shape {shape}.")
-    parts = name.lower().split("/")
     structure = decision.structure
-    is_kernel = (
-        len(shape) - decision.axes >= 2
-        and parts[-1] not in ("bias", "scale")
-        and not any("embed" in part for part in parts)
-    )
-    is_tied = structure is not None and structure.tie is not None
-    holds_floats = 0 not in shape and jnp.issubdtype(leaf.dtype, jnp.inexact)
-    if not holds_floats or not (is_kernel or is_tied):
-        return Leaf(name, shape, False, decision.axes)
-    described = Leaf(name, shape, True, decision.axes, structure)
+    if structure is None or structure.tie is None:
+        dense = dense or _why_dense(name, shape[decision.axes :], holder)
+    if dense:
+        return Leaf(name, shape, False, decision.axes, why=dense)
+    why = f"rule {pattern!r}" if pattern else f"rank {len(shape)}"
+    described = Leaf(name, shape, True, decision.axes, structure, why)
     if structure is not None:
         structure.grid(described)  # raises where it does not fit
     return described
+
+
+# Words that tell a leaf from a kernel: in its own name; in that of the module that holds it.
+_NAMED = {
+    "bias": r"(^|_)bias(es)?(_|\d|$)",
+    "scale": r"(^|_)(scale|offset|shift|gamma|beta|lambda|ls)\d*$|layer_?scale",
+    "position": r"(^|_)(pos|pe|wpe|positions?|positional|pos_?(emb|enc)\w*)(_|\d|$)",
+    "embedding": r"embed|(^|_)(embs?|wte|codebook)(_|\d|$)",
+    "token": r"(^|_)(cls|class_?emb|probe|latents?|registers?)\d*$|tokens?\d*$",
+    "adapter": r"(^|[^a-z])lora([^a-z]|[abem]?\d*$)|(^|[^a-z])adapters?([^a-z]|$)",
+}
+_HELD = {
+    "norm": r"norm|^(ln|bn|gn)(\d*|_\w+)$",
+    "scale": r"layer_?scale|^ls\d*$",
+    "embedding": r"^(embs?|wte|wpe|codebook|\w*_embs?)\d*$",
+    "position": r"^(pos|positions?|pos_?(emb|enc)\w*|positional_?enc\w*)\d*$",
+}
+_ANYWHERE = (r"embed", _NAMED["adapter"])
+_KERNELS = ("kernel", "w")  # norms have none: what is called so in a "norm" is a layer's
+
+
+def _why_dense(name: str, shape: tuple[int, ...], holder: str) -> str | None:
+    """What tells that a leaf is no kernel; None = nothing does."""
+    if len(shape) < 2:
+        return f"rank {len(shape)}"
+    if max(shape[:-1]) == 1 or (len(shape) > 2 and max(shape[1:]) == 1):
+        return "a vector"
+    *front, own = [word for word in name.lower().split("/") if word not in ("data_array",)]
+    module = next((word for word in reversed(front) if not word.isdecimal()), "")
+    for kind, pattern in _NAMED.items():
+        if re.search(pattern, own):
+            return f"named {own}" if kind in own else f"{kind}: named {own}"
+    for kind, pattern in _HELD.items():
+        for word in (module, holder):
+            if re.search(pattern, word) and not (kind == "norm" and own in _KERNELS):
+                return f"in {word}" if kind in word else f"{kind}: in {word}"
+    above = (word for word in front for pattern in _ANYWHERE if re.search(pattern, word))
+    return next((f"in {word}" for word in above), None)
+
+
+def _holder(tree: PyTree, path: tuple[Any, ...]) -> str:
+    """The class of the module that a leaf is an attribute of, in lower case; "" = of none."""
+    held = ""
+    for key in path:
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            if key.name not in ("value", "data_array"):
+                held = type(tree).__name__.lower()
+            tree = getattr(tree, key.name, None)
+        else:
+            held = "" if isinstance(key, jax.tree_util.DictKey) else held
+            index = getattr(key, "key", getattr(key, "idx", None))
+            try:
+                tree = tree[index]
+            except (TypeError, KeyError, IndexError):
+                return ""
+    return held
 
 
 def layer_shapes(leaves: Sequence[Leaf]) -> Shapes:
@@ -218,8 +322,20 @@ def num_prunable(leaves: Sequence[Leaf]) -> int:
 
 
 def pick(tree: PyTree, leaves: Sequence[Leaf]) -> list[jax.Array]:
-    """The prunable leaves of a tree."""
-    return [a for a, x in zip(jax.tree.leaves(tree), leaves, strict=True) if x.prunable]
+    """The prunable leaves of a tree, found by path.
+
+    Raises:
+      ValueError: the tree lacks one, or has it in another shape.
+    """
+    found = paths(tree)
+    for x in leaves:
+        if x.prunable and (x.path not in found or jnp.shape(found[x.path]) != x.shape):
+            got = f"shape {jnp.shape(found[x.path])}" if x.path in found else "nothing"
+            raise ValueError(
+                f"A tree of other leaves than the params: expected shape {x.shape} at {x.path}, "
+                f"got {got}. Masks, gradients and scores need a leaf for each parameter."
+            )
+    return [found[x.path] for x in leaves if x.prunable]
 
 
 def split(tree: PyTree, leaves: Sequence[Leaf]) -> list[jax.Array]:
@@ -231,9 +347,8 @@ def split(tree: PyTree, leaves: Sequence[Leaf]) -> list[jax.Array]:
 
 def join(stacks: Sequence[jax.Array], tree: PyTree, leaves: Sequence[Leaf]) -> PyTree:
     """Undoes :func:`split`: ``tree`` with its prunable leaves replaced by ``stacks``."""
-    arrays, treedef = jax.tree.flatten(tree)
-    new = iter(stacks)
-    joined = [
-        next(new).reshape(x.shape) if x.prunable else a for a, x in zip(arrays, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, joined)
+    prunable = [x for x in leaves if x.prunable]
+    new = {x.path: stack.reshape(x.shape) for x, stack in zip(prunable, stacks, strict=True)}
+    return jax.tree.unflatten(
+        jax.tree.structure(tree), [new.get(path, leaf) for path, leaf in paths(tree).items()]
+    )

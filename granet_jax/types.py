@@ -79,7 +79,9 @@ class MaskState(NamedTuple):
     """State of the methods in this library; a method's own state may hold more after ``masks``."""
 
     masks: PyTree  # bool, shapes of params
-    key: jax.Array | None  # typed key that every event folds its step into; None = draws nothing
+    key: (
+        jax.Array | None
+    )  # uint32 key data, into which events fold their step; None = draws nothing
     explored: PyTree = None  # bool, weights that have been on at least once; None = not tracked
     average: PyTree = None  # float32, running mean of dense gradients; None = not tracked
 
@@ -93,16 +95,18 @@ class Method(NamedTuple):
       update: ``(state, params, grads, step) -> (state, keep)``, called at events only.
       is_update_step: ``step -> bool`` scalar: is this step an event?
       observe: ``(state, grads) -> state``, called at every step; None for methods that need none.
+      name: which states carry, so that one of another method is refused.
     """
 
     init: Callable[[PyTree], Any]
     update: Callable[[Any, PyTree, PyTree, jax.Array], tuple[Any, PyTree]]
     is_update_step: Callable[[jax.Array], Any]
     observe: Callable[[Any, PyTree], Any] | None = None
+    name: str = "unnamed"
 
 
 class SparseState(NamedTuple):
-    """State of :func:`granet_jax.sparsify`."""
+    """State of :func:`granet_jax.sparsify`: plain arrays, for any kind of file."""
 
     mask_step: jax.Array  # int32 scalar, updates done ("count" would collide with optax's own)
     method: Any  # the method's state; its first field is masks
@@ -110,3 +114,5 @@ class SparseState(NamedTuple):
     # bool, what the last update kept: the masks, but for what an event just grew. Held here, for
     # made anew it would cost each step a copy of the masks.
     keep: PyTree
+    # {name of the method: None}: a part of the tree's structure, which every kind of file keeps.
+    written_by: dict[str, None]

@@ -16,7 +16,7 @@ MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "granet_jax.
 ORDER = [
     *("types", "trees", "scores", "distributions", "schedules", "selection"),
     *("structures", "masks"),
-    *("methods", "transform", "metrics", "report", "flops", "sharding", "checkpoint"),
+    *("methods", "moments", "transform", "metrics", "report", "flops", "sharding", "checkpoint"),
     *("kernels", "export"),
     *("reparam", "testing"),
 ]

@@ -121,10 +121,10 @@ def grasp(
 
     Example: on ``(a w0^2 + w1^2) / 2`` the scores are ``(a^2 w0^2, w1^2)``.
       >>> import granet_jax as gj, jax.numpy as jnp
-      >>> loss = lambda params, a: jnp.sum(jnp.array([[a, 1.0]]) * params["kernel"] ** 2) / 2
-      >>> params = {"kernel": jnp.array([[1.0, 2.0]])}
+      >>> loss = lambda params, a: jnp.sum(jnp.array([[a], [1.0]]) * params["kernel"] ** 2) / 2
+      >>> params = {"kernel": jnp.array([[1.0], [2.0]])}
       >>> gj.at_init.grasp(loss, params, [3.0], sparsity=0.5)["kernel"].tolist()
-      [[True, False]]
+      [[True], [False]]
     """
     scores = grasp_scores(loss_fn, params, batches)
     return masks_from(scores, params, sparsity=sparsity, scope=scope, prunable=prunable)
@@ -201,7 +201,10 @@ def synflow(
       >>> import granet_jax as gj, jax.numpy as jnp
       >>> params = [jnp.array([[-1.0, 2.0]]), jnp.array([[4.0], [-3.0]])]
       >>> net = lambda params, x: x @ params[0] @ params[1]
-      >>> masks = gj.at_init.synflow(net, params, jnp.zeros((1, 1)), sparsity=0.5, rounds=2)
+      >>> rules = [("", True)]  # a layer of one input would pass for a vector
+      >>> masks = gj.at_init.synflow(
+      ...     net, params, jnp.zeros((1, 1)), sparsity=0.5, rounds=2, prunable=rules
+      ... )
       >>> [mask.tolist() for mask in masks]
       [[[False, True]], [[False], [True]]]
     """
@@ -306,9 +309,9 @@ def collapsed(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> list
 
     Example: the first of two stacked layers is empty.
       >>> import granet_jax as gj, jax.numpy as jnp
-      >>> masks = {"kernel": jnp.array([[[False, False]], [[True, False]]])}
+      >>> masks = {"kernel": jnp.array([[[False], [False]], [[True], [False]]])}
       >>> rules = [("kernel", gj.Stacked(1))]
-      >>> gj.at_init.collapsed(masks, {"kernel": jnp.ones((2, 1, 2))}, rules)
+      >>> gj.at_init.collapsed(masks, {"kernel": jnp.ones((2, 2, 1))}, rules)
       ['kernel[0]']
     """
     leaves = trees.describe(params, prunable)

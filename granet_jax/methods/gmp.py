@@ -58,7 +58,8 @@ def gmp(
         scope, initial_sparsity, final_sparsity, begin_step, end_step
     )
     return compose(
-        start_from(masks, 0.0, scope, prunable, None),
+        start_from(masks, 0.0, scope, prunable, None, (scope, final_sparsity)),
         prune_to(num_keep, score=score, prunable=prunable),
         is_update_step=schedules.every(update_every, begin_step),
+        name="gmp",
     )

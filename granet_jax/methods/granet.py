@@ -87,7 +87,7 @@ def granet(
     )
     schedules.check_end(update_every, end_step, total_steps)
     return compose(
-        start_from(masks, initial_sparsity, start, prunable, key),
+        start_from(masks, initial_sparsity, start, prunable, key, (scope, final_sparsity)),
         prune_to(num_keep, prunable=prunable),
         regenerate(
             schedules.cosine(initial_fraction, final_fraction, total_steps),
@@ -97,4 +97,5 @@ def granet(
         ),
         is_update_step=is_update_step,
         key=key,
+        name="granet",
     )

@@ -43,7 +43,8 @@ def track_exploration(method: Method) -> Method:
         explored = jax.tree.map(jnp.logical_or, state.explored, state.masks)
         return state._replace(explored=explored), keep
 
-    return method._replace(init=init, update=update)
+    name = f"track_exploration({method.name})"
+    return method._replace(init=init, update=update, name=name)
 
 
 def rigl_itop(
@@ -89,21 +90,20 @@ def rigl_itop(
       ...     gj.rigl_itop(sparsity=0.9, update_every=100, total_steps=1000, key=jax.random.key(0)),
       ... )
     """
-    return track_exploration(
-        rigl(
-            sparsity=sparsity,
-            update_every=update_every,
-            total_steps=total_steps,
-            last_step=total_steps,
-            initial_fraction=0.5,
-            final_fraction=0.005,
-            start=start,
-            grow=grow,
-            masks=masks,
-            prunable=prunable,
-            key=key,
-        )
+    method = rigl(
+        sparsity=sparsity,
+        update_every=update_every,
+        total_steps=total_steps,
+        last_step=total_steps,
+        initial_fraction=0.5,
+        final_fraction=0.005,
+        start=start,
+        grow=grow,
+        masks=masks,
+        prunable=prunable,
+        key=key,
     )
+    return track_exploration(method)._replace(name="rigl_itop")
 
 
 def set_itop(
@@ -167,5 +167,5 @@ def set_itop(
 
         return growing_by(grow).update(state, params, grads, step)
 
-    method = growing_by(scores.random)
+    method = growing_by(scores.random)._replace(name="set_itop")
     return method._replace(update=update) if unexplored_first else method

@@ -41,7 +41,8 @@ def magnitude(
     if at < 1:
         raise ValueError(f"The prune happens at step at >= 1; got {at=}. Steps count from 1.")
     return compose(
-        start_from(masks, 0.0, scope, prunable, None),
+        start_from(masks, 0.0, scope, prunable, None, (scope, sparsity)),
         prune_to(lambda shapes, step: scope(shapes, sparsity), score=score, prunable=prunable),
         is_update_step=lambda step: step == at,
+        name="magnitude",
     )

@@ -76,4 +76,5 @@ def rigl(
         ),
         is_update_step=schedules.every(update_every, begin_step, last),
         key=key,
+        name="rigl",
     )

@@ -79,4 +79,5 @@ def set_(
         ),
         is_update_step=schedules.every(update_every, begin_step, last),
         key=key,
+        name="set_",
     )

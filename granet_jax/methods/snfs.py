@@ -53,7 +53,8 @@ def average_gradients(method: Method, decay: float = 0.9) -> Method:
     ) -> tuple[MaskState, PyTree]:
         return method.update(state, params, state.average, step)
 
-    return method._replace(init=init, update=update, observe=observe)
+    name = f"average_gradients({method.name})"
+    return method._replace(init=init, update=update, observe=observe, name=name)
 
 
 def by_mean_score(
@@ -167,4 +168,4 @@ def snfs(
         is_update_step=schedules.every(update_every, begin_step, total_steps),
         key=key,
     )
-    return average_gradients(method, decay)
+    return average_gradients(method, decay)._replace(name="snfs")

@@ -40,4 +40,5 @@ def static(
     return compose(
         start_from(masks, sparsity, start, prunable, key),
         is_update_step=lambda step: step < 0,
+        name="static",
     )
