@@ -134,7 +134,7 @@ def frozen(inner: optax.GradientTransformation, state: Any, params: PyTree) -> l
     for eqn in jaxpr.jaxpr.eqns:
         if any(id(x) in moving for x in eqn.invars):
             moving.update(map(id, eqn.outvars))
-    pairs = zip(trees.paths(params), jaxpr.jaxpr.outvars, strict=True)
+    pairs = zip(trees.paths(params), jaxpr.jaxpr.outvars, strict=False)
     return [path for path, var in pairs if id(var) not in moving]
 
 
