@@ -100,17 +100,20 @@ def check_maskable(state: Any, params: PyTree) -> None:
             )
 
 
-def check_same_optimizer(state: Any, initial: Any) -> None:
+def check_same_optimizer(state: Any, initial: Any, params: PyTree) -> None:
     """Refuses a state that another optimizer wrote.
 
     Raises:
-      ValueError: the leaves differ; the message names a leaf and the states that hold it.
+      ValueError: a leaf is missing, or there is one more for a parameter; the message names it and
+        the state that holds it.
     """
     found, expected = (
         {trees.names(path): (path, x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (state, initial)
     )
-    odd = [(state, *found[k], "unexpected") for k in found.keys() - expected.keys()]
+    more = found.keys() - expected.keys()
+    owners = trees.owners(state, params) if more else {}
+    odd = [(state, *found[k], "unexpected") for k in more if owners[found[k][0]] is not None]
     odd += [(initial, *expected[k], "missing") for k in expected.keys() - found.keys()]
     if odd:
         told = min(

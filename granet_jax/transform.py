@@ -108,7 +108,7 @@ def sparsify(
     ) -> tuple[PyTree, SparseState]:
         _check_update(grads, state, params, method)
         initial = inner.init(jax.tree.map(jnp.zeros_like, params))
-        moments.check_same_optimizer(state.inner, initial)
+        moments.check_same_optimizer(state.inner, initial, params)
         mirrored = moments.mirrors(inner.init, initial, params)
         step = optax.safe_increment(state.mask_step)
         method_state = state.method
@@ -389,6 +389,14 @@ def _check_update(grads: PyTree, state: Any, params: PyTree | None, method: Meth
             "tx.init(params), granet_jax.get_masks(old_state))."
         )
     wanted = trees.by_path(params)
+    if odd := sorted(
+        {str(x.dtype) for x in jax.tree.leaves((state.method[0], state.keep))} - {"bool"}
+    ):
+        raise ValueError(
+            f"Masks in the state are {', '.join(odd)} instead of bool: something around sparsify "
+            "does arithmetic on its state, as SAM does. Put it inside: "
+            "sparsify(optax.contrib.sam(...), method)."
+        )
     for what, tree in (("mask", state.method[0]), ("gradient", grads)):
         found = trees.by_path(tree)
         if odd := found.keys() ^ wanted.keys():

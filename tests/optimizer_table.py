@@ -43,8 +43,7 @@ def _multi_steps(tx):
     return optax.GradientTransformationExtraArgs(steps.init, steps.update)
 
 
-def _nothing(params):
-    return jax.tree.map(lambda p: False, params)
+NOTHING = {"kernel": False, "square": False, "bias": False}
 
 
 # What has to be given beside learning_rate: arguments of optimizers and transformations ...
@@ -60,12 +59,13 @@ ARGUMENTS = {
     "differentially_private_aggregate": {"l2_norm_clip": 1.0, "noise_multiplier": 0.1, "key": 0},
     "dpsgd": {"learning_rate": 0.1, "l2_norm_clip": 1.0, "noise_multiplier": 0.1, "key": 0},
     "ema": {"decay": 0.9},
-    "freeze": {"mask": _nothing},
+    "freeze": {"mask": NOTHING},
     "galore": {"learning_rate": 0.05, "rank": 4, "update_proj_gap": 2},
     "noisy_sgd": {"learning_rate": 0.05, "eta": 0.01, "gamma": 0.5, "key": 0},
     "scale": {"step_size": 0.5},
     "scale_by_backtracking_linesearch": {"max_backtracking_steps": 4},
     "scale_by_galore": {"rank": 4, "update_proj_gap": 2},
+    "scale_by_learning_rate": {"learning_rate": 0.05},
     "scale_by_schedule": {"step_size_fn": lambda count: 0.5},
     "scale_by_zoom_linesearch": {"max_linesearch_steps": 4},
     "snapshot": {
@@ -97,12 +97,17 @@ WRAPPERS = {
     "partition": lambda tx: optax.partition(_halves(tx), _labels),
     "sam": lambda tx: optax.contrib.sam(tx, optax.sgd(0.01), sync_period=2),
     "schedule_free": lambda tx: optax.contrib.schedule_free(tx, 0.05),
-    "selective_transform": lambda tx: optax.selective_transform(tx, freeze_mask=_nothing),
+    "selective_transform": lambda tx: optax.selective_transform(tx, freeze_mask=NOTHING),
     "split_real_and_imaginary": optax.contrib.split_real_and_imaginary,
     "with_extra_args_support": optax.with_extra_args_support,
 }
-# Names that look like transformations and are none of their own.
-OTHERS = ("hutchinson_estimator_diag_hessian", "measure_with_ema", "microbatch")
+# They look like transformations and are none that stand alone.
+OTHERS = ("hutchinson_estimator_diag_hessian", "measure_with_ema", "microbatch", "scale_by_muon")
+UP_HILL = ("scale_by_param_block_norm", "scale_by_param_block_rms")  # and ever faster
+WITH_VALUES = (  # they look at the loss
+    *("lbfgs", "momo", "momo_adam", "polyak_sgd", "reduce_on_plateau", "scale_by_polyak"),
+    *("scale_by_backtracking_linesearch", "scale_by_zoom_linesearch"),
+)
 PER_EXAMPLE = ("differentially_private_aggregate", "dpsgd")  # gradients have an axis of examples
 
 
@@ -174,6 +179,8 @@ def _try_out(name):
         inside = outcome(lambda method: gj.sparsify(wrap(SGD), method), name)
         return Row(name, inside, "", outcome(lambda method: wrap(gj.sparsify(SGD, method)), name))
     tx = make(name)
+    if name in UP_HILL:
+        tx = optax.chain(tx, optax.scale(-0.05))
     return Row(
         name,
         outcome(lambda method: gj.sparsify(tx, method), name),
@@ -254,7 +261,7 @@ def update(tx, params, state, step, name):
     value, grads = jax.value_and_grad(loss)(weights, step)
     if name in PER_EXAMPLE:
         grads = jax.tree.map(lambda g: g[None], grads)
-    told = {"value": value, "grad": grads, "value_fn": loss}
+    told = {"value": value, "grad": grads, "value_fn": loss} if name in WITH_VALUES else {}
     if name == "sophia":
         told = {"obj_fn": loss}
     updates, state = tx.update(grads, state, params, **told)
@@ -302,7 +309,6 @@ def page(rows):
 
 if __name__ == "__main__":
     jax.config.update("jax_disable_most_optimizations", True)
-    warnings.simplefilter("error")
     table = []
     for each in names():
         table.append(try_out(each))
