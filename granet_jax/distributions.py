@@ -6,8 +6,8 @@ layer, or one int for the whole tree; see :class:`granet_jax.types.Distribution`
 to exactly ``round(N * (1 - sparsity))`` for N weights (halves round to even, as Python does).
 
 A *traced* sparsity (``vmap``, ``optax.inject_hyperparams``) is computed in float32, which may be
-off by a few weights in 10^8; ``uniform`` then rounds each layer for itself, and ``erk``, which
-decides in Python which layers stay dense, refuses.
+off by a few weights in 10^8, or in float64 where it is that. ``uniform`` then rounds each layer for
+itself, and ``erk``, which decides in Python which layers stay dense, refuses.
 """
 
 import math
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from granet_jax.scores import at_least_float32
 from granet_jax.types import Counts, Shapes
 
 
@@ -47,7 +48,7 @@ def uniform(shapes: Shapes, sparsity: Any) -> Counts:
     """
     sizes = [math.prod(shape) for shape in shapes]
     if isinstance(sparsity, jax.core.Tracer):
-        return jnp.round(np.asarray(sizes, np.float32) * (1.0 - sparsity)).astype(jnp.int32)
+        return _rounded(sizes, sparsity)
     return _feasible("uniform", _uniform_counts, shapes, sparsity)
 
 
@@ -100,8 +101,13 @@ def global_ranking(shapes: Shapes, sparsity: Any) -> Counts:
             "give each layer its own count with uniform or erk."
         )
     if isinstance(sparsity, jax.core.Tracer):
-        return jnp.round(total * (1.0 - sparsity)).astype(jnp.int32)
+        return _rounded(total, sparsity)
     return _feasible("global_ranking", lambda shapes, num_keep: num_keep, shapes, sparsity)
+
+
+def _rounded(sizes: Any, sparsity: jax.Array) -> jax.Array:
+    dtype = at_least_float32(sparsity.dtype)
+    return jnp.round(np.asarray(sizes, dtype) * (1.0 - sparsity.astype(dtype))).astype(jnp.int32)
 
 
 def _uniform_counts(shapes: Shapes, num_keep: int) -> tuple[int, ...]:

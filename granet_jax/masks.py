@@ -6,7 +6,7 @@ mask steps together into a method.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -172,7 +172,7 @@ def regenerate(
       drop: what is kept is what scores highest.
       grow: what is grown is what scores highest.
       by_sign: take the fraction of the negative weights and of the others (zeros included) each
-        for itself, instead of both together; not with structures.
+        for itself, instead of both together; not with structures or complex weights.
       redistribute: deals out what all layers dropped; None = each layer grows what it dropped; not
         with structures.
       prunable: path rules.
@@ -206,6 +206,7 @@ def regenerate(
         parts = [live]
         if by_sign:
             weights = trees.split(params, leaves)
+            _refuse_complex("What by_sign splits", weights, leaves)
             parts = [
                 [x & (w < 0) for x, w in zip(live, weights, strict=True)],
                 [x & ~(w < 0) for x, w in zip(live, weights, strict=True)],
@@ -247,7 +248,8 @@ class _Scores(NamedTuple):
     inputs: list[jax.Array]  # stacks
 
 
-# Operations that give the same bits in every kernel (a product and a sum may become one).
+# Operations that give the same bits in every kernel (a product and a sum may become one, and
+# complex numbers take both).
 _ARITHMETIC = frozenset({"abs", "convert_element_type", "mul", "neg"})
 
 
@@ -264,7 +266,10 @@ def _scores(
     are those of structures.
     """
     closed = jax.make_jaxpr(lambda p, g: trees.pick(score(p, g, key), leaves))(params, grads)
-    is_arithmetic = all(x.primitive.name in _ARITHMETIC for x in closed.eqns)
+    _refuse_complex("A score", closed.out_avals, leaves)
+    is_arithmetic = all(x.primitive.name in _ARITHMETIC for x in closed.eqns) and not any(
+        jnp.issubdtype(x.dtype, jnp.complexfloating) for x in closed.in_avals
+    )
     is_lazy = is_arithmetic and not any(jnp.ndim(x) for x in closed.consts)
     if not is_lazy or any(x.structure is not None for x in leaves):
         stored = trees.split(score(params, grads, key), leaves)
@@ -332,6 +337,15 @@ def _refuse_structures(what: str, leaves: tuple[trees.Leaf, ...]) -> None:
         )
 
 
+def _refuse_complex(what: str, values: Sequence[Any], leaves: tuple[trees.Leaf, ...]) -> None:
+    pairs = zip(values, [x for x in leaves if x.prunable], strict=True)
+    if odd := [x.path for value, x in pairs if jnp.issubdtype(value.dtype, jnp.complexfloating)]:
+        raise ValueError(
+            f"{what} has to be real, and that of {', '.join(odd)} is complex: complex numbers have "
+            "neither sign nor order. Rank their size, as granet_jax.scores does."
+        )
+
+
 def _best_of(
     scores: _Scores,
     marks: list[jax.Array] | None,
@@ -353,10 +367,11 @@ def _best_of(
 def ceil_of_share(fraction: Any, num_live: jax.Array) -> jax.Array:
     """``ceil(fraction * num_live)`` within ``[0, num_live]``, int32.
 
-    Computed in float32. A product that rounding may have lifted above an integer (one part in
-    2^23) counts as that integer, so that .3 of 10 is 3; above 10^6 weights this may be one off.
+    Computed in float32, with ``jax_enable_x64``, too. A product that rounding may have lifted above
+    an integer (one part in 2^23) counts as that integer, so that .3 of 10 is 3; above 10^6 weights
+    this may be one off.
     """
-    share = fraction * num_live.astype(jnp.float32)
+    share = jnp.asarray(fraction, jnp.float32) * num_live.astype(jnp.float32)
     return jnp.clip(jnp.ceil(share * (1 - 2.0**-23)).astype(jnp.int32), 0, num_live)
 
 

@@ -1,7 +1,8 @@
 """When masks change, and by how much: thin names over optax schedules.
 
-A schedule maps a step (int or int32 scalar, the first update is 1) to a float32 scalar. The numbers
-of steps that schedules are made from are Python ints; sparsities and fractions may be traced.
+A schedule maps a step (an int or a scalar of ints, the first update is 1) to a float32 scalar, with
+``jax_enable_x64``, too: so that counts are the same with and without it. The numbers of steps that
+schedules are made from are Python ints; sparsities and fractions may be traced.
 """
 
 import operator
@@ -34,13 +35,10 @@ def cubic(initial: Any, final: Any, begin_step: int, end_step: int) -> optax.Sch
         raise ValueError(
             f"end_step must come after begin_step; got {begin_step=}, {end_step=} (in updates)."
         )
-    return optax.polynomial_schedule(
-        init_value=initial,
-        end_value=final,
-        power=3,
-        transition_steps=end_step - begin_step,
-        transition_begin=begin_step,
+    unit = optax.polynomial_schedule(
+        _number(initial), _number(final), power=3, transition_steps=end_step - begin_step
     )
+    return lambda step: unit(_elapsed(step, begin_step, end_step))
 
 
 def cosine(initial: Any, final: Any, end_step: int) -> optax.Schedule:
@@ -63,7 +61,8 @@ def cosine(initial: Any, final: Any, end_step: int) -> optax.Schedule:
     if end_step < 1:
         raise ValueError(f"The cosine needs end_step >= 1 update; got {end_step}.")
     unit = optax.cosine_decay_schedule(1.0, end_step)
-    return lambda step: final + (initial - final) * unit(step)
+    initial, final = _number(initial), _number(final)
+    return lambda step: final + (initial - final) * unit(_elapsed(step, 0, end_step))
 
 
 def every(
@@ -142,7 +141,8 @@ def gradual_num_keep(
     def num_keep(shapes: Shapes, step: jax.Array) -> Counts:
         initial = jnp.asarray(distribution(shapes, initial_sparsity), jnp.int32)
         final = jnp.asarray(distribution(shapes, final_sparsity), jnp.int32)
-        return final + jnp.round((initial - final) * remaining(step)).astype(jnp.int32)
+        above = (initial - final).astype(jnp.float32) * remaining(step)
+        return final + jnp.round(above).astype(jnp.int32)
 
     return num_keep
 
@@ -169,6 +169,15 @@ def check_steps(**steps: Any) -> None:
                 f"{name} must be an int, a number of updates; got {value!r}. (Traced steps do not "
                 f"work: with optax.inject_hyperparams name {name} in static_args.)"
             ) from None
+
+
+def _elapsed(step: Any, begin_step: int, end_step: int) -> jax.Array:
+    """Steps since ``begin_step``, none after ``end_step``, as float32 (optax takes its dtype)."""
+    return (jnp.clip(step, begin_step, end_step) - begin_step).astype(jnp.float32)
+
+
+def _number(value: Any) -> Any:
+    return float(value) if _known(value) else value.astype(jnp.float32)
 
 
 def _known(*values: Any) -> bool:

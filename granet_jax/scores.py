@@ -1,15 +1,18 @@
 """Scores: how much each weight is worth keeping, or growing. All share one signature.
 
-Each function takes ``(params, grads, key)`` and returns a tree of float32 arrays of the params'
-shapes, larger = better; see :class:`granet_jax.types.ScoreFn`. Scores are float32 whatever the
-dtype of the parameters, because low-precision scores tie by the thousand (growing by bfloat16
-gradients is known to ruin RigL and GraNet on transformers).
+Each function takes ``(params, grads, key)`` and returns a tree of real arrays of the params'
+shapes, larger = better; see :class:`granet_jax.types.ScoreFn`. Scores are float32 where parameters
+are narrower, because low-precision scores tie by the thousand (growing by bfloat16 gradients is
+known to ruin RigL and GraNet on transformers); of float64 and complex128 they are float64. Of
+complex numbers ``|.|`` is the modulus.
 
 Example:
   >>> import jax.numpy as jnp
   >>> magnitude({"w": jnp.array([[-2.0, 1.0]])}, None, None)["w"].tolist()
   [[2.0, 1.0]]
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +23,22 @@ from granet_jax.types import PyTree, ScoreFn
 def magnitude(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
     """``|w|``: Han et al. 2015; the pruning score of GMP, SET, RigL and GraNet."""
     del grads, key
-    return jax.tree.map(_abs32, params)
+    return jax.tree.map(size, params)
 
 
 def gradient(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
     """``|g|``: the growth score of RigL (Evci et al. 2020, section 3) and GraNet."""
     del params, key
-    return jax.tree.map(_abs32, grads)
+    return jax.tree.map(size, grads)
 
 
 def saliency(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
-    """``|w * g|``: the first-order change of the loss (Molchanov et al. 2017; SNIP's score)."""
+    """``|w * g|``: the first-order change of the loss (Molchanov et al. 2017; SNIP's score).
+
+    Of a complex weight it is the largest change by a move as far as to 0, in any direction.
+    """
     del key
-    return jax.tree.map(
-        lambda p, g: _abs32(p.astype(jnp.float32) * g.astype(jnp.float32)), params, grads
-    )
+    return jax.tree.map(lambda p, g: jnp.multiply(*_alike(size(p), size(g))), params, grads)
 
 
 def magnitude_and_gradient(coefficient: float = 0.01) -> ScoreFn:
@@ -51,7 +55,12 @@ def magnitude_and_gradient(coefficient: float = 0.01) -> ScoreFn:
 
     def score(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
         del key
-        return jax.tree.map(lambda p, g: _abs32(p) + coefficient * _abs32(g), params, grads)
+
+        def of_leaf(p: jax.Array, g: jax.Array) -> jax.Array:
+            p, g = _alike(size(p), size(g))
+            return p + coefficient * g
+
+        return jax.tree.map(of_leaf, params, grads)
 
     return score
 
@@ -73,5 +82,25 @@ def random(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
     return jax.tree.unflatten(treedef, draws)
 
 
-def _abs32(x: jax.Array) -> jax.Array:
-    return jnp.abs(x).astype(jnp.float32)
+def size(x: jax.Array) -> jax.Array:
+    """``|x|`` in float32, or in the precision of ``x`` where that is wider.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> size(jnp.array([3 + 4j])).tolist(), size(jnp.ones(2, jnp.bfloat16)).dtype.name
+      ([5.0], 'float32')
+    """
+    magnitude = jnp.abs(x)
+    return magnitude.astype(at_least_float32(magnitude.dtype))
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """``dtype`` where it is float64 or complex, else float32: what sums and means are made in."""
+    is_wide = dtype == jnp.float64 or jnp.issubdtype(dtype, jnp.complexfloating)
+    return jnp.dtype(dtype if is_wide else jnp.float32)
+
+
+def _alike(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two arrays of float32 or float64 in the wider of the two."""
+    dtype = max(a.dtype, b.dtype, key=lambda x: x.itemsize)
+    return a.astype(dtype), b.astype(dtype)

@@ -1,12 +1,12 @@
 """Exact top-k masks without sorting.
 
 Sorting 25 million scores takes seconds on a CPU and, on sharded arrays, gathers them all. Here the
-k-th largest score is found by counting: floats are mapped to integers of the same order, and a
-bracket around the k-th largest closes by asking how many integers are above a candidate. Candidates
-come from a small sample, then from interpolation between counts, and from bisection where neither
-gets on; whatever they are, the mask is the same. Ties are settled by the same search over linear
-indices. Only counts ever leave a device, so the same scores give the same mask on any number of
-devices.
+k-th largest score is found by counting: floats are mapped to integers of the same order and width,
+and a bracket around the k-th largest closes by asking how many integers are above a candidate.
+Candidates come from a small sample, then from interpolation between counts, and from bisection
+where neither gets on; whatever they are, the mask is the same. Ties are settled by the same search
+over linear indices. Only counts ever leave a device, so the same scores give the same mask on any
+number of devices.
 
 Scores come as *stacks*: arrays ``(layers, *layer_shape)``. The number of weights to keep is either
 a scalar, for one ranking over all stacks, or one int for each layer, for a ranking within each.
@@ -20,13 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from granet_jax import sortable
 from granet_jax.types import PyTree
 
-_INELIGIBLE = np.int32(-(2**31))  # the lowest key
-_NAN = np.int32(-(2**31) + 1)
-_MAGNITUDE = np.int32(2**31 - 1)
-_INFINITY = np.int32(0x7F800000)  # the highest key
-_TOP_BIT = np.uint32(2**31)
 _ROW = 256
 _SHORT_ROW = 32  # rows up to this length are ranked by comparing all pairs
 _SMALL = 2**20  # stacks of fewer entries are copied together: fewer kernels to compile
@@ -38,14 +34,17 @@ def top_k_mask(scores: jax.Array, k: Any, eligible: jax.Array | None = None) -> 
     """True for the ``k`` largest entries of one array, exactly.
 
     Args:
-      scores: any shape and float dtype; compared in float32. NaN ranks below every number, and
-        -0 equals +0.
-      k: how many to select, an int or an int32 scalar, which may be traced. Above the number of
+      scores: any shape and float dtype; float64 is compared as such, all else in float32. NaN
+        ranks below every number, and -0 equals +0.
+      k: how many to select, an int or a scalar of ints, which may be traced. Above the number of
         eligible entries, all those are selected; at or below 0, none.
       eligible: bool, shape of ``scores``; None = all.
 
     Returns:
       bool, shape of ``scores``. Ties go to the smaller linear (row-major) index.
+
+    Raises:
+      ValueError: complex scores, or 2^31 of them or more.
 
     Example:
       >>> import jax.numpy as jnp
@@ -63,7 +62,8 @@ def top_k(
     """Selects the best of stacks of layers, exactly.
 
     Args:
-      scores: arrays ``(layers_i, *layer_shape_i)``, any float dtype; compared in float32.
+      scores: arrays ``(layers_i, *layer_shape_i)``, any float dtype; compared in float64 if one of
+        them is of that, else in float32.
       num_keep: int scalar, the number kept over all stacks; or ints ``(sum of layers_i,)``, the
         number kept in each layer. May be traced.
       eligible: bool arrays of the same shapes; None = all entries.
@@ -73,7 +73,8 @@ def top_k(
       are eligible). Ties go to the earlier stack, then the earlier layer, then the smaller index.
 
     Raises:
-      ValueError: one ranking over 2^31 entries or more: its counts would overflow int32.
+      ValueError: one ranking over 2^31 entries or more: its counts would overflow int32; or
+        complex scores.
 
     Example: the best three of all, then the best one of each.
       >>> import jax.numpy as jnp
@@ -92,8 +93,8 @@ def top_k_of_rows(scores: jax.Array, k: jax.Array, eligible: jax.Array) -> jax.A
     """Selects within each row, the last axis of an array.
 
     Args:
-      scores: ``(..., n)``, any float dtype; compared in float32.
-      k: int32 ``(...)``, how many to select in each row; may be traced.
+      scores: ``(..., n)``, any float dtype; compared as by :func:`top_k`.
+      k: ints ``(...)``, how many to select in each row; may be traced.
       eligible: bool ``(..., n)``.
 
     Returns:
@@ -109,13 +110,13 @@ def top_k_of_rows(scores: jax.Array, k: jax.Array, eligible: jax.Array) -> jax.A
     if length > _SHORT_ROW:
         rows = scores.reshape(-1, length), eligible.reshape(-1, length)
         return top_k([rows[0]], k.reshape(-1), [rows[1]])[0].reshape(scores.shape)
-    keys = _keys(Stack(scores, eligible))
+    keys = _keys(Stack(sortable.exactly(scores, sortable.widest([scores])), eligible))
     index = jax.lax.broadcasted_iota(jnp.int32, keys.shape, keys.ndim - 1)
-    num_better = jnp.zeros_like(keys)
+    num_better = jnp.zeros_like(keys, jnp.int32)
     for i in range(length):
         other = keys[..., i : i + 1]
         num_better += ((other > keys) | ((other == keys) & (i < index))).astype(jnp.int32)
-    return eligible & (num_better < k[..., None])
+    return eligible & (num_better < _counts(k)[..., None])
 
 
 class Stack(NamedTuple):
@@ -139,9 +140,10 @@ def top_k_of(
       inputs: tree of arrays ``(layers, ...)``.
       num_keep: as for ``top_k``.
     """
-    shapes = [x.scores.shape for x in jax.eval_shape(rank, inputs)]
+    scores = [x.scores for x in jax.eval_shape(rank, inputs)]
+    shapes, dtype = [x.shape for x in scores], sortable.widest(scores)
     sizes = np.array([math.prod(x[1:]) for x in shapes for _ in range(x[0])], np.int64)
-    num_keep = jnp.asarray(num_keep, jnp.int32)
+    num_keep = _counts(num_keep)
     by_layer = num_keep.ndim == 1
     ranked = sizes if by_layer else sizes.sum(keepdims=True)  # how many entries a ranking has
     if not sizes.sum():
@@ -157,7 +159,7 @@ def top_k_of(
     if jax.device_count() == 1:  # on several, this would move weights between them
         inputs = jax.tree.map(lambda x: x.reshape(len(x), -1), inputs)
         groups = _groups(shapes)
-    made = rank(inputs)
+    made = _ranked(rank, inputs, dtype)
     merged = [_merge([made[i] for i in group]) for group in groups if len(group) > 1]
     alone = [group[0] for group in groups if len(group) == 1]
     first = np.cumsum([0] + [shape[0] for shape in shapes])
@@ -166,16 +168,16 @@ def top_k_of(
         num_keep, ranked = num_keep[order], ranked[order]
 
     def stacks(inputs: PyTree, merged: list[Stack]) -> list[Stack]:
-        made = rank(inputs)
+        made = _ranked(rank, inputs, dtype)
         return [made[i] for i in alone] + merged
 
     def best(stacks: list[Stack], cut: _Cut) -> list[jax.Array]:
-        keys = jnp.broadcast_to(_to_key(cut.key), order.shape)
+        keys = jnp.broadcast_to(sortable.from_position(cut.key), order.shape)
         start = before[order].astype(np.uint32)
         ends = jnp.maximum(cut.end, start) - start
         values = zip(stacks, _by_stack(stacks, keys), _by_stack(stacks, ends), strict=True)
         return [
-            _keys(x) + (_linear_index(x.scores) < end).astype(jnp.int32) > key
+            _keys(x) + (_linear_index(x.scores) < end).astype(key.dtype) > key
             for x, key, end in values
         ]
 
@@ -185,18 +187,19 @@ def top_k_of(
             return jax.lax.optimization_barrier((x, cut))[0]
 
         counts = count(best(stacks(*jax.tree.map(renewed, (inputs, merged))), cut))
-        return counts if by_layer else jnp.sum(counts, keepdims=True)
+        return counts if by_layer else jnp.sum(counts, keepdims=True, dtype=jnp.int32)
 
     wanted = jnp.clip(jnp.atleast_1d(num_keep), 0, ranked.astype(np.int32))
+    most = ranked.astype(f"u{dtype.itemsize}")
     guesses: tuple[jax.Array, ...] = ()
     if jax.device_count() == 1:  # several would have to collect a sample
         guesses = _of_stored(
             lambda args: _guess(stacks(*args), wanted, ranked, by_layer),
-            lambda args: (jnp.zeros_like(wanted, jnp.uint32),) * 2,
+            lambda args: (jnp.zeros_like(wanted, most.dtype),) * 2,
             (inputs, merged),
         )
     all_eligible = all(x.eligible is None for x in made)
-    cut = _search(num_best, wanted, ranked.astype(np.uint32), guesses, all_eligible)
+    cut = _search(num_best, wanted, most, guesses, all_eligible)
     masks = _of_stored(
         lambda args: best(stacks(*args), cut),
         lambda args: [_none(x) for x in stacks(*args)],
@@ -233,7 +236,8 @@ def count(stacks: Sequence[jax.Array]) -> jax.Array:
         owners.append(np.repeat(num_layers + np.arange(len(x)), num_rows))
         num_layers += len(x)
     sums = jnp.sum(apart(jnp.concatenate(rows)), axis=1, dtype=jnp.int32)
-    return jax.ops.segment_sum(sums, np.concatenate(owners), num_layers, indices_are_sorted=True)
+    owner = np.concatenate(owners).astype(np.int32)
+    return jax.ops.segment_sum(sums, owner, num_layers, indices_are_sorted=True)
 
 
 def replicated(counts: jax.Array) -> jax.Array:
@@ -268,7 +272,7 @@ def _merge(stacks: Sequence[Stack]) -> Stack:
 class _Cut(NamedTuple):
     """Best are the entries of a higher key, and of this very key those before the end."""
 
-    key: jax.Array  # uint32 (rankings,), see :func:`_to_key`
+    key: jax.Array  # uint32 or uint64 (rankings,), see :func:`sortable.to_position`
     end: jax.Array  # uint32 (rankings,)
 
 
@@ -277,18 +281,19 @@ class _Bracket(NamedTuple):
 
     Positions are keys at first. Where nothing is left between ``low`` and ``high`` and the entries
     of the key ``high`` tie for what is wanted, they are indices from there on: told from the end,
-    so that fewer are best the higher the position, as with keys. All ``(rankings,)``.
+    so that fewer are best the higher the position, as with keys. All ``(rankings,)``; positions are
+    uint32, or uint64 where scores are float64.
     """
 
     wanted: jax.Array  # int32
-    low: jax.Array  # uint32
-    high: jax.Array  # uint32
+    low: jax.Array
+    high: jax.Array
     at_low: jax.Array  # int32, not fewer than wanted
     at_high: jax.Array  # int32, not more than wanted
     gap: jax.Array  # int32, at_low - at_high one round ago
     gap_before: jax.Array  # int32, two rounds ago
     is_tie: jax.Array  # bool, are positions indices?
-    key: jax.Array  # uint32, of those that tie
+    key: jax.Array  # of those that tie, as a position
 
 
 _NO_GAP = np.int32(2**31 - 1)
@@ -303,14 +308,15 @@ def _search(
 ) -> _Cut:
     """Closes a bracket until exactly as many are best as wanted; a count of all in each round.
 
-    The first round tells how many are eligible at all; there are no more to want. Then positions
-    are tried as the guesses say, then as the counts suggest; but the bracket is halved
-    where its gap is still wide or has not fallen to a quarter in two rounds, so that it closes
-    whatever the scores.
+    Positions have the dtype of ``sizes``, the lengths of the rankings. The first round tells how
+    many are eligible at all; there are no more to want. Then positions are tried as the guesses
+    say, then as the counts suggest; but the bracket is halved where its gap is still wide or has
+    not fallen to a quarter in two rounds, so that it closes whatever the scores.
     """
 
     def cut_at(b: _Bracket, position: jax.Array) -> _Cut:
-        return _Cut(jnp.where(b.is_tie, b.key, position), jnp.where(b.is_tie, sizes - position, 0))
+        end = jnp.where(b.is_tie, sizes - position, 0)
+        return _Cut(jnp.where(b.is_tie, b.key, position), end.astype(jnp.uint32))
 
     def is_open(b: _Bracket) -> jax.Array:
         return (b.at_low != b.wanted) & (b.at_high != b.wanted)
@@ -346,8 +352,8 @@ def _search(
         yes = jnp.ones_like(b.is_tie)
         return _Bracket(b.wanted, low, high, b.at_low, b.at_high, none, none, yes, key=b.high)
 
-    no_key, none = jnp.zeros_like(wanted, jnp.uint32), jnp.full_like(wanted, _NO_GAP)
-    highest = jnp.full_like(no_key, _TOP_BIT + np.uint32(_INFINITY))
+    no_key, none = jnp.zeros_like(wanted, sizes.dtype), jnp.full_like(wanted, _NO_GAP)
+    highest = jnp.full_like(no_key, sortable.highest_position(sizes.dtype))
     no = jnp.zeros_like(wanted, bool)
     all_of_them = jnp.broadcast_to(sizes.astype(np.int32), wanted.shape)
     zero = jnp.zeros_like(wanted)
@@ -369,7 +375,9 @@ def _interpolate(b: _Bracket) -> jax.Array:
     aim = from_low + jnp.where(from_low < from_high, past, -past)
     share = jnp.clip(aim / jnp.maximum(from_low + from_high, 1), 0, 1)
     distance = share * (b.high - b.low).astype(jnp.float32)
-    return jnp.minimum(distance, 2.0**32 - 256).astype(jnp.uint32)  # the largest below 2^32
+    bits = 8 * b.high.dtype.itemsize
+    largest = 2.0**bits - 2.0 ** (bits - 24)  # that float32 has below 2^bits
+    return jnp.minimum(distance, largest).astype(b.high.dtype)
 
 
 def _guess(
@@ -387,8 +395,9 @@ def _guess(
         rows.append(_keys(jax.tree.map(lambda x: x[:, ::stride], stack)))  # noqa: B023
     if by_layer:
         drawn = np.array([x.shape[1] for x in rows for _ in range(len(x))])
+        lowest = sortable.lowest(rows[0].dtype)
         rows = [
-            jnp.pad(x, ((0, 0), (0, drawn.max() - x.shape[1])), constant_values=_INELIGIBLE)
+            jnp.pad(x, ((0, 0), (0, drawn.max() - x.shape[1])), constant_values=lowest)
             for x in rows
         ]
         sample = jnp.concatenate(rows)
@@ -396,55 +405,52 @@ def _guess(
         sample = jnp.concatenate([x.reshape(1, -1) for x in rows], axis=1)
         drawn = np.array([sample.shape[1]])
     best_last = jnp.sort(sample, axis=1)
-    rank = wanted * (drawn / np.maximum(sizes, 1)).astype(np.float32)
+    rank = wanted.astype(jnp.float32) * (drawn / np.maximum(sizes, 1)).astype(np.float32)
     margin = 2.5 * jnp.sqrt(rank * jnp.maximum(0, 1 - rank / np.maximum(drawn, 1))) + 1
     margin = jnp.where(drawn < sizes, margin, 0)
 
     def key_at(rank: jax.Array) -> jax.Array:
         position = sample.shape[1] - 1 - rank.astype(jnp.int32)[:, None]
         keys = jnp.take_along_axis(best_last, position, axis=1, mode="clip")[:, 0]
-        return jnp.where((rank >= 0) & (rank < drawn), _to_bits(keys), 0)
+        return jnp.where((rank >= 0) & (rank < drawn), sortable.to_position(keys), 0)
 
     above = key_at(jnp.floor(rank - 1 - margin))
     below = key_at(jnp.ceil(rank - 1 + margin))
-    return above, below - (below > 0)
+    return above, below - (below > 0).astype(below.dtype)
 
 
 def _where(condition: jax.Array, a: _Bracket, b: _Bracket) -> _Bracket:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
+def _counts(num_keep: Any) -> jax.Array:
+    """int32 of ints of any width: more than all is all."""
+    limit = 2**31 - 1
+    if isinstance(num_keep, int):
+        num_keep = min(num_keep, limit)
+    elif hasattr(num_keep, "dtype") and num_keep.dtype.itemsize > 4:
+        num_keep = num_keep.clip(0, limit)
+    return jnp.asarray(num_keep, jnp.int32)
+
+
+def _ranked(
+    rank: Callable[[PyTree], Sequence[Stack]], inputs: PyTree, dtype: np.dtype
+) -> list[Stack]:
+    return [Stack(sortable.exactly(x.scores, dtype), x.eligible) for x in rank(inputs)]
+
+
 def _keys(stack: Stack) -> jax.Array:
-    """int32 of the scores' shape and order, the lowest where not eligible."""
-    keys = _sortable(stack.scores)
-    return keys if stack.eligible is None else jnp.where(stack.eligible, keys, _INELIGIBLE)
+    """Ints of the scores' shape, width and order, the lowest where not eligible."""
+    key = sortable.keys(stack.scores)
+    if stack.eligible is None:
+        return key
+    return jnp.where(stack.eligible, key, sortable.lowest(key.dtype))
 
 
 def _none(stack: Stack) -> jax.Array:
     """Something of the type of a stack's mask, at no cost."""
     keys = _keys(stack)
     return keys < keys if stack.eligible is None else stack.eligible
-
-
-def _sortable(scores: jax.Array) -> jax.Array:
-    """Maps floats to int32 keys of the same order, with NaN lowest and -0 equal to +0.
-
-    Works on bits alone: float comparisons may treat denormals as zeros.
-    """
-    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.int32)
-    magnitude = bits & _MAGNITUDE
-    keys = jnp.where(bits < 0, -magnitude, magnitude)
-    return jnp.where(magnitude > _INFINITY, _NAN, keys)
-
-
-def _to_key(bits: jax.Array) -> jax.Array:
-    """uint32 to int32 of the same order."""
-    return jax.lax.bitcast_convert_type(bits ^ _TOP_BIT, jnp.int32)
-
-
-def _to_bits(key: jax.Array) -> jax.Array:
-    """int32 to uint32 of the same order."""
-    return jax.lax.bitcast_convert_type(key, jnp.uint32) ^ _TOP_BIT
 
 
 def _by_stack(stacks: Sequence[Stack], values: jax.Array) -> list[jax.Array]:

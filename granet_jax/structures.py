@@ -29,7 +29,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from granet_jax import selection
+from granet_jax import selection, sortable
+from granet_jax.scores import at_least_float32
 from granet_jax.trees import Leaf, Rules, Structure, describe, join, split
 from granet_jax.types import PyTree, Shapes
 
@@ -174,7 +175,7 @@ def block(shape: Sequence[int]) -> Structure:
         lacking = [n * s - d for n, s, d in zip(num, sides, leaf.layer_shape, strict=True)]
         padded = jnp.pad(x, [(0, 0)] + [(0, lack) for lack in lacking])
         split = padded.reshape(len(x), *(y for pair in zip(num, sides, strict=True) for y in pair))
-        return split.mean(tuple(range(2, split.ndim, 2)), dtype=jnp.float32)
+        return _mean(split, tuple(range(2, split.ndim, 2)))
 
     def spread(x: jax.Array, leaf: Leaf) -> jax.Array:
         sides, num = all_sides(leaf), grid(leaf)
@@ -228,7 +229,7 @@ def channel(*, axis: int = -1, tie: str | None = None) -> Structure:
     def gather(x: jax.Array, leaf: Leaf) -> jax.Array:
         i = 1 + _axis(axis, leaf)
         others = tuple(j for j in range(1, x.ndim) if j != i)
-        return x.mean(others, dtype=jnp.float32)
+        return _mean(x, others)
 
     def spread(x: jax.Array, leaf: Leaf) -> jax.Array:
         ones = [1] * len(leaf.layer_shape)
@@ -314,7 +315,9 @@ def gather(stacks: Sequence[jax.Array], leaves: Sequence[Leaf]) -> list[jax.Arra
         if len(voters) == 1:
             return each[0]
         sizes = np.array([prunable[i].size for i in voters], np.float32)
-        return sum(x * size for x, size in zip(each, sizes / sizes.sum(), strict=True))
+        dtype = sortable.widest(each)
+        shares = (sizes / sizes.sum()).astype(dtype)
+        return sum(x.astype(dtype) * share for x, share in zip(each, shares, strict=True))
 
     return [of_layer(members) for members in layers(leaves)]
 
@@ -441,9 +444,9 @@ def check_counts(leaves: Sequence[Leaf], counts: Any, sparsity: Any) -> None:
 def _after_ablation(full: jax.Array, salient: jax.Array, least: float) -> jax.Array:
     """How many weights each output gets, ``(layers, outputs)``; those of few salient ones: 0."""
     fan_in = jnp.max(full, axis=-1, keepdims=True)
-    stays = salient >= least * fan_in
+    stays = salient.astype(jnp.float32) >= least * fan_in.astype(jnp.float32)
     stays |= salient == jnp.max(salient, axis=-1, keepdims=True)  # never all
-    budget = jnp.sum(full, axis=-1, keepdims=True)
+    budget = jnp.sum(full, axis=-1, keepdims=True, dtype=jnp.int32)
     each = budget // jnp.sum(stays, axis=-1, keepdims=True, dtype=jnp.int32)
     return jnp.where(stays, each, 0)
 
@@ -464,6 +467,10 @@ def _units(leaf: Leaf) -> tuple[int, ...]:
 
 def _gather(stack: jax.Array, leaf: Leaf) -> jax.Array:
     return stack if leaf.structure is None else leaf.structure.gather(stack, leaf)
+
+
+def _mean(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return x.mean(axes, dtype=at_least_float32(x.dtype))
 
 
 def _axis(axis: int, leaf: Leaf) -> int:

@@ -8,7 +8,8 @@
 * **layer**: what a layerwise method treats as one unit: a prunable leaf, or one slice of a leaf
   whose leading axes are stacked layers.
 * **score**: larger = more worth keeping, or growing. May be signed. The total order is
-  ineligible < NaN < -inf < ... < -0 = +0 < ... < +inf. Scores are compared in float32.
+  ineligible < NaN < -inf < ... < -0 = +0 < ... < +inf. Scores are compared in float32, or in
+  float64 where one of them is that.
 * **step**: the number of optimizer updates done; the first ``tx.update`` is step 1.
 * **event**: a step at which masks may change.
 * **prune** = switch off; **regrow** (regenerate) = switch on; **neuroregeneration** = prune and
@@ -83,7 +84,7 @@ class MaskState(NamedTuple):
         jax.Array | None
     )  # uint32 key data, into which events fold their step; None = draws nothing
     explored: PyTree = None  # bool, weights that have been on at least once; None = not tracked
-    average: PyTree = None  # float32, running mean of dense gradients; None = not tracked
+    average: PyTree = None  # running mean of dense gradients, float32 or wider; None = not tracked
 
 
 class Method(NamedTuple):

@@ -14,7 +14,7 @@ import granet_jax as gj
 ROOT = pathlib.Path(gj.__file__).parent
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "granet_jax."))
 ORDER = [
-    *("types", "trees", "scores", "distributions", "schedules", "selection"),
+    *("types", "trees", "scores", "distributions", "schedules", "sortable", "selection"),
     *("structures", "masks"),
     *("methods", "moments", "transform", "metrics", "report", "flops", "sharding", "checkpoint"),
     *("kernels", "export"),

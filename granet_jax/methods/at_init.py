@@ -87,8 +87,9 @@ def snip(
 def snip_scores(loss_fn: LossFn, params: PyTree, batches: Iterable[Any]) -> PyTree:
     """``|theta * g|``, with g the sum over batches of the gradient of the loss.
 
-    That is ``|dL/dm|`` at masks m of ones, in float32. The papers divide by the sum of all scores,
-    which changes no ranking. Arguments are those of :func:`snip`.
+    That is ``|dL/dm|`` at masks m of ones, in float32, or float64 where parameters are that; of a
+    complex weight the largest that it is for masks of modulus 1. The papers divide by the sum of
+    all scores, which changes no ranking. Arguments are those of :func:`snip`.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -134,7 +135,9 @@ def grasp_scores(loss_fn: LossFn, params: PyTree, batches: Iterable[Any]) -> PyT
     """``theta * (H g)``: gradient g and Hessian H of the loss, each summed over batches. Signed.
 
     To first order, removing a weight lowers ``|g|^2`` by twice its score. (The paper's score has
-    the other sign, and its largest go.) Arguments are those of :func:`grasp`; scores are float32.
+    the other sign, and its largest go.) Arguments are those of :func:`grasp`; scores are float32,
+    or float64 where parameters are that. Of a complex weight the score is that of its real and its
+    imaginary part together: ``Re(theta * conj(H g))``, with g and H those of the two as reals.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -149,10 +152,11 @@ def grasp_scores(loss_fn: LossFn, params: PyTree, batches: Iterable[Any]) -> PyT
     def hessian_times(vector: PyTree, params: PyTree, batch: Any) -> PyTree:
         return jax.jvp(lambda p: grad(p, batch), (params,), (vector,))[1]
 
+    # JAX's gradient of a complex weight x + iy is dL/dx - i dL/dy: the conjugate of its direction.
     g = _sum(jax.jit(grad), params, batches)
-    g = jax.tree.map(lambda x, p: x.astype(p.dtype), g, params)
+    g = jax.tree.map(lambda x, p: jnp.conj(x).astype(p.dtype), g, params)
     product = _sum(functools.partial(hessian_times, g), params, batches)
-    return jax.tree.map(lambda p, h: p.astype(jnp.float32) * h, params, product)
+    return jax.tree.map(lambda p, h: (p.astype(h.dtype) * h).real, params, product)
 
 
 def synflow(
@@ -236,7 +240,8 @@ def synflow_scores(apply_fn: ApplyFn, params: PyTree, example: Any) -> PyTree:
     """``|theta * dR/dtheta|``: R sums the outputs of the network of ``|theta|`` on inputs of ones.
 
     In a network of ReLUs without biases the scores of each layer add up to R. Arguments are those
-    of :func:`synflow`; of a pruned network, pass the masked parameters. Scores are float32.
+    of :func:`synflow`; of a pruned network, pass the masked parameters. Scores are float32, or
+    float64 where parameters are that. The network is given weights of the parameters' dtypes.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -281,7 +286,8 @@ def masks_from(
     """Keeps what scores highest: one set of scores serves many sparsities.
 
     Args:
-      scores: float tree of ``params``, larger = better; compared in float32, ties go by index.
+      scores: float tree of ``params``, larger = better; compared in float32, or in float64 where
+        one is that. Ties go by index.
       params: tree of arrays.
       sparsity: as in :func:`snip`, and so are scope, prunable, result and errors.
       scope: what is ranked together.
@@ -326,10 +332,11 @@ def collapsed(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> list
 
 
 def _sum(f: Callable[[PyTree, Any], PyTree], params: PyTree, batches: Iterable[Any]) -> PyTree:
-    """``f(params, batch)`` summed over batches in float32."""
+    """``f(params, batch)`` summed over batches, in float32 or wider."""
     total = None
     for batch in batches:
-        new = jax.tree.map(lambda x: x.astype(jnp.float32), f(params, batch))
+        new = f(params, batch)
+        new = jax.tree.map(lambda x: x.astype(score_functions.at_least_float32(x.dtype)), new)
         total = new if total is None else jax.tree.map(jnp.add, total, new)
     if total is None:
         raise ValueError("Scores need at least one batch; got none. (Is an iterator used up?)")
@@ -338,27 +345,28 @@ def _sum(f: Callable[[PyTree, Any], PyTree], params: PyTree, batches: Iterable[A
 
 @functools.partial(jax.jit, static_argnames=("apply_fn", "shape", "dtype"))
 def _flow(params: PyTree, apply_fn: ApplyFn, shape: tuple[int, ...], dtype: Any) -> PyTree:
-    def total(weights: PyTree) -> jax.Array:
-        return jnp.sum(apply_fn(weights, jnp.ones(shape, dtype)))
+    def total(sizes: PyTree) -> jax.Array:
+        weights = jax.tree.map(lambda x, p: x.astype(p.dtype), sizes, params)
+        return jnp.sum(apply_fn(weights, jnp.ones(shape, dtype))).real
 
-    weights = jax.tree.map(jnp.abs, params)
-    return score_functions.saliency(weights, jax.grad(total)(weights), None)
+    sizes = jax.tree.map(jnp.abs, params)
+    return score_functions.saliency(sizes, jax.grad(total)(sizes), None)
 
 
 @functools.partial(jax.jit, static_argnames="prunable")
 def _select(
     scores: PyTree, masks: PyTree, num_keep: jax.Array, prunable: trees.Rules
-) -> tuple[PyTree, jax.Array]:
+) -> tuple[PyTree, list[jax.Array]]:
     """The best of the live weights; and the largest ``|score|`` among those of each leaf."""
     leaves = trees.describe(scores, prunable)
     pairs = zip(trees.pick(scores, leaves), trees.pick(masks, leaves), strict=True)
     largest = [jnp.max(jnp.where(mask, jnp.abs(x), 0.0)) for x, mask in pairs]
     prune = prune_to(lambda *_: num_keep, score=lambda *_: scores, prunable=prunable)
     kept, _ = prune(masks, masks, scores, None, jnp.int32(0), None)
-    return kept, jnp.stack(largest)
+    return kept, largest
 
 
-def _check(largest: jax.Array, leaves: tuple[trees.Leaf, ...]) -> None:
+def _check(largest: list[jax.Array], leaves: tuple[trees.Leaf, ...]) -> None:
     """Refuses scores that rank nothing."""
     if not _known(largest):
         return
@@ -377,7 +385,7 @@ def _check(largest: jax.Array, leaves: tuple[trees.Leaf, ...]) -> None:
 
 
 def _warn_of_collapse(masks: PyTree, params: PyTree, prunable: trees.Rules) -> None:
-    if all(map(_known, jax.tree.leaves(masks))) and (empty := collapsed(masks, params, prunable)):
+    if _known(masks) and (empty := collapsed(masks, params, prunable)):
         warnings.warn(
             f"Layer collapse: no weight is left in {', '.join(empty)}. Lower the sparsity, or give "
             "each layer its own count with scope=granet_jax.erk.",
@@ -385,5 +393,5 @@ def _warn_of_collapse(masks: PyTree, params: PyTree, prunable: trees.Rules) -> N
         )
 
 
-def _known(x: Any) -> bool:
-    return not isinstance(x, jax.core.Tracer)
+def _known(tree: PyTree) -> bool:
+    return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))

@@ -163,7 +163,7 @@ def set_itop(
     ) -> tuple[MaskState, PyTree]:
         def grow(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
             draws = scores.random(params, grads, key)  # in [0, 1)
-            return jax.tree.map(lambda draw, e: draw - e, draws, state.explored)
+            return jax.tree.map(lambda draw, e: draw - e.astype(draw.dtype), draws, state.explored)
 
         return growing_by(grow).update(state, params, grads, step)
 

@@ -100,7 +100,7 @@ def prune(
     leaves = trees.describe(params, prunable)
     num_live = selection.count(structures.live_units(trees.split(masks, leaves), leaves))
     if not by_layer:
-        num_live = jnp.sum(num_live)
+        num_live = jnp.sum(num_live, dtype=jnp.int32)
     num_keep = num_live - ceil_of_share(fraction, num_live)
     step = prune_to(lambda shapes, step: num_keep, score=score, prunable=prunable)
     return step(masks, masks, params, None, jnp.zeros([], jnp.int32), None)[0]

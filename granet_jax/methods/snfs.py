@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from granet_jax import distributions, schedules, scores, selection, trees
+from granet_jax import distributions, schedules, scores, selection, sortable, trees
 from granet_jax.masks import compose, regenerate, start_from
 from granet_jax.types import Distribution, MaskState, Method, PyTree
 
@@ -15,8 +15,9 @@ from granet_jax.types import Distribution, MaskState, Method, PyTree
 def average_gradients(method: Method, decay: float = 0.9) -> Method:
     """The method, shown a running mean of the dense gradients instead of those of one batch.
 
-    ``mean <- decay * mean + (1 - decay) * gradient`` at every step, in float32: four bytes for
-    each weight, and a dense gradient at every step.
+    ``mean <- decay * mean + (1 - decay) * gradient`` at every step, in float32 or, where parameters
+    are float64 or complex, in their dtype: four bytes or more for each weight, and a dense gradient
+    at every step.
 
     Args:
       method: one whose state is a :class:`granet_jax.types.MaskState`.
@@ -37,14 +38,16 @@ def average_gradients(method: Method, decay: float = 0.9) -> Method:
         raise ValueError(f"decay must be in [0, 1), the share of the mean that stays; got {decay}.")
 
     def init(params: PyTree) -> MaskState:
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), params)
+        zeros = jax.tree.map(
+            lambda p: jnp.zeros_like(p, dtype=scores.at_least_float32(p.dtype)), params
+        )
         return method.init(params)._replace(average=zeros)
 
     def observe(state: MaskState, grads: PyTree) -> MaskState:
         if method.observe is not None:
             state = method.observe(state, grads)
         average = jax.tree.map(
-            lambda m, g: decay * m + (1.0 - decay) * g.astype(jnp.float32), state.average, grads
+            lambda m, g: decay * m + (1.0 - decay) * g.astype(m.dtype), state.average, grads
         )
         return state._replace(average=average)
 
@@ -72,36 +75,43 @@ def by_mean_score(
       >>> by_mean_score(jnp.array([3, 1]), growth, live).tolist()
       [2, 2]
     """
-    num_live = selection.count(live)
+    num_live, num_dropped = selection.count(live), jnp.asarray(num_dropped, jnp.int32)
     sizes = [math.prod(x.shape[1:]) for x in live for _ in range(len(x))]
     room = jnp.array(sizes, jnp.int32) - num_live + num_dropped
-    total = jnp.sum(num_dropped)
+    total = _sum(num_dropped)
     sums = [
         jnp.sum(jnp.where(x & jnp.isfinite(s), s, 0.0), axis=tuple(range(1, x.ndim)))
         for s, x in zip(growth, live, strict=True)
     ]
-    mean = jnp.concatenate([selection.replicated(x) for x in sums]) / jnp.maximum(num_live, 1)
+    dtype = sortable.widest(sums)
+    sums_of_all = jnp.concatenate([selection.replicated(x).astype(dtype) for x in sums])
+    mean = sums_of_all / jnp.maximum(num_live, 1).astype(dtype)
     weight = mean + 1e-6 * jnp.max(mean) + 1e-30  # so that every layer can take what is over
 
     def deal(_: jax.Array, shares: jax.Array) -> jax.Array:
-        open_weight = jnp.where(shares < room, weight, 0.0)
-        rest = total - jnp.sum(shares)
+        open_weight = jnp.where(shares < most, weight, 0.0)
+        rest = total.astype(dtype) - jnp.sum(shares)
         return jnp.minimum(
-            room, shares + rest * open_weight / jnp.maximum(open_weight.sum(), 1e-30)
+            most, shares + rest * open_weight / jnp.maximum(open_weight.sum(), 1e-30)
         )
 
-    shares = jax.lax.fori_loop(0, len(sizes), deal, jnp.zeros(len(sizes)))
+    most = room.astype(dtype)
+    shares = jax.lax.fori_loop(0, len(sizes), deal, jnp.zeros(len(sizes), dtype))
     shares *= 1 - 2.0**-20  # rounding must not have lifted their sum above the total
     num_grown = jnp.floor(shares).astype(jnp.int32)
-    by_fraction = jnp.argsort(num_grown - shares)
+    by_fraction = jnp.argsort(num_grown.astype(dtype) - shares)
     one_more = jnp.minimum(room - num_grown, 1)[by_fraction]
-    num_grown = num_grown.at[by_fraction].add(_fill(total - jnp.sum(num_grown), one_more))
-    return num_grown + _fill(total - jnp.sum(num_grown), room - num_grown)
+    num_grown = num_grown.at[by_fraction].add(_fill(total - _sum(num_grown), one_more))
+    return num_grown + _fill(total - _sum(num_grown), room - num_grown)
 
 
 def _fill(total: jax.Array, capacity: jax.Array) -> jax.Array:
     """Deals out a total, each taking all it can in turn."""
-    return jnp.clip(total - (jnp.cumsum(capacity) - capacity), 0, capacity)
+    return jnp.clip(total - (jnp.cumsum(capacity, dtype=jnp.int32) - capacity), 0, capacity)
+
+
+def _sum(counts: jax.Array) -> jax.Array:
+    return jnp.sum(counts, dtype=jnp.int32)
 
 
 def snfs(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from granet_jax import trees
+from granet_jax import scores, trees
 from granet_jax.masks import apply_masks, ones
 from granet_jax.types import PyTree
 
@@ -71,14 +71,14 @@ def from_thresholds(
     """Each prunable weight becomes ``gate(w, |w| - threshold)``; kept is ``|w| - threshold > 0``.
 
     The extra parameters are a dict ``{path: array}`` with one entry for each prunable leaf, so
-    they are the same for any kind of params tree. They and the thresholds are float32 whatever the
-    dtype of the weights, because they move by less than bfloat16 resolves.
+    they are the same for any kind of params tree. They and the thresholds are float32 where weights
+    are narrower, because they move by less than bfloat16 resolves, and float64 where weights are.
 
     Args:
       initial: a leaf -> its extra parameters at the start.
       threshold: ``(extra parameters of a leaf, leaf) -> thresholds`` that broadcast against its
         weights as ``(layers, *layer_shape)``.
-      gate: ``(w, |w| - threshold) -> effective w``.
+      gate: ``(w, |w| - threshold) -> effective w``, both float32 or wider; w may be complex.
       penalty: extra parameters of a leaf -> array; the penalty is the sum over all.
       prunable: path rules.
 
@@ -93,7 +93,12 @@ def from_thresholds(
                 f"A rule gives {', '.join(structured)} a structure; trained thresholds have none. "
                 "Take a mask method (granet, rigl, ...), or leave the structure out."
             )
-        return {x.path: initial(x) for x in leaves if x.prunable}
+        weights = zip(leaves, jax.tree.leaves(params), strict=True)
+        return {
+            x.path: initial(x).astype(jax.eval_shape(scores.size, w).dtype)
+            for x, w in weights
+            if x.prunable
+        }
 
     def excess(params: PyTree, extra: dict[str, jax.Array]) -> tuple[Any, ...]:
         leaves = trees.describe(params, prunable)
@@ -105,12 +110,13 @@ def from_thresholds(
             )
         weights = trees.split(params, leaves)
         thresholds = [threshold(extra[x.path], x) for x in pruned]
-        over = [jnp.abs(w) - t for w, t in zip(weights, thresholds, strict=True)]
+        over = [scores.size(w) - t for w, t in zip(weights, thresholds, strict=True)]
         return leaves, weights, over
 
     def effective(params: PyTree, extra: dict[str, jax.Array]) -> PyTree:
         leaves, weights, over = excess(params, extra)
-        gated = [gate(w, x).astype(w.dtype) for w, x in zip(weights, over, strict=True)]
+        wide = [w.astype(scores.at_least_float32(w.dtype)) for w in weights]
+        gated = [gate(v, x).astype(w.dtype) for v, x, w in zip(wide, over, weights, strict=True)]
         return trees.join(gated, params, leaves)
 
     def masks(params: PyTree, extra: dict[str, jax.Array]) -> PyTree:
@@ -118,7 +124,8 @@ def from_thresholds(
         return trees.join([x > 0 for x in over], ones(params), leaves)
 
     def total_penalty(extra: dict[str, jax.Array]) -> jax.Array:
-        return sum((jnp.sum(penalty(x)) for x in extra.values()), start=jnp.zeros([]))
+        sums = (jnp.sum(penalty(x)).astype(jnp.float32) for x in extra.values())
+        return sum(sums, start=jnp.float32(0))
 
     return Reparameterisation(
         init, effective, masks, total_penalty, lambda params, extra: extra, prunable

@@ -40,7 +40,7 @@ def dst(*, output_axis: int = -1, prunable: trees.Rules = ()) -> Reparameterisat
 
     Returns:
       A reparameterisation; ``extra`` holds ``{path: float32 (out,)}``, or ``(layers, out)`` for
-      stacks of layers.
+      stacks of layers; float64 where weights are.
 
     Raises:
       ValueError: from its functions, where a prunable leaf has no such axis.
@@ -72,7 +72,7 @@ def dst(*, output_axis: int = -1, prunable: trees.Rules = ()) -> Reparameterisat
     method = from_thresholds(
         initial=lambda x: jnp.zeros((*x.shape[: x.stack_axes], math.prod(outputs(x)))),
         threshold=lambda t, x: t.reshape(x.num_layers, *outputs(x)),
-        gate=lambda w, over: w * _step(over),
+        gate=lambda w, over: w * _step(over).astype(w.dtype),
         penalty=lambda t: jnp.exp(-t),
         prunable=prunable,
     )

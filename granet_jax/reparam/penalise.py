@@ -114,10 +114,13 @@ def penalise(
         step = optax.safe_increment(state.penalty_step)
         sparsity = metrics.sparsity(method.masks(weights, extra), weights, method.prunable)
         coefficient = control.update(state.coefficient, state.sparsity, sparsity, step)
+        coefficient = jnp.asarray(coefficient, jnp.float32)
 
         slopes = jax.grad(method.penalty)(extra)
         task_grads, extra_grads = grads
-        extra_grads = jax.tree.map(lambda g, d: g + coefficient * d, extra_grads, slopes)
+        extra_grads = jax.tree.map(
+            lambda g, d: g + coefficient.astype(d.dtype) * d, extra_grads, slopes
+        )
         updates, inner_state = inner.update(
             _like(grads, task_grads, extra_grads), state.inner, params, **extra_args
         )
@@ -186,8 +189,9 @@ def steer(sparsity: float, end_step: int, initial: float = 1e-4) -> Controller:
         raise ValueError(f"The initial coefficient must be > 0 to be scaled; got {initial}.")
 
     def error(sparsity_now: jax.Array, step: jax.Array) -> jax.Array:
-        reference = jnp.log1p(-sparsity) * jnp.minimum(step / end_step, 1.0)
-        density = jnp.maximum(1 - sparsity_now, 1e-9)
+        asked = jnp.log1p(-jnp.asarray(sparsity, jnp.float32))
+        reference = asked * jnp.minimum(jnp.asarray(step, jnp.float32) / end_step, 1.0)
+        density = jnp.maximum(1 - jnp.asarray(sparsity_now, jnp.float32), 1e-9)
         return jnp.clip(jnp.log(density) - reference, -LARGEST_ERROR, LARGEST_ERROR)
 
     def update(
@@ -203,7 +207,7 @@ def steer(sparsity: float, end_step: int, initial: float = 1e-4) -> Controller:
 def _constant(coefficient: Any) -> Controller:
     if not isinstance(coefficient, jax.core.Tracer) and not coefficient >= 0:
         raise ValueError(f"The coefficient of a penalty must be >= 0; got {coefficient}.")
-    return Controller(coefficient, lambda *_: jnp.asarray(coefficient, jnp.float32))
+    return Controller(coefficient, lambda *_: coefficient)
 
 
 def _like(pair: PyTree, first: PyTree, second: PyTree) -> PyTree:

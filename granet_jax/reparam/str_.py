@@ -50,7 +50,7 @@ def str_(
 
     Returns:
       A reparameterisation; ``extra`` holds ``{path: float32 scalar}``, or ``(layers,)`` for
-      stacks of layers.
+      stacks of layers; float64 where weights are.
 
     Example: a threshold of .5.
       >>> import jax.numpy as jnp
@@ -65,7 +65,14 @@ def str_(
     return from_thresholds(
         initial=lambda x: jnp.full(x.shape[: x.stack_axes], initial, jnp.float32),
         threshold=lambda s, x: activation(s).reshape(-1, *[1] * len(x.layer_shape)),
-        gate=lambda w, over: jnp.sign(w) * jax.nn.relu(over),
+        gate=lambda w, over: _direction(w) * jax.nn.relu(over).astype(w.dtype),
         penalty=lambda s: 0.5 * s**2,
         prunable=prunable,
     )
+
+
+def _direction(w: jax.Array) -> jax.Array:
+    """The sign; of complex numbers ``w / |w|``, as JAX may hold that their sign has slope 0."""
+    if not jnp.issubdtype(w.dtype, jnp.complexfloating):
+        return jnp.sign(w)
+    return w / jnp.where(w == 0, 1, jnp.abs(w)).astype(w.dtype)
