@@ -427,8 +427,8 @@ def _counts(num_keep: Any) -> jax.Array:
     """int32 of ints of any width: more than all is all."""
     limit = 2**31 - 1
     if isinstance(num_keep, int):
-        num_keep = min(num_keep, limit)
-    elif hasattr(num_keep, "dtype") and num_keep.dtype.itemsize > 4:
+        num_keep = min(max(num_keep, 0), limit)
+    elif getattr(num_keep, "dtype", None) in ("uint32", "int64", "uint64"):
         num_keep = num_keep.clip(0, limit)
     return jnp.asarray(num_keep, jnp.int32)
 

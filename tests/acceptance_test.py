@@ -50,11 +50,11 @@ def test_full_product(row):
     check(*row)
 
 
-def check(method, inner, wrapper):
+def check(method, inner, wrapper, dtype=jnp.float32):
     make_method, num_live = tables.METHODS[method]
     wrap, updates_per_step = tables.WRAPPERS[wrapper]
     tx = wrap(gj.sparsify(tables.INNERS[inner](), make_method()))
-    params = gj.testing.example_params()
+    params = gj.testing.example_params(dtype)
     state = tx.init(params)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, jax.eval_shape(tx.init, params))
     params = gj.apply_masks(params, gj.get_masks(state))
