@@ -122,16 +122,16 @@ def test_counts_of_any_width(of_width):
 
 
 def near(values):
-    return {"kernel": jnp.array([[1.0 if v == 0 else NEAR for v in values]])}
+    return {"kernel": jnp.array([[1.0 if v == 0 else NEAR] for v in values])}
 
 
 def test_each_score_tells_float64_apart():
     params, ones = near([0, 1, 0]), near([0, 0, 0])
     for score in (gj.scores.magnitude, gj.scores.saliency, gj.scores.magnitude_and_gradient(0.5)):
         masks = gj.at_init.masks_from(score(params, ones, None), params, sparsity=0.6)
-        assert masks["kernel"].tolist() == [[False, True, False]]
-    assert gj.scores.gradient(None, params, None)["kernel"][0, 1] == NEAR
-    mixed = gj.scores.saliency(params, {"kernel": jnp.ones((1, 3), jnp.float32)}, None)
+        assert masks["kernel"].tolist() == [[False], [True], [False]]
+    assert gj.scores.gradient(None, params, None)["kernel"][1, 0] == NEAR
+    mixed = gj.scores.saliency(params, {"kernel": jnp.ones((3, 1), jnp.float32)}, None)
     assert mixed["kernel"].dtype == jnp.float64
 
 
@@ -143,22 +143,22 @@ def test_pruning_once_tells_float64_apart(name):
         "snip": lambda: gj.at_init.snip(loss, params, [1.0], **few),
         "grasp": lambda: gj.at_init.grasp(loss, params, [1.0], **few),
         "synflow": lambda: gj.at_init.synflow(
-            lambda params, x: x * params["kernel"], params, jnp.ones((1, 3)), rounds=2, **few
+            lambda params, x: x * params["kernel"], params, jnp.ones((3, 1)), rounds=2, **few
         ),
         "magnitude": lambda: gj.at_init.magnitude(params, **few),
         "lottery": lambda: lottery.prune(params, gj.ones(params), fraction=0.6),
     }[name]()
-    assert masks["kernel"].tolist() == [[False, True, False]]
+    assert masks["kernel"].tolist() == [[False], [True], [False]]
 
 
 @pytest.mark.parametrize(
     ("structure", "kernel"),
     [
-        (gj.structures.n_of_m(2, axis=1), [[1.0, NEAR, NEAR, 1.0]]),
-        (gj.structures.fan_in(axis=0), [[1.0, NEAR, NEAR, 1.0]]),
-        (gj.structures.block((1, 2)), [[1.0, 1.0, NEAR, NEAR]]),
-        (gj.structures.channel(), [[1.0, 1.0, NEAR, NEAR]]),
-        (gj.structures.channel(tie="a"), [[1.0, 1.0, NEAR, NEAR]]),
+        (gj.structures.n_of_m(2), [[1.0, NEAR], [NEAR, 1.0]]),
+        (gj.structures.fan_in(), [[1.0, NEAR], [NEAR, 1.0]]),
+        (gj.structures.block((1, 2)), [[1.0, 1.0], [NEAR, NEAR]]),
+        (gj.structures.channel(), [[1.0, NEAR], [1.0, NEAR]]),
+        (gj.structures.channel(tie="a"), [[1.0, NEAR], [1.0, NEAR]]),
     ],
     ids=["n_of_m", "fan_in", "block", "channel", "tied"],
 )
