@@ -5,6 +5,7 @@ selection -> masks -> updates``. Modules import only from those before them::
 
     types          the vocabulary
     trees          paths, what is prunable, leaves as stacks of layers
+    jaxprs         what is inside traces, in each version of JAX
     scores         magnitude, gradient, saliency, random
     distributions  how a sparsity is spread over layers: uniform, ERK, global ranking
     schedules      cubic, cosine, every; counts to keep at a step
@@ -15,7 +16,8 @@ selection -> masks -> updates``. Modules import only from those before them::
                    at_init (SNIP, GraSP, SynFlow) and lottery, which give masks
     moments        what an optimizer's state holds of each parameter
     transform      sparsify: a method around any optax optimizer
-    metrics, report, flops   numbers, a table, what it all costs
+    metrics, report   numbers, a table
+    products, flops   which parameters a model's products contract, what they cost
     sharding, checkpoint   where a state lies on many devices, whether one came back whole
     kernels        a block-sparse product for GPUs
     export         compact files, sparse execution: a model that is smaller and faster to run
@@ -61,6 +63,7 @@ from granet_jax.methods import set_itop as set_itop
 from granet_jax.methods import snfs as snfs
 from granet_jax.methods import static as static
 from granet_jax.methods import track_exploration as track_exploration
+from granet_jax.products import prunable_from as prunable_from
 from granet_jax.schedules import cosine as cosine
 from granet_jax.schedules import cubic as cubic
 from granet_jax.schedules import every as every

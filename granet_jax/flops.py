@@ -1,7 +1,7 @@
 """FLOPs of sparse inference and training, counted from the trace of any apply function.
 
-:func:`count` walks the jaxpr of a function and attributes the multiply-adds (MACs) of each
-convolution and matrix product to the parameter that it reads; nothing is computed. The rest is
+:func:`count` attributes the multiply-adds (MACs) of each convolution and matrix product in the
+trace of a function (:mod:`granet_jax.products`) to the parameter that it reads. The rest is
 arithmetic on these costs and on densities (:func:`granet_jax.metrics.densities`), safe under
 ``jit``, so that a run can add up what its real masks cost step by step.
 
@@ -12,20 +12,11 @@ parameter's density; padding counts as work; a backward pass costs two forward p
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate, pairwise
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jax.extend.core import Literal
-
-from granet_jax import report, trees
+from granet_jax import products, report
 from granet_jax.types import PyTree
-
-# Which leaves of params a value is made of, and how many entries came from each (their ratio
-# matters). Empty = a constant or a mask; None = data, which is all that depends on a batch.
-_Origin: TypeAlias = dict[int, int] | None
 
 
 class LeafCost(NamedTuple):
@@ -42,15 +33,6 @@ class Costs(NamedTuple):
 
     leaves: tuple[LeafCost, ...]  # all leaves of params, in leaf order
     other: int  # MACs of products that read no parameter (attention scores), or two
-
-
-class _Product(NamedTuple):
-    origin: dict[int, int]
-    macs: int
-    outputs: int
-
-    def times(self, n: int) -> "_Product":
-        return _Product(self.origin, n * self.macs, n * self.outputs)
 
 
 def count(apply_fn: Callable[..., Any], params: PyTree, *args: Any) -> Costs:
@@ -86,22 +68,22 @@ def count(apply_fn: Callable[..., Any], params: PyTree, *args: Any) -> Costs:
       >>> [(leaf.path, leaf.macs, leaf.outputs) for leaf in costs.leaves]
       [('kernel', 96, 24), ('scale', 0, 0)]
     """
-    paths = list(trees.paths(params))
-    jaxpr = jax.make_jaxpr(apply_fn)(params, *args).jaxpr
-    avals: list[Any] = [var.aval for var in jaxpr.invars]
-    shapes = [aval.shape for aval in avals[: len(paths)]]
-    origins: list[_Origin] = [{i: math.prod(shape)} for i, shape in enumerate(shapes)]
-    _, products = _walk(jaxpr, origins + [_from_outside(aval) for aval in avals[len(paths) :]])
+    shapes, found = products.uses(apply_fn, params, *args)
+    if any(use.macs == math.inf for use in found):
+        raise ValueError(
+            "A while_loop does convolutions or matrix products, and how often is not known "
+            "before it runs. Give it a fixed number of trips (fori_loop with Python ints, "
+            "scan), or count the function that it repeats."
+        )
     macs: Counter[int] = Counter()
     outputs: Counter[int] = Counter()
-    for product in products:
-        macs.update(_split(product.macs, product.origin))
-        outputs.update(_split(product.outputs, product.origin))
+    for use in found:
+        macs.update(products.shares(int(use.macs), use.entries))
+        outputs.update(products.shares(int(use.outputs), use.entries))
     leaves = [
-        LeafCost(path, shape, macs[i], outputs[i])
-        for i, (path, shape) in enumerate(zip(paths, shapes, strict=True))
+        LeafCost(path, shape, macs[i], outputs[i]) for i, (path, shape) in enumerate(shapes.items())
     ]
-    return Costs(tuple(leaves), sum(p.macs for p in products if not p.origin))
+    return Costs(tuple(leaves), sum(int(use.macs) for use in found if not use.entries))
 
 
 def forward(
@@ -230,144 +212,3 @@ def table(costs: Costs, densities: Mapping[str, Any] | None = None) -> str:
         share = f"{100 * flops / max(total, 1.0):.1f} %"
         rows.append((path, shape, f"{macs:,}", f"{density:.4f}", f"{flops:,.0f}", share))
     return report.aligned(rows)
-
-
-def _walk(jaxpr: Any, given: Sequence[_Origin]) -> tuple[list[_Origin], list[_Product]]:
-    """Origins of a jaxpr's outputs, from those of its inputs, and the products on the way."""
-    origins = dict(zip(jaxpr.invars, given, strict=True))
-    origins |= {var: _from_outside(var.aval) for var in jaxpr.constvars}
-
-    def origin(atom: Any) -> _Origin:
-        if isinstance(atom, Literal):  # a number, or an array that was closed over
-            aval: Any = atom.aval
-            return _from_outside(aval) if aval.shape else {}
-        return origins[atom]
-
-    products = []
-    for eqn in jaxpr.eqns:
-        outs, done = _walk_eqn(eqn, [origin(atom) for atom in eqn.invars])
-        # A single float (the norm of a kernel, a temperature) makes no data of what it scales.
-        origins |= {
-            var: {} if _is_float_scalar(var.aval) else out
-            for var, out in zip(eqn.outvars, outs, strict=True)
-        }
-        products += done
-    return [origin(atom) for atom in jaxpr.outvars], products
-
-
-def _walk_eqn(eqn: Any, given: list[_Origin]) -> tuple[list[_Origin], list[_Product]]:
-    name, inner = eqn.primitive.name, _inner_jaxprs(eqn)
-    if name in ("dot_general", "conv_general_dilated"):
-        return [None], [_product(eqn, given)]
-    if name == "scan":
-        num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-        outs, products = _walk_loop(inner[0], given, num_consts, num_carry)
-        return outs, [product.times(eqn.params["length"]) for product in products]
-    if name == "while":
-        num_test, num_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        carry = given[num_test + num_body :]
-        outs, products = _walk_loop(
-            eqn.params["body_jaxpr"].jaxpr, given[num_test:], num_body, len(carry)
-        )
-        test = eqn.params["cond_jaxpr"].jaxpr
-        if products or _walk(test, [*given[:num_test], *carry])[1]:
-            raise ValueError(
-                "A while_loop does convolutions or matrix products, and how often is not known "
-                "before it runs. Give it a fixed number of trips (fori_loop with Python ints, "
-                "scan), or count the function that it repeats."
-            )
-        return outs, []
-    if name == "cond":
-        branches = [_walk(branch, given[1:]) for branch in inner]
-        outs = [_combined(origins) for origins in zip(*(outs for outs, _ in branches), strict=True)]
-        return outs, max((p for _, p in branches), key=lambda p: sum(x.macs for x in p))
-    if len(inner) == 1 and _shapes(inner[0]) == _shapes(eqn):  # jit, remat, custom_vjp and the like
-        return _walk(inner[0], given)
-    if any(_walk(jaxpr, [{}] * len(jaxpr.invars))[1] for jaxpr in inner):
-        raise ValueError(
-            f"Convolutions or matrix products inside {name} cannot be counted. Count a function "
-            "that does the same without it (for shard_map: on whole arrays)."
-        )
-    if name == "concatenate":
-        return [_concatenated(given, [math.prod(var.aval.shape) for var in eqn.invars])], []
-    ins, outs = _shapes(eqn)
-    if ins == outs:  # among those of several values: optimization_barrier, device_put
-        return given, []
-    return [_combined(given)] * len(outs), []
-
-
-def _walk_loop(
-    body: Any, given: list[_Origin], num_consts: int, num_carry: int
-) -> tuple[list[_Origin], list[_Product]]:
-    """Walks the body until the origins of what it carries no longer change."""
-    consts, xs = given[:num_consts], given[num_consts + num_carry :]
-    carry = given[num_consts : num_consts + num_carry]
-    while True:
-        outs, products = _walk(body, [*consts, *carry, *xs])
-        joined = [_combined(pair) for pair in zip(carry, outs[:num_carry], strict=True)]
-        if joined == carry:
-            return outs, products
-        carry = joined
-
-
-def _product(eqn: Any, given: list[_Origin]) -> _Product:
-    (lhs, rhs), (out,) = _shapes(eqn)
-    if eqn.primitive.name == "dot_general":
-        (contracted, _), _ = eqn.params["dimension_numbers"]
-        macs = math.prod(out) * math.prod(lhs[axis] for axis in contracted)
-    else:  # a position (image, row, column) meets each weight once, in its group of channels
-        numbers = eqn.params["dimension_numbers"]
-        if math.prod(eqn.params["lhs_dilation"]) > 1:
-            size, channels = math.prod(lhs), lhs[numbers.lhs_spec[1]]
-            channels *= eqn.params["batch_group_count"]
-        else:
-            size, channels = math.prod(out), out[numbers.out_spec[1]]
-        macs = size * math.prod(rhs) // channels
-    read = [origin for origin in given if origin]
-    return _Product(read[0] if len(read) == 1 else {}, macs, math.prod(out))
-
-
-def _from_outside(aval: Any) -> _Origin:
-    """Data, unless it can only be a mask, a key or a factor."""
-    is_key = jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)
-    return {} if is_key or aval.dtype == bool or _is_float_scalar(aval) else None
-
-
-def _is_float_scalar(aval: Any) -> bool:
-    return getattr(aval, "shape", None) == () and bool(jnp.issubdtype(aval.dtype, jnp.floating))
-
-
-def _combined(origins: Sequence[_Origin]) -> _Origin:
-    """Data, if any is; else the largest."""
-    known = [origin for origin in origins if origin is not None]
-    if len(known) < len(origins):
-        return None
-    return max(known, key=lambda origin: sum(origin.values()), default={})
-
-
-def _concatenated(origins: Sequence[_Origin], sizes: Sequence[int]) -> _Origin:
-    if None in origins:
-        return None
-    parts: Counter[int] = Counter()
-    for origin, size in zip(origins, sizes, strict=True):
-        parts.update(_split(size, origin or {}))
-    return dict(parts)
-
-
-def _split(total: int, origin: dict[int, int]) -> dict[int, int]:
-    """Shares of a total in proportion to the entries from each leaf; they add up exactly."""
-    bounds = [0, *accumulate(origin.values())]
-    edges = [total * bound // max(bounds[-1], 1) for bound in bounds]
-    return {i: end - start for i, (start, end) in zip(origin, pairwise(edges), strict=True)}
-
-
-def _inner_jaxprs(eqn: Any) -> list[Any]:
-    values = eqn.params.values()
-    flat = [x for value in values for x in (value if isinstance(value, tuple) else (value,))]
-    return [getattr(x, "jaxpr", x) for x in flat if hasattr(x, "eqns")]
-
-
-def _shapes(x: Any) -> tuple[list[Any], list[Any]]:
-    """Shapes of the inputs and outputs of an equation or a jaxpr."""
-    ins, outs = ([getattr(v.aval, "shape", None) for v in vs] for vs in (x.invars, x.outvars))
-    return ins, outs

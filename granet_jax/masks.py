@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from granet_jax import distributions, scores, selection, structures, trees
+from granet_jax import distributions, jaxprs, scores, selection, structures, trees
 from granet_jax.types import (
     Counts,
     Distribution,
@@ -280,7 +279,7 @@ def _scores(
     def compute(stacks: list[jax.Array]) -> list[jax.Array]:
         rest = iter(stacks)
         unused = (jnp.zeros([], x.aval.dtype) for leaf, x in args if not leaf.prunable)
-        return jax.extend.core.jaxpr_as_fun(closed)(
+        return jaxprs.as_function(closed)(
             *(next(rest if leaf.prunable else unused) for leaf, _ in args)
         )
 

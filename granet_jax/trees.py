@@ -42,6 +42,7 @@ class Stacked(NamedTuple):
 
     axes: int = 1
     structure: Structure | None = None  # of each layer
+    prunable: bool = False  # True = whatever the default says
 
 
 Rules: TypeAlias = Sequence[tuple[str, bool | Stacked | Structure]]
@@ -244,7 +245,7 @@ def _decide(name: str, leaf: Any, holder: str, rules: Rules) -> Leaf:
     if not 0 <= decision.axes <= len(shape):
         raise ValueError(f"A rule stacks {decision.axes} axes of {name}, which has shape {shape}.")
     structure = decision.structure
-    if structure is None or structure.tie is None:
+    if not decision.prunable and (structure is None or structure.tie is None):
         dense = dense or _why_dense(name, shape[decision.axes :], holder)
     if dense:
         return Leaf(name, shape, False, decision.axes, why=dense)

@@ -127,11 +127,11 @@ WALKS = {
     "drop connect": (drop_connect, W, [abstract(dtype=jax.random.key(0).dtype), X], {"": 24}),
     "scaled by a float": (lambda w, a, x: x @ (a * w), W, [abstract(), X], {"": 24}),
     "shared": (lambda w, x: x @ w @ w, W44, [X], {"": 64}),
-    "tied": (lambda w, t: w[t] @ w.T, abstract(10, 4), [abstract(2, dtype=int)], {"": 80}),
+    "tied": (lambda w, t: w[t] @ w.T, abstract(10, 4), [abstract(2, dtype=jnp.int32)], {"": 80}),
     "lookup": (
         lambda p, t: norm(p["e"][t], p["scale"]) @ p["w"],
         {"e": abstract(10, 4), "scale": abstract(4), "w": W},
-        [abstract(1, dtype=int)],
+        [abstract(1, dtype=jnp.int32)],
         {"w": 12},
     ),
     "norm before, batch of one": (

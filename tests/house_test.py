@@ -14,14 +14,15 @@ import granet_jax as gj
 ROOT = pathlib.Path(gj.__file__).parent
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "granet_jax."))
 ORDER = [
-    *("types", "trees", "scores", "distributions", "schedules", "sortable", "selection"),
+    *("types", "trees", "jaxprs", "scores", "distributions", "schedules", "sortable", "selection"),
     *("structures", "masks"),
-    *("methods", "moments", "transform", "metrics", "report", "flops", "sharding", "checkpoint"),
+    *("methods", "moments", "transform", "metrics", "report", "products", "flops", "sharding"),
+    "checkpoint",
     *("kernels", "export"),
     *("reparam", "testing"),
 ]
 # Never import methods.
-SERVICES = ("metrics", "flops", "report", "sharding", "checkpoint", "export", "testing")
+SERVICES = ("metrics", "products", "flops", "report", "sharding", "checkpoint", "export", "testing")
 
 
 def imports(path):

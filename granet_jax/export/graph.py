@@ -3,9 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.extend
-from jax.extend.core import Literal
+from granet_jax import jaxprs
 
 
 class Known(NamedTuple):
@@ -57,11 +55,11 @@ def flatten(closed: Any) -> Program:
         values |= dict(zip(jaxpr.invars, given, strict=True))
 
         def read(atom: Any) -> int | Known:
-            return Known(atom.val) if isinstance(atom, Literal) else values[atom]
+            return Known(atom.val) if isinstance(atom, jaxprs.Literal) else values[atom]
 
         for eqn in jaxpr.eqns:
             inputs = [read(atom) for atom in eqn.invars]
-            inner = _called(eqn)
+            inner = jaxprs.called(eqn)
             if inner is not None:
                 own = list(range(num_slots, num_slots + len(inner.consts)))
                 num_slots += len(own)
@@ -70,7 +68,7 @@ def flatten(closed: Any) -> Program:
                 values |= dict(zip(eqn.outvars, outs, strict=True))
                 continue
             read_later = [i for i, var in enumerate(eqn.outvars) if str(var) != "_"]
-            function = _function_of(jaxpr, eqn, read_later)
+            function = jaxprs.function_of(jaxpr, eqn, read_later)
             known = [x.value for x in inputs if isinstance(x, Known)]
             if known and len(known) == len(inputs) and not any(v.aval.shape for v in eqn.outvars):
                 numbers = map(Known, function(*known))
@@ -84,46 +82,3 @@ def flatten(closed: Any) -> Program:
 
     outputs = walk(closed.jaxpr, list(consts), list(range(num_inputs)))
     return Program(num_inputs, steps, consts, outputs)
-
-
-_CALLS = {  # of JAX's versions; in others, what is not here stays a single step
-    *("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"),
-    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
-}
-
-
-def _called(eqn: Any) -> Any:
-    """The closed jaxpr of a call that does nothing else (jit, remat, custom derivatives)."""
-    if eqn.primitive.name not in _CALLS:
-        return None
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = eqn.params.get(name)
-        if inner is not None:
-            if not hasattr(inner, "consts"):
-                inner = jax.extend.core.ClosedJaxpr(inner, ())
-            if len(inner.jaxpr.invars) == len(eqn.invars):
-                return inner
-    return None
-
-
-def _function_of(jaxpr: Any, eqn: Any, read: list[int]) -> Callable[..., list[Any]]:
-    """One equation as a function of its inputs that returns the results which are read."""
-    places = {id(atom): atom for atom in eqn.invars if not isinstance(atom, Literal)}
-    alone = jaxpr.replace(
-        constvars=[],
-        invars=list(places.values()),
-        outvars=[eqn.outvars[i] for i in read],
-        eqns=[eqn],
-        effects=eqn.effects,
-    )
-    evaluate = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(alone, ()))
-
-    def function(*values: Any) -> list[Any]:
-        by_place = {
-            id(atom): x
-            for atom, x in zip(eqn.invars, values, strict=True)
-            if not isinstance(atom, Literal)
-        }
-        return list(evaluate(*(by_place[place] for place in places)))
-
-    return function

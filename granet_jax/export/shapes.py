@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from granet_jax import jaxprs
 from granet_jax.export.graph import Step
 from granet_jax.export.ids import Channels, Value
 
@@ -80,7 +81,7 @@ def _reshape(channels: Channels, step: Step, given: list[Value]) -> list[Value]:
     out_shape = shape_of(step)
     ids: list[np.ndarray] = []
     consts: list[np.ndarray] = []
-    for before, after in _parts([len(a) for a in value.ids], list(out_shape)):
+    for before, after in jaxprs.runs([len(a) for a in value.ids], out_shape):
         long = [i for i in before if len(value.ids[i]) > 1]
         long_after = [i for i in after if out_shape[i] > 1]
         movable = [i for i in long if not channels.is_fixed(value.ids[i])]
@@ -109,25 +110,6 @@ def _fixed_axis(channels: Channels, length: int, why: str) -> np.ndarray:
     ids = channels.new(length)
     channels.fix(ids, why)
     return ids
-
-
-def _parts(before: list[int], after: list[int]) -> list[tuple[list[int], list[int]]]:
-    """Splits two shapes of one size into the shortest runs of axes of equal sizes."""
-    parts = []
-    i = j = 0
-    while i < len(before) or j < len(after):
-        left, right = [], []
-        if i < len(before):
-            left, i = [i], i + 1
-        if j < len(after):
-            right, j = [j], j + 1
-        while math.prod(before[k] for k in left) != math.prod(after[k] for k in right):
-            if math.prod(before[k] for k in left) < math.prod(after[k] for k in right):
-                left, i = [*left, i], i + 1
-            else:
-                right, j = [*right, j], j + 1
-        parts.append((left, right))
-    return parts
 
 
 def _stack(channels: Channels, step: Step, given: list[Value]) -> list[Value]:

@@ -1,0 +1,160 @@
+"""What is inside traces (jaxprs): all that differs between versions of JAX is known here alone.
+
+JAX 0.12 has one type for jaxprs with and without constants, where older versions have two, and
+tells the parts of a ``scan`` in other words. Names of calls differ, too.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core import Literal as Literal
+
+
+class Scan(NamedTuple):
+    """A ``scan`` equation; its inputs are constants, what is carried, what is scanned over."""
+
+    body: Any  # a jaxpr
+    num_consts: int
+    num_carry: int  # of the inputs, and first among the outputs
+    length: int
+
+
+class While(NamedTuple):
+    """A ``while`` equation; its inputs are constants of the test, of the body, what is carried."""
+
+    test: Any  # a jaxpr of its constants and what is carried
+    body: Any  # the same
+    num_test: int  # constants
+    num_body: int
+
+
+def scan(eqn: Any) -> Scan:
+    """The parts of a ``scan``: what is scanned over has an axis more outside than in the body.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> def repeat(c, x, xs):
+      ...     return jax.lax.scan(lambda x, y: (x + c * y, None), x, xs)
+      >>> closed = jax.make_jaxpr(repeat)(1.0, 2.0, jnp.ones(5))
+      >>> parts = scan(closed.eqns[-1])
+      >>> parts.num_consts, parts.num_carry, parts.length
+      (1, 1, 5)
+    """
+    body = opened(eqn.params["jaxpr"])
+    (ins, outs), (inner_ins, inner_outs) = shapes(eqn), shapes(body)
+    num_carry = sum(a == b for a, b in zip(outs, inner_outs, strict=True))
+    num_kept = sum(a == b for a, b in zip(ins, inner_ins, strict=True))
+    return Scan(body, num_kept - num_carry, num_carry, eqn.params["length"])
+
+
+def while_loop(eqn: Any) -> While:
+    """The parts of a ``while``."""
+    params = eqn.params
+    test, body = opened(params["cond_jaxpr"]), opened(params["body_jaxpr"])
+    return While(test, body, params["cond_nconsts"], params["body_nconsts"])
+
+
+def inner(eqn: Any) -> list[Any]:
+    """All jaxprs in an equation: bodies, branches of a ``cond``, functions that it calls."""
+    values = eqn.params.values()
+    flat = [x for value in values for x in (value if isinstance(value, tuple) else (value,))]
+    return [opened(x) for x in flat if hasattr(x, "eqns")]
+
+
+_CALLS = {  # what is not here is no plain call
+    *("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"),
+    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+}
+
+
+def called(eqn: Any) -> Any:
+    """The closed jaxpr of a call that does nothing else (jit, remat, custom derivatives); or None.
+
+    Example:
+      >>> import jax
+      >>> [called(eqn) is None for eqn in jax.make_jaxpr(lambda x: jax.jit(abs)(x) + 1)(-2.0).eqns]
+      [False, True]
+    """
+    if eqn.primitive.name not in _CALLS:
+        return None
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        jaxpr = eqn.params.get(name)
+        if jaxpr is not None and len(opened(jaxpr).invars) == len(eqn.invars):
+            return jaxpr if hasattr(jaxpr, "consts") else ClosedJaxpr(jaxpr, ())
+    return None
+
+
+def opened(jaxpr: Any) -> Any:
+    """A jaxpr without its constants, if it has them."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def as_function(jaxpr: Any) -> Callable[..., list[Any]]:
+    """A closed jaxpr as a function of its inputs that returns the list of its outputs."""
+    return jaxpr_as_fun(jaxpr)
+
+
+def function_of(jaxpr: Any, eqn: Any, read: list[int]) -> Callable[..., list[Any]]:
+    """One equation of a jaxpr as a function of its inputs that returns the results in ``read``.
+
+    Example:
+      >>> import jax
+      >>> jaxpr = opened(jax.make_jaxpr(lambda x: (x + 1.0) * x)(2.0))
+      >>> [float(y) for y in function_of(jaxpr, jaxpr.eqns[0], [0])(3.0, 1.0)]
+      [4.0]
+    """
+    places = {id(atom): atom for atom in eqn.invars if not isinstance(atom, Literal)}
+    alone = jaxpr.replace(
+        constvars=[],
+        invars=list(places.values()),
+        outvars=[eqn.outvars[i] for i in read],
+        eqns=[eqn],
+        effects=eqn.effects,
+    )
+    evaluate = as_function(ClosedJaxpr(alone, ()))
+
+    def function(*values: Any) -> list[Any]:
+        by_place = {
+            id(atom): x
+            for atom, x in zip(eqn.invars, values, strict=True)
+            if not isinstance(atom, Literal)
+        }
+        return list(evaluate(*(by_place[place] for place in places)))
+
+    return function
+
+
+def shapes(x: Any) -> tuple[list[Any], list[Any]]:
+    """Shapes of the inputs and outputs of an equation or a jaxpr; None for what has no shape."""
+    ins, outs = ([getattr(v.aval, "shape", None) for v in vs] for vs in (x.invars, x.outvars))
+    return ins, outs
+
+
+def runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Splits two shapes of one size into the shortest runs of axes of equal sizes.
+
+    Axes of length 0 leave nothing to tell: all axes are then one run.
+
+    Example:
+      >>> runs((2, 3, 4), (6, 2, 2))
+      [([0, 1], [0]), ([2], [1, 2])]
+    """
+    if 0 in before:
+        return [(list(range(len(before))), list(range(len(after))))]
+    found = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        left, right = [], []
+        if i < len(before):
+            left, i = [i], i + 1
+        if j < len(after):
+            right, j = [j], j + 1
+        while math.prod(before[k] for k in left) != math.prod(after[k] for k in right):
+            if math.prod(before[k] for k in left) < math.prod(after[k] for k in right):
+                left, i = [*left, i], i + 1
+            else:
+                right, j = [*right, j], j + 1
+        found.append((left, right))
+    return found
