@@ -191,7 +191,7 @@ def _walk_eqn(eqn: Any, given: list[_Origin]) -> tuple[list[_Origin], list[Use]]
     if ins == outs and name != "transpose":  # also several: optimization_barrier, device_put
         return given, []
     if None in given:
-        return [None] * len(outs), _met(name, given, ins)
+        return [None] * len(outs), _met(name, given, ins, outs[0])
     known = [origin for origin in given if origin is not None]
     entries = _largest(known)
     if name == "concatenate":
@@ -259,18 +259,31 @@ def _product(eqn: Any, given: list[_Origin]) -> list[Use]:
         lost = [Use("lost", x.entries, 0, 0, frozenset()) for _, x in read]
         return [Use("multiplied", {}, macs, math.prod(out), frozenset()), *lost]
     ((side, origin),) = read
-    within = [axes for i, axes in enumerate(origin.axes) if i not in batch[side]]
+    stacked = batch[side] or _leading(eqn, side)
+    within = [axes for i, axes in enumerate(origin.axes) if i not in stacked]
     how = "contracted" if given[1 - side] is None and num_summed > 1 else "multiplied"
     return [Use(how, origin.entries, macs, math.prod(out), frozenset().union(*within))]
 
 
-def _met(name: str, given: list[_Origin], shapes: list[Any]) -> list[Use]:
+def _leading(eqn: Any, side: int) -> Sequence[int]:
+    """The axes of experts in ``bi,eio->ebo``: before the inputs, and the outputs come after."""
+    if eqn.primitive.name != "dot_general":
+        return ()
+    contracted = eqn.params["dimension_numbers"][0][side]
+    first, length = min(contracted, default=0), len(eqn.invars[side].aval.shape)
+    return range(first) if length - first > len(contracted) else ()
+
+
+def _met(name: str, given: list[_Origin], shapes: list[Any], result: Any) -> list[Use]:
     """What an operation that is no product does with parameters and data: looks up, or mixes."""
     found = []
     for i, (origin, shape) in enumerate(zip(given, shapes, strict=True)):
         if origin is None or not origin.entries:
             continue
-        own = [bool(axes) for axes, n in zip(origin.axes, shape, strict=True) if n > 1]
+        long = result if len(result) == len(shape) else shape  # an axis of 1 meets all of a longer
+        own = [
+            bool(a) and n == m for a, n, m in zip(origin.axes, shape, long, strict=True) if m > 1
+        ]
         if name in ("gather", "dynamic_slice") and i == 0:
             found.append(Use("looked up", origin.entries, 0, 0, frozenset()))
         elif len(own) > 1 and all(own):  # else a bias, a scale: short, or repeated for each example
@@ -287,8 +300,9 @@ def _axes(eqn: Any, given: list[Origin], shape: tuple[int, ...]) -> tuple[_Axes,
     elif name == "transpose":
         return tuple(axes[i] for i in params["permutation"])
     elif name == "broadcast_in_dim":
-        from_axis = dict(zip(params["broadcast_dimensions"], axes, strict=True))
-        return tuple(from_axis.get(i, frozenset()) for i in range(len(shape)))
+        pairs = zip(params["broadcast_dimensions"], axes, eqn.invars[0].aval.shape, strict=True)
+        stay = {i: a for i, a, n in pairs if n == shape[i]}
+        return tuple(stay.get(i, frozenset()) for i in range(len(shape)))
     elif name == "reshape":
         merged = [frozenset[tuple[int, int]]()] * len(shape)
         for before, after in jaxprs.runs(eqn.invars[0].aval.shape, shape):
