@@ -39,7 +39,7 @@ def block_matmul(
       dense_gradient: also compute the gradient of weights that are off, which growth by gradients
         needs: ``method.is_update_step(step)``, a traced bool, is true where it does. False = 0.
       interpret: run the kernel as ordinary operations, one program after the other: for tests on
-        CPU. False = on a GPU, by Triton; not on TPUs.
+        CPU. False = on a GPU, by Triton, of which JAX warns from 0.11 on; not on TPUs.
 
     Returns:
       ``(..., outputs)`` in the dtype of ``x``; sums are kept in float32.
@@ -187,7 +187,7 @@ def _times(
         ],
         out_specs=pl.BlockSpec((_ROWS, columns), lambda i, j: (i, j)),
         out_shape=jax.ShapeDtypeStruct((len(x), kernel.shape[1]), x.dtype),
-        compiler_params=_for_gpus(),
+        compiler_params=None if interpret else _for_gpus(),
         interpret=interpret,
     )(order, num_live, x, kernel)
     return out[:num_rows, :num_outputs]
@@ -223,7 +223,7 @@ def _outer(
         ],
         out_specs=pl.BlockSpec(block, lambda k, j: (k, j)),
         out_shape=jax.ShapeDtypeStruct((x.shape[1], dy.shape[1]), x.dtype),
-        compiler_params=_for_gpus(),
+        compiler_params=None if interpret else _for_gpus(),
         interpret=interpret,
     )(live, x, dy)
     return out[: shape[0], : shape[1]]

@@ -42,7 +42,7 @@ def like_params(state: PyTree, params: PyTree, specs: PyTree) -> PyTree:
       >>> tx = gj.sparsify(optax.adam(1e-3), gj.static(sparsity=0.9, key=jax.random.key(0)))
       >>> state_specs = gj.sharding.like_params(jax.eval_shape(tx.init, params), params, specs)
       >>> state = jax.jit(tx.init, out_shardings=state_specs)(params)
-      >>> gj.get_masks(state)["kernel"].sharding.spec, state.mask_step.sharding.spec
+      >>> tuple(gj.get_masks(state)["kernel"].sharding.spec), state.mask_step.sharding.spec[:]
       (P('data',), P())
     """
     found = trees.by_path(specs)

@@ -59,6 +59,38 @@ def test_a_file_comes_back_bit_for_bit(tmp_path):
     assert bits(saved.masks) == bits(masks)
 
 
+SAVED = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64", "complex64", "bfloat16", ">f4", ">i2", "int4", "uint4"),
+    *("float8_e5m2", "float8_e5m2fnuz", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e4m3b11fnuz"),
+    *("float8_e3m4", "float8_e4m3", "float8_e8m0fnu", "float4_e2m1fn", "float6_e2m3fn", "int2"),
+)
+
+
+def test_every_dtype_comes_back_or_is_refused(tmp_path):
+    draw = np.random.default_rng(0)
+    values = draw.integers(0, 2, (5, 4))
+    params = {
+        name: {str(i): x.astype(name) for i, x in enumerate((values, values[0, 0], values[:0]))}
+        for name in SAVED
+    }
+    masks = jax.tree.map(lambda x: draw.random(x.shape) > 0.5, params)
+    export.save(tmp_path / "model", params, masks)
+    wanted = jax.tree.map(lambda x: x.astype(x.dtype.newbyteorder("=")), params)
+    wanted = jax.tree.map(lambda x, m: np.where(m, x, np.zeros_like(x)), wanted, masks)
+    assert bits(export.load(tmp_path / "model").params) == bits(wanted)
+    for dtype, message in {
+        "complex128": "a is complex128, which a file cannot hold: .* at most 8 bytes",
+        "longdouble": "a is .*, which a file cannot hold",
+        "V4": "a is no array of numbers",
+        "U3": "a is no array of numbers",
+        "datetime64[s]": "a is no array of numbers",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            export.save(tmp_path / "other", {"a": np.zeros((2, 2), dtype)})
+    assert not (tmp_path / "other").exists()
+
+
 def test_leaves_find_their_places_by_path(tmp_path):
     """Twelve equal layers: as strings, "10" comes before "2"."""
     params = [jnp.full(3, i, jnp.float32) for i in range(12)]

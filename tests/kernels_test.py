@@ -1,6 +1,7 @@
 """The block-sparse product against the dense one, in Pallas' interpret mode."""
 
 import functools
+import sys
 
 import chex
 import flax.linen as nn
@@ -75,6 +76,12 @@ def test_masks_are_data():
         mask = blocks(jax.random.key(1), (8, 8), (4, 4), density)
         np.testing.assert_array_equal(product(x, kernel, mask), x @ mask.astype(jnp.float32))
     assert len(traces) == 1
+
+
+def test_interpreted_without_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    ones = jnp.ones((4, 4))
+    np.testing.assert_array_equal(block_matmul(ones, ones, ones > 0, (2, 2)), 4 * ones)
 
 
 def test_training_through_it_is_training_under_the_masks():
@@ -163,6 +170,7 @@ def test_layers_of_another_kind_are_left_alone():
     chex.assert_trees_all_equal_shapes(made["params"], variables["params"])
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_can_be_compiled_for_a_gpu(dtype):
     """As far as one can tell without one: all three products are lowered to Triton."""

@@ -4,8 +4,8 @@ Of a leaf with masked weights are stored the live values, in their own dtype and
 for each weight; of other leaves all values. So a file takes 4 bytes for each live float32, one bit
 for each weight of a leaf that is not dense, and a header. What is read back is what was written,
 bit for bit. Any reader of safetensors can read the tensors, ``values/PATH`` and ``mask/PATH`` (in
-the order of ``numpy.unpackbits``); dtypes that numpy has not, such as bfloat16, lie there as
-unsigned integers.
+the order of ``numpy.unpackbits``); dtypes that numpy has not of itself, such as bfloat16 and float8,
+lie there as unsigned integers.
 
 Needs the package safetensors: ``pip install granet_jax[export]``.
 """
@@ -26,6 +26,10 @@ from granet_jax.types import PyTree
 
 VERSION = 1
 _FORMAT = "granet_jax.sparse"
+_PLAIN = {  # dtypes that safetensors reads back as numpy's
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "float32", "float64", "complex64"),
+}
 
 
 class Saved(NamedTuple):
@@ -40,15 +44,15 @@ def save(path: str | os.PathLike[str], params: PyTree, masks: PyTree | None = No
 
     Args:
       path: of the file; overwritten.
-      params: tree of arrays of any numeric dtype. Weights under a False mask are written as +0,
-        whatever they are.
+      params: tree of arrays of any numeric dtype of at most 8 bytes, those of ``ml_dtypes`` as
+        well. Weights under a False mask are written as +0, whatever they are.
       masks: bool tree of params; None = all True.
 
     Returns:
       The size of the file in bytes.
 
     Raises:
-      ValueError: masks of another tree, or a leaf that is no array of numbers.
+      ValueError: masks of another tree, or a leaf that is no array of numbers or of too wide ones.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp, os, tempfile
@@ -70,8 +74,7 @@ def save(path: str | os.PathLike[str], params: PyTree, masks: PyTree | None = No
     tensors, leaves = {}, []
     for words, array in flat.items():
         name = "/".join(words)
-        if array.dtype.kind not in "biufcV":
-            raise ValueError(f"{name} is no array of numbers, but {array.dtype}.")
+        array = _native(name, array)
         if f"values/{name}" in tensors:
             raise ValueError(f"Two leaves are called {name} once their paths are joined.")
         leaf = _Stored.of(array, flat_masks.get(words))
@@ -141,6 +144,23 @@ def load(path: str | os.PathLike[str], like: PyTree | None = None) -> Saved:
     return Saved(*(jax.tree.unflatten(structure, [pair[i] for pair in in_order]) for i in (0, 1)))
 
 
+def _native(name: str, array: np.ndarray) -> np.ndarray:
+    """In this machine's order of bytes, if a file can hold it."""
+    dtype = array.dtype.newbyteorder("=")
+    try:
+        is_number = dtype.kind in "biufcV" and np.dtype(dtype.name) == dtype
+    except TypeError:  # raw bytes, records
+        is_number = False
+    if not is_number:
+        raise ValueError(f"{name} is no array of numbers, but {array.dtype}.")
+    if dtype.itemsize > 8:
+        raise ValueError(
+            f"{name} is {dtype}, which a file cannot hold: numbers have at most 8 bytes there. Cast "
+            "it (complex128 to complex64), or save its real and imaginary parts as two leaves."
+        )
+    return array.astype(dtype, copy=False)
+
+
 class _Stored(NamedTuple):
     """A leaf as it lies in the file."""
 
@@ -149,7 +169,7 @@ class _Stored(NamedTuple):
 
     @classmethod
     def of(cls, array: np.ndarray, mask: Any) -> "_Stored":
-        if array.dtype.kind == "V":  # of ml_dtypes: numpy does not know it by name
+        if array.dtype.name not in _PLAIN:
             array = array.view(f"uint{8 * array.dtype.itemsize}")
         if mask is None or np.all(mask):
             return cls(array, None)
