@@ -135,7 +135,7 @@ def shapes(x: Any) -> tuple[list[Any], list[Any]]:
 def runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Splits two shapes of one size into the shortest runs of axes of equal sizes.
 
-    Axes of length 0 leave nothing to tell: all axes are then one run.
+    Without elements, all axes are one run.
 
     Example:
       >>> runs((2, 3, 4), (6, 2, 2))

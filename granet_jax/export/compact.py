@@ -168,7 +168,7 @@ def channel_rules(
         written = [i for i, ids in enumerate(value.ids) if not read.intersection(ids.tolist())]
         roots = {i: tuple(traced.channels.roots(value.ids[i]).tolist()) for i in written}
         free = [i for i in written if not fixed.keys() & set(roots[i])]
-        is_pruned = jnp.issubdtype(leaf.dtype, jnp.floating) and (vectors or leaf.ndim > 1)
+        is_pruned = jnp.issubdtype(leaf.dtype, jnp.inexact) and (vectors or leaf.ndim > 1)
         if len(free) == 1 and is_pruned:
             tie = names.setdefault(roots[free[0]], path)
             rules.append((pattern, structures.channel(axis=free[0], tie=tie)))

@@ -56,7 +56,7 @@ def find(program: Program, shapes: Sequence[tuple[int, ...]]) -> dict[int, Fold]
             continue
         data.update(step.outputs)
         product = _product_of(step, data)
-        if product is None or uses[step.outputs[0]] != 1:
+        if product is None or sum(uses[slot] for slot in step.outputs) != 1:
             continue
         (out,) = step.outputs
         addition = reader.get(out)

@@ -76,9 +76,9 @@ def _broadcast(channels: Channels, step: Step, given: list[Value]) -> list[Value
 def _reshape(channels: Channels, step: Step, given: list[Value]) -> list[Value]:
     """Axes that stay, and axes merged into one of which only one can be cut (``flatten``)."""
     (value,) = given
-    if step.eqn.params.get("dimensions") is not None:
-        return unknown(channels, step, given)
     out_shape = shape_of(step)
+    if step.eqn.params.get("dimensions") is not None or 0 in out_shape:
+        return unknown(channels, step, given)
     ids: list[np.ndarray] = []
     consts: list[np.ndarray] = []
     for before, after in jaxprs.runs([len(a) for a in value.ids], out_shape):
