@@ -38,6 +38,7 @@ from granet_jax import structures as structures
 from granet_jax import testing as testing
 from granet_jax import trees as trees
 from granet_jax.checkpoint import check_restored as check_restored
+from granet_jax.checkpoint import register_for_jax_export as register_for_jax_export
 from granet_jax.distributions import erk as erk
 from granet_jax.distributions import global_ranking as global_ranking
 from granet_jax.distributions import uniform as uniform

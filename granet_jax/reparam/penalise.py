@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from granet_jax import metrics, schedules
+from granet_jax.checkpoint import exportable
 from granet_jax.distributions import check_sparsity
 from granet_jax.reparam.base import Reparameterisation
 from granet_jax.types import PyTree
@@ -27,6 +28,7 @@ class Controller(NamedTuple):
     update: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+@exportable
 class PenaltyState(NamedTuple):
     """State of :func:`penalise`."""
 
