@@ -1,6 +1,8 @@
 """Checkpoints of runs with Orbax: written in the background, the newest ones and the best kept."""
 
 import pathlib
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,20 +67,27 @@ def save(
     )
 
 
-def restore(manager: ocp.CheckpointManager, step: int, example: Any) -> tuple[Any, dict[str, Any]]:
+def restore(
+    manager: ocp.CheckpointManager,
+    step: int,
+    example: Any,
+    needed: Mapping[str, Sequence[str]] = types.MappingProxyType({}),
+) -> tuple[Any, dict[str, Any]]:
     """Reads the checkpoint of a step.
 
     Args:
       manager: where from.
       step: one of ``manager.all_steps()``.
       example: tree of ``ShapeDtypeStruct``s with shardings.
+      needed: the notes without which nothing goes on, and the entries of each.
 
     Returns:
       State and notes.
 
     Raises:
-      ValueError: the checkpoint holds the state of another model.
+      ValueError: the checkpoint holds the state of another model or version, or lacks a note.
     """
+    where = manager.directory / str(step)
     try:
         read = manager.restore(
             step,
@@ -86,11 +95,30 @@ def restore(manager: ocp.CheckpointManager, step: int, example: Any) -> tuple[An
                 state=ocp.args.StandardRestore(example), notes=ocp.args.JsonRestore()
             ),
         )
-    except (ValueError, KeyError) as error:  # told by path, where that is what is wrong
-        saved = manager.item_metadata(step)["state"].tree
-        gj.check_restored(saved, jax.tree.map(_as_saved, example))
-        raise ValueError(f"{manager.directory} cannot be read: {error}") from error
-    return gj.check_restored(read["state"], example), read["notes"]
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        saved = manager.item_metadata(step)["state"]
+        if saved is not None:  # tells by path, where that is what is wrong
+            _check(where, saved.tree, jax.tree.map(_as_saved, example))
+        raise ValueError(f"{where} cannot be read: {error}") from error
+    notes = dict(read["notes"] or {})
+    for name, entries in needed.items():
+        found = notes.get(name, {})
+        if name not in notes or any(entry not in found for entry in entries):
+            raise ValueError(
+                f"{where} notes {found} as {name}, where {', '.join(entries) or 'more'} is "
+                f"expected. {_OTHERWISE}"
+            )
+    return _check(where, read["state"], example), notes
+
+
+_OTHERWISE = "Or take the version that wrote it, or another --out_dir."
+
+
+def _check(where: pathlib.Path, restored: Any, example: Any) -> Any:
+    try:
+        return gj.check_restored(restored, example)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error} {_OTHERWISE}") from error
 
 
 def _as_saved(leaf: Any) -> Any:

@@ -3,11 +3,13 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Iterator
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,19 +20,32 @@ Record = dict[str, float]
 
 
 @contextlib.contextmanager
-def opened(out_dir: pathlib.Path, config: dict[str, Any], resume: bool) -> Iterator[None]:
+def opened(
+    out_dir: pathlib.Path,
+    config: dict[str, Any],
+    resume: bool,
+    defaults: Mapping[str, Any] = types.MappingProxyType({}),
+) -> Iterator[None]:
     """Holds a run's folder, so that no second process writes there; writes its settings.
+
+    Args:
+      out_dir: the folder; made if missing.
+      config: the settings.
+      resume: False = a folder that holds a run is an error.
+      defaults: what settings were before they could be chosen; a folder from then lacks them.
 
     Raises:
       ValueError: the folder holds a run of other settings, or another process is at work there.
     """
     with contextlib.ExitStack() as stack:
-        distributed.first(lambda: stack.enter_context(_opened(out_dir, config, resume)))
+        distributed.first(lambda: stack.enter_context(_opened(out_dir, config, resume, defaults)))
         yield
 
 
 @contextlib.contextmanager
-def _opened(out_dir: pathlib.Path, config: dict[str, Any], resume: bool) -> Iterator[None]:
+def _opened(
+    out_dir: pathlib.Path, config: dict[str, Any], resume: bool, defaults: Mapping[str, Any]
+) -> Iterator[None]:
     out_dir.mkdir(parents=True, exist_ok=True)
     with (out_dir / "lock").open("w") as lock:  # freed by the system however the process ends
         try:
@@ -39,17 +54,24 @@ def _opened(out_dir: pathlib.Path, config: dict[str, Any], resume: bool) -> Iter
             raise ValueError(f"another process is training in {out_dir}.") from error
         path = out_dir / "settings.json"
         if path.exists():
-            _check_same(out_dir, config, resume)
-        else:
-            _write(path, json.dumps(config, indent=2) + "\n")
+            _check_same(out_dir, config, resume, defaults)
+        _write(path, json.dumps(config, indent=2) + "\n")
         yield
 
 
-def _check_same(out_dir: pathlib.Path, config: dict[str, Any], resume: bool) -> None:
-    old, new = json.loads((out_dir / "settings.json").read_text()), json.loads(json.dumps(config))
-    differing = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+def _check_same(
+    out_dir: pathlib.Path, config: dict[str, Any], resume: bool, defaults: Mapping[str, Any]
+) -> None:
+    written = read_json(out_dir, "settings.json")
+    old, new = json.loads(json.dumps([{**defaults, **written}, config]))
+    if unknown := [f"{k} {written[k]}" for k in written if k not in new]:
+        raise ValueError(
+            f"{out_dir} holds a run with settings that there are no more ({', '.join(unknown)}). "
+            "Go on with the version that began it, or choose another --out_dir."
+        )
+    differing = [k for k in new if k not in old or old[k] != new[k]]
     if differing:
-        changes = ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in differing)
+        changes = ", ".join(f"{k} {old.get(k, 'unknown')} -> {new[k]}" for k in differing)
         raise ValueError(
             f"{out_dir} holds a run of other settings ({changes}). "
             "Choose another --out_dir, or remove it."
@@ -67,11 +89,10 @@ def check_data(out_dir: pathlib.Path, facts: dict[str, Any]) -> None:
     Raises:
       ValueError: the folder's run was on data with other facts.
     """
-    path = out_dir / "about.json"
-    old = read_json(out_dir, "about.json").get("data", facts) if path.exists() else facts
-    differing = [k for k in facts if old.get(k) != facts[k]]
+    old = read_about(out_dir).get("data", {})
+    differing = [k for k in facts if k in old and old[k] != facts[k]]
     if differing:
-        changes = ", ".join(f"{k} {old.get(k)} -> {facts[k]}" for k in differing)
+        changes = ", ".join(f"{k} {old[k]} -> {facts[k]}" for k in differing)
         raise ValueError(
             f"{out_dir} holds a run on other data ({changes}). Choose another --out_dir."
         )
@@ -81,19 +102,15 @@ def write_about(out_dir: pathlib.Path, layers: list[dict[str, Any]], facts: dict
     """Notes how the run was called, each time, on what, and what its data and layers are."""
     if jax.process_index() != 0:
         return
-    path = out_dir / "about.json"
-    about = json.loads(path.read_text()) if path.exists() else {"sessions": []}
-    about["data"] = facts
     devices = jax.devices()
-    about["sessions"].append(
-        {
-            "command": _command(),
-            "devices": f"{len(devices)} {devices[0].device_kind}",
-            "jax": jax.__version__,
-        }
-    )
-    about["layers"] = layers
-    _write(path, json.dumps(about, indent=2) + "\n")
+    session = {
+        "command": _command(),
+        "devices": f"{len(devices)} {devices[0].device_kind}",
+        "jax": jax.__version__,
+    }
+    sessions = [*read_about(out_dir).get("sessions", []), session]
+    about = {"sessions": sessions, "data": facts, "layers": layers}
+    _write(out_dir / "about.json", json.dumps(about, indent=2) + "\n")
 
 
 def _command() -> str:
@@ -102,9 +119,23 @@ def _command() -> str:
     return shlex.join(program + sys.argv[1:])
 
 
-def read_json(out_dir: pathlib.Path, name: str) -> Any:
-    """Reads settings.json or about.json."""
-    return json.loads((out_dir / name).read_text())
+def read_json(out_dir: pathlib.Path, name: str) -> dict[str, Any]:
+    """Reads settings.json or about.json.
+
+    Raises:
+      ValueError: something else is in it than was written.
+    """
+    try:
+        return dict(json.loads((out_dir / name).read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{out_dir / name} is damaged: {error}. Put it back, or choose another --out_dir."
+        ) from error
+
+
+def read_about(out_dir: pathlib.Path) -> dict[str, Any]:
+    """What about.json holds; of runs of before, less."""
+    return read_json(out_dir, "about.json") if (out_dir / "about.json").exists() else {}
 
 
 def read_history(out_dir: pathlib.Path) -> list[Record]:
@@ -125,8 +156,9 @@ def selected_by(record: Record) -> str:
 
 def best(history: list[Record]) -> Record:
     """The best epoch among those with no more weights than at the end; the latest of equals."""
-    final = [record for record in history if record["live"] <= history[-1]["live"]]
-    return max(reversed(final), key=lambda record: record[selected_by(record)])
+    most = history[-1].get("live", math.inf)
+    final = [record for record in history if record.get("live", math.inf) <= most]
+    return max(reversed(final), key=lambda record: record.get(selected_by(record), -math.inf))
 
 
 def rewind(out_dir: pathlib.Path, step: int, steps_per_epoch: int) -> list[Record]:
@@ -135,7 +167,7 @@ def rewind(out_dir: pathlib.Path, step: int, steps_per_epoch: int) -> list[Recor
     Raises:
       ValueError: records of epochs up to the step are missing.
     """
-    history = [record for record in read_history(out_dir) if record["step"] <= step]
+    history = [r for r in read_history(out_dir) if r.get("step", step + 1) <= step]
     if len(history) != step // steps_per_epoch:
         raise ValueError(
             f"{out_dir}/metrics.jsonl holds {len(history)} of the {step // steps_per_epoch} epochs "

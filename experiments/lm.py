@@ -36,28 +36,39 @@ matplotlib.use("Agg")
 
 
 def _define_flags() -> None:
-    flags.DEFINE_list("methods", ["granet"], f"one or more of {', '.join(lm_training.METHODS)}")
-    flags.DEFINE_enum("size", "10m", list(transformer.SIZES), "weights outside the embedding")
+    d = lm_training.Config()  # the defaults
+    flags.DEFINE_list("methods", [d.method], f"one or more of {', '.join(lm_training.METHODS)}")
+    flags.DEFINE_enum("size", d.size, list(transformer.SIZES), "weights outside the embedding")
     flags.DEFINE_string("text_dir", None, "folder of text (default: Python's own library)")
-    flags.DEFINE_integer("context", 256, "bytes that the model sees at once", lower_bound=2)
-    flags.DEFINE_integer("batch_size", 16, "windows in a step, over all devices", lower_bound=1)
-    flags.DEFINE_integer("bytes", 2_500_000, "of training text in all", lower_bound=1)
-    flags.DEFINE_float("learning_rate", 2e-3, "peak of AdamW", lower_bound=0)
-    flags.DEFINE_float("sparsity", 0.8, "fraction of zeros among prunable weights at the end")
-    flags.DEFINE_string("structure", "none", "of masks: none, 2:4 and the like, block:RxC, fan_in")
-    flags.DEFINE_boolean(
-        "block_kernel", False, "dense layers multiply only by blocks that are on; see train --help"
+    flags.DEFINE_integer("context", d.context, "bytes that the model sees at once", lower_bound=2)
+    flags.DEFINE_integer(
+        "batch_size", d.batch_size, "windows in a step, over all devices", lower_bound=1
     )
-    flags.DEFINE_integer("update_every", 20, "steps between mask updates (Delta T)", lower_bound=1)
+    flags.DEFINE_integer("bytes", d.bytes, "of training text in all", lower_bound=1)
+    flags.DEFINE_float("learning_rate", d.learning_rate, "peak of AdamW", lower_bound=0)
     flags.DEFINE_float(
-        "prune_until", 0.5, "gradual pruning ends at this fraction of training", 0.0, 1.0
+        "sparsity", d.sparsity, "fraction of zeros among prunable weights at the end"
     )
-    flags.DEFINE_integer("eval_every", 50, "steps between evaluations", lower_bound=1)
+    flags.DEFINE_string(
+        "structure", d.structure, "of masks: none, 2:4 and the like, block:RxC, fan_in"
+    )
+    flags.DEFINE_boolean(
+        "block_kernel",
+        d.block_kernel,
+        "dense layers multiply only by blocks that are on; see train --help",
+    )
+    flags.DEFINE_integer(
+        "update_every", d.update_every, "steps between mask updates (Delta T)", lower_bound=1
+    )
+    flags.DEFINE_float(
+        "prune_until", d.prune_until, "gradual pruning ends at this fraction of training", 0.0, 1.0
+    )
+    flags.DEFINE_integer("eval_every", d.eval_every, "steps between evaluations", lower_bound=1)
     flags.DEFINE_enum(
-        "precision", "f32", ["f32", "bf16"], "of the model's arithmetic; parameters are f32"
+        "precision", d.precision, ["f32", "bf16"], "of the model's arithmetic; parameters are f32"
     )
-    flags.DEFINE_boolean("remat", False, "compute layers again in the backward pass, for memory")
-    flags.DEFINE_integer("seed", 0, "of weights, masks and windows", lower_bound=0)
+    flags.DEFINE_boolean("remat", d.remat, "compute layers again in the backward pass, for memory")
+    flags.DEFINE_integer("seed", d.seed, "of weights, masks and windows", lower_bound=0)
     flags.DEFINE_string("out_dir", None, "where to write (default: runs/lm-SIZE-SPARSITY)")
     flags.DEFINE_string("reference", None, "--out_dir of another run, to compare masks with")
     flags.DEFINE_integer("data", None, "mesh axis of copies (default: all devices)", lower_bound=1)

@@ -62,7 +62,7 @@ def run(
     num = lm_training.num_validation_windows(config)
     text.check_length(data, config.context + 1)
     with (
-        files.opened(out_dir, config._asdict(), resume),
+        files.opened(out_dir, config._asdict(), resume, config._field_defaults),
         checkpoints.open_manager(out_dir / "checkpoints") as manager,
     ):
         facts = text.facts(data)
@@ -74,7 +74,7 @@ def run(
         if kept is None:
             state = trainer.init()
         else:
-            state, notes = checkpoints.restore(manager, kept, trainer.abstract_state)
+            state, notes = checkpoints.restore(manager, kept, trainer.abstract_state, {"spent": ()})
             spent = notes["spent"]
         history = files.rewind(out_dir, kept or 0, config.eval_every)
         files.write_about(out_dir, _layers(trainer), facts)

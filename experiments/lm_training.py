@@ -38,21 +38,21 @@ _SPECS = (
 class Config(NamedTuple):
     """All that a run depends on but for the text and the devices."""
 
-    method: str
-    size: str
-    context: int
-    batch_size: int
-    bytes: int
-    learning_rate: float
-    sparsity: float
-    structure: str
-    block_kernel: bool
-    update_every: int
-    prune_until: float
-    eval_every: int
-    precision: str
-    remat: bool
-    seed: int
+    method: str = "granet"
+    size: str = "10m"
+    context: int = 256
+    batch_size: int = 16
+    bytes: int = 2_500_000
+    learning_rate: float = 2e-3
+    sparsity: float = 0.8
+    structure: str = "none"
+    block_kernel: bool = False
+    update_every: int = 20
+    prune_until: float = 0.5
+    eval_every: int = 50
+    precision: str = "f32"
+    remat: bool = False
+    seed: int = 0
 
     @property
     def total_steps(self) -> int:

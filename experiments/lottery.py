@@ -271,8 +271,9 @@ def _to_bytes(state: State) -> bytes:
 
 def _read(study: Study, path: pathlib.Path) -> Snapshot:
     state = study.trainer.abstract_state
-    example = Snapshot(state.params, state.model_state, state.params)
-    return flax.serialization.from_bytes(example, path.read_bytes())
+    masks = jax.eval_shape(gj.ones, state.params)
+    restored = flax.serialization.msgpack_restore(path.read_bytes())
+    return gj.check_restored(restored, Snapshot(state.params, state.model_state, masks))
 
 
 def _done(path: pathlib.Path) -> bool:
@@ -388,7 +389,7 @@ def main(argv: list[str]) -> None:
             rules=names,
         )
         curves: Curves = {name: [[] for _ in range(given.levels + 1)] for name in names}
-        with files.opened(study.out_dir, _told(study), given.resume):
+        with files.opened(study.out_dir, _told(study), given.resume, _defaults(study, given)):
             files.check_data(study.out_dir, study.trainer.data_facts)
             files.write_about(study.out_dir, _layers(study.trainer), study.trainer.data_facts)
             for seed in range(given.seeds):
@@ -478,6 +479,19 @@ def _told(study: Study) -> dict[str, Any]:
     mine = ("fraction", "oneshot", "rewind_step", "retrain_steps")
     used = {name: value for name, value in config.items() if name not in _FIXED}
     return used | {name: getattr(study, name) for name in mine}
+
+
+def _defaults(study: Study, given: flags.FlagValues) -> dict[str, Any]:
+    """The settings of a folder from before they could be chosen."""
+    names = ("prune_fraction", "oneshot", "rewind_at", "retrain")
+    fraction, oneshot, *shares = (given[name].default for name in names)
+    rewind_step, retrain_steps = (round(float(x or 0) * study.total_steps) for x in shares)
+    return settings.defaults(study.trainer.settings.dataset) | {
+        "fraction": fraction,
+        "oneshot": oneshot,
+        "rewind_step": rewind_step,
+        "retrain_steps": retrain_steps,
+    }
 
 
 if __name__ == "__main__":

@@ -332,13 +332,23 @@ def write_results(out_dir: pathlib.Path, results: Results) -> None:
 
 
 def read_results(out_dir: pathlib.Path) -> Results:
-    """Reads results.jsonl."""
+    """Reads results.jsonl.
+
+    Raises:
+      ValueError: a line is not as it was written.
+    """
     path = out_dir / "results.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {
-        Branch(*(r[k] for k in Branch._fields)): Outcome(*(r[k] for k in Outcome._fields))
-        for r in records
-    }
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+        return {
+            Branch(*(r[k] for k in Branch._fields)): Outcome(*(r[k] for k in Outcome._fields))
+            for r in map(json.loads, lines)
+        }
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} holds a result that cannot be read ({error!r}). Put it back, or choose "
+            "another --out_dir."
+        ) from error
 
 
 class Line(NamedTuple):
@@ -560,7 +570,8 @@ def main(argv: list[str]) -> None:
         name = f"plasticity-{config.dataset}-{config.model}-{plan.scope}-{config.epochs}ep"
         out_dir = pathlib.Path(given.out_dir or f"runs/{name}")
         unpruned = {}
-        with files.opened(out_dir, dataclasses.asdict(config) | plan._asdict(), given.resume):
+        told = dataclasses.asdict(config) | plan._asdict()
+        with files.opened(out_dir, told, given.resume, _defaults(config)):
             results = read_results(out_dir)
             for trainer in trainers:
                 histories = []
@@ -594,6 +605,15 @@ def main(argv: list[str]) -> None:
     if any(rules_for(sparsity, plan) != plan.rules for sparsity in plan.sparsities):
         print("The dense network regrows all it lost; at random would be as by gradient.")
     print(f"written: {out_dir}/plasticity.svg, .png, table.txt, results.jsonl and a folder a run")
+
+
+def _defaults(config: Settings) -> dict[str, Any]:
+    """The settings of a folder from before they could be chosen."""
+    given = flags.FlagValues()
+    define_flags(given)
+    given.mark_as_parsed()
+    plan = plan_from_flags(config, given)
+    return settings.defaults(config.dataset) | _UNUSED | plan._asdict()
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ Made from the files of the runs alone, so it can be made at any time, also while
 one method from several seeds share a line and a band.
 """
 
+import functools
 import io
 import pathlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -18,7 +19,7 @@ from markupsafe import Markup
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator
 
-from experiments import files
+from experiments import files, settings
 
 matplotlib.use("Agg")
 
@@ -51,35 +52,42 @@ def write(path: pathlib.Path, runs: Runs) -> None:
         title=_title(runs),
         summary=[summarise(label, histories[label]) for label in runs],
         curves=Markup(_svg(_curves(histories))),
-        heatmaps=Markup(_svg(_heatmaps(histories))),
+        heatmaps=Markup(_svg(_heatmaps(histories)) if _layers_shown(histories) else ""),
         labels=list(runs),
         explored=["exploration" in group[0][-1] for group in histories.values()],
         layers=_layers(first, histories),
         selection=selection(histories),
         settings=_settings(runs),
         abouts=[
-            (folder, files.read_json(folder, "about.json"))
-            for folders in runs.values()
-            for folder in folders
+            (folder, files.read_about(folder)) for folders in runs.values() for folder in folders
         ],
     )
     path.write_text(page)
 
 
 def summarise(label: str, histories: Sequence[list[files.Record]]) -> dict[str, str]:
-    """What a table says of the runs of one label: last and best epoch, size and speed."""
+    """What a table says of the runs of one label: last and best epoch, size and speed.
+
+    Records of before may lack a number; there it says "-".
+    """
     last = [history[-1] for history in histories]
     best = [files.best(history) for history in histories]
+    every = [record for history in histories for record in history]
+
+    def told(form: Callable[[list[float]], str], records: list[files.Record], name: str) -> str:
+        all_have_it = all(name in record for record in records)
+        return form([record[name] for record in records]) if all_have_it else "-"
+
     return {
         "method": label,
-        "epochs": _span(record["epoch"] for record in last),
-        "weights kept": _span(record["live"] for record in last),
-        "sparsity": _span((record["sparsity"] for record in last), ".6f"),
-        "test accuracy, last epoch (%)": mean_and_std([r["test_accuracy"] for r in last]),
-        "best epoch (%)": mean_and_std([r["test_accuracy"] for r in best]),
-        "inference FLOPs": _ratio(record["inference_flops"] for record in last),
-        "training FLOPs": _ratio(record["training_flops"] for record in last),
-        "images/s": f"{np.median([r['images_per_second'] for h in histories for r in h]):,.0f}",
+        "epochs": told(_span, last, "epoch"),
+        "weights kept": told(_span, last, "live"),
+        "sparsity": told(functools.partial(_span, form=".6f"), last, "sparsity"),
+        "test accuracy, last epoch (%)": told(mean_and_std, last, "test_accuracy"),
+        "best epoch (%)": told(mean_and_std, best, "test_accuracy"),
+        "inference FLOPs": told(_ratio, last, "inference_flops"),
+        "training FLOPs": told(_ratio, last, "training_flops"),
+        "images/s": told(lambda x: f"{np.median(x):,.0f}", every, "images_per_second"),
     }
 
 
@@ -102,8 +110,8 @@ def _settings(runs: Runs) -> list[tuple[str, str]]:
     """Each setting once; where runs differ, all values."""
     configs = [files.read_json(f, "settings.json") for fs in runs.values() for f in fs]
     return [
-        (name, ", ".join(dict.fromkeys(str(config[name]) for config in configs)))
-        for name in configs[0]
+        (name, ", ".join(dict.fromkeys(str(config.get(name, "-")) for config in configs)))
+        for name in {name: None for config in configs for name in config}
     ]
 
 
@@ -114,33 +122,39 @@ def _layers(
     return [
         layer
         | {
-            name: [_mean_at_end(group, f"{name}/{layer['path']}") for group in histories.values()]
+            name: [
+                _mean_at_end(group, f"{name}/{layer.get('path')}") for group in histories.values()
+            ]
             for name in ("density", "exploration")
         }
-        for layer in files.read_json(folder, "about.json")["layers"]
+        for layer in files.read_about(folder).get("layers", [])
     ]
 
 
 def _mean_at_end(group: Sequence[list[files.Record]], name: str) -> float | None:
-    if name not in group[0][-1]:
+    if any(name not in history[-1] for history in group):
         return None
     return float(np.mean([history[-1][name] for history in group]))
 
 
 def _curves(histories: Mapping[str, Sequence[list[files.Record]]]) -> Any:
-    has = {name for group in histories.values() for name in group[0][0]}
-    shown = [curve for curve in CURVES if curve[0] in has]
+    has = {
+        label: {name for history in group for record in history for name in record}
+        for label, group in histories.items()
+    }
+    shown = [curve for curve in CURVES if any(curve[0] in names for names in has.values())]
     rows = (len(shown) + 1) // 2
     figure, grid = plt.subplots(
         rows, 2, figsize=(11, 2.9 * rows), layout="constrained", squeeze=False
     )
     for axes, (name, label, factor) in zip(grid.flat, shown, strict=False):
         for i, (method, group) in enumerate(histories.items()):
-            if name not in group[0][0]:
+            if name not in has[method]:
                 continue
             epochs = min(len(history) for history in group)
-            x = [record["epoch"] for record in group[0][:epochs]]
-            values = factor * np.array([[r[name] for r in h[:epochs]] for h in group])
+            x = range(1, epochs + 1)
+            # Records of before may lack it: a gap.
+            values = factor * np.array([[r.get(name, np.nan) for r in h[:epochs]] for h in group])
             # Wider lines below, for many methods follow the same schedule.
             width = 1.5 + (0.0 if "accuracy" in name else 0.8 * (len(histories) - 1 - i))
             axes.plot(
@@ -156,7 +170,7 @@ def _curves(histories: Mapping[str, Sequence[list[files.Record]]]) -> Any:
         axes.grid(alpha=0.3)
         if "accuracy" in name:
             _zoom(axes, histories, name)
-        if name == "loss":
+        if name == "loss" and any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
@@ -174,14 +188,19 @@ def _dot(x: Sequence[float]) -> str | None:
 
 def _zoom(axes: Any, histories: Mapping[str, Sequence[list[files.Record]]], name: str) -> None:
     """Shows what comes after the first quarter of training."""
-    settled = [r[name] for group in histories.values() for h in group for r in h[len(h) // 4 :]]
-    low, high = min(settled), max(settled)
+    every = [h for group in histories.values() for h in group]
+    settled = [r[name] for h in every for r in h[len(h) // 4 :] if name in r]
+    low, high = min(settled, default=0.0), max(settled, default=100.0)
     axes.set_ylim(low - 0.15 * (high - low) - 0.1, high + 0.1 * (high - low) + 0.1)
+
+
+def _layers_shown(histories: Mapping[str, Sequence[list[files.Record]]]) -> list[str]:
+    return [k for k in next(iter(histories.values()))[0][-1] if k.startswith("density/")]
 
 
 def _heatmaps(histories: Mapping[str, Sequence[list[files.Record]]]) -> Any:
     """Density of each layer over time, of the first seed."""
-    names = [k for k in next(iter(histories.values()))[0][0] if k.startswith("density/")]
+    names = _layers_shown(histories)
     height = 1.1 + 0.17 * len(names)
     figure, grid = plt.subplots(
         len(histories),
@@ -191,7 +210,7 @@ def _heatmaps(histories: Mapping[str, Sequence[list[files.Record]]]) -> Any:
         squeeze=False,
     )
     values = {
-        label: 100 * np.array([[record[n] for record in group[0]] for n in names])
+        label: 100 * np.array([[record.get(n, np.nan) for record in group[0]] for n in names])
         for label, group in histories.items()
     }
     lowest = max(min(v[v > 0].min(initial=100.0) for v in values.values()), 1e-3)
@@ -243,11 +262,12 @@ def main(argv: list[str]) -> None:
     if len(argv) < 2:
         sys.exit("error: name the folders of runs, as in runs/digits-lenet_300_100-granet-0.98-0.")
     for folder in map(pathlib.Path, argv[1:]):
-        if not files.read_history(folder):
-            sys.exit(f"error: {folder} holds no run that has finished an epoch.")
-        method = files.read_json(folder, "settings.json")["method"]
-        write(folder / "report.html", {method: [folder]})
-        print(f"written: {folder}/report.html")
+        with settings.errors_in_one_line():
+            if not any("epoch" in record for record in files.read_history(folder)):
+                raise ValueError(f"{folder} holds no run that has finished an epoch.")
+            method = files.read_json(folder, "settings.json")["method"]
+            write(folder / "report.html", {method: [folder]})
+            print(f"written: {folder}/report.html")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import importlib.util
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,7 +22,17 @@ import numpy as np
 from absl import flags
 
 import granet_jax as gj
-from experiments import checkpoints, data, distributed, files, methods, optimizers, report, training
+from experiments import (
+    checkpoints,
+    data,
+    distributed,
+    files,
+    methods,
+    optimizers,
+    report,
+    settings,
+    training,
+)
 from experiments.settings import Settings
 from experiments.training import State, Trainer
 
@@ -118,7 +128,9 @@ def run_trainer(
     """As :func:`run`, for a trainer that serves several seeds."""
     config = trainer.settings
     with (
-        files.opened(out_dir, dataclasses.asdict(config), resume),
+        files.opened(
+            out_dir, dataclasses.asdict(config), resume, settings.defaults(config.dataset)
+        ),
         checkpoints.open_manager(out_dir / "checkpoints") as manager,
     ):
         files.check_data(out_dir, trainer.data_facts)
@@ -167,10 +179,14 @@ def _start(trainer: Trainer, manager: Any, stream: Any) -> tuple[State, _Epoch]:
     step = manager.latest_step()
     if step is None:
         return trainer.init(trainer.settings.seed), _Epoch()
-    state, notes = checkpoints.restore(manager, step, trainer.abstract_state)
+    needed: dict[str, Sequence[str]] = {"stream": ()} if stream else {}
+    if step % trainer.steps_per_epoch:
+        needed["epoch"] = _Epoch._fields
+    state, notes = checkpoints.restore(manager, step, trainer.abstract_state, needed)
     if stream:
         stream.set_state(notes["stream"])
-    return state, _Epoch(**notes["epoch"])
+    summed = (notes["epoch"][name] for name in needed.get("epoch", ()))
+    return state, _Epoch(*summed)
 
 
 def _train(

@@ -187,7 +187,7 @@ def from_flags(flag_values: flags.FlagValues = flags.FLAGS, **given: Any) -> Set
             continue
         value = flag_values[field.name].value
         if value is None:
-            value = BY_DATASET[flag_values.dataset].get(field.name, _default(field))
+            value = defaults(flag_values.dataset)[field.name]
         values[field.name] = value
     values["dense_layers"] = tuple(values["dense_layers"])
     try:
@@ -197,12 +197,28 @@ def from_flags(flag_values: flags.FlagValues = flags.FLAGS, **given: Any) -> Set
     return Settings(**values)
 
 
+def defaults(dataset: str) -> dict[str, Any]:
+    """The settings that have a value if they are not given, for a data set."""
+    by_dataset = BY_DATASET.get(dataset, {})
+    chosen = {x.name: by_dataset.get(x.name, _default(x)) for x in dataclasses.fields(Settings)}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
 def from_json(values: dict[str, Any]) -> Settings:
-    """Settings as a run's settings.json has them, among other things."""
-    known = {field.name for field in dataclasses.fields(Settings)}
+    """Settings as a run's settings.json has them; those that it lacks have their defaults.
+
+    Raises:
+      ValueError: it has others, or lacks some that have no default.
+    """
     given: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
+        k: tuple(v) if isinstance(v, list) else v
+        for k, v in (defaults(values.get("dataset", "")) | values).items()
     }
+    names = {field.name for field in dataclasses.fields(Settings)}
+    odd = [f"{name} is missing" for name in sorted(names - given.keys())]
+    odd += [f"{name} is no setting" for name in sorted(given.keys() - names)]
+    if odd:
+        raise ValueError(f"These are no settings of a run of this version: {', '.join(odd)}.")
     return Settings(**given)
 
 

@@ -11,6 +11,8 @@ same command goes on. In several processes, of which the first writes, each is s
 and all of them in a folder that all can read.
 """
 
+import collections
+import math
 import pathlib
 import sys
 
@@ -45,8 +47,11 @@ def main(argv: list[str]) -> None:
     if jax.process_index() != 0:
         return
     print(gj.report.table(result.weights, result.masks, config.prunable))
-    last = result.history[-1]
-    best, chosen = files.best(result.history), files.selected_by(last).split("_")[0]
+    chosen = files.selected_by(result.history[-1]).split("_")[0]
+    last, best = (  # of an epoch of before, a number may be unknown
+        collections.defaultdict(lambda: math.nan, record)
+        for record in (result.history[-1], files.best(result.history))
+    )
     print(
         f"test accuracy {last['test_accuracy']:.2f} % after the last epoch, "
         f"{best['test_accuracy']:.2f} % after epoch {best['epoch']} "

@@ -1,0 +1,214 @@
+"""Run folders of before: what is missing is as its default; what cannot be is told in one line."""
+
+import contextlib
+import dataclasses
+import json
+import re
+import types
+
+import jax
+import pytest
+
+from experiments import checkpoints, files, lottery, plasticity, report, run, settings, training
+from experiments.lm_training import Config
+from tests.run_test import OwnNet, own_data, own_settings
+
+ADDED = ("structure", "block_kernel", "drop_at", "seed")  # as if they had come later
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    config = own_settings(method="set", epochs=3, chunk_steps=2, batch_size=16)
+    return training.make_trainer(config, own_data(), OwnNet(8))
+
+
+def go(trainer, folder, show=lambda record: None):
+    return run.run_trainer(trainer, folder, resume=True, checkpoint_seconds=0, show=show)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def straight(trainer, tmp_path_factory):
+    return go(trainer, tmp_path_factory.mktemp("straight"))
+
+
+@pytest.fixture
+def stopped(trainer, tmp_path):
+    """A folder of a run that stopped within its third epoch."""
+
+    def stop(record):
+        if record["epoch"] == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        go(trainer, tmp_path, stop)
+    return tmp_path
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def without(*names):
+    def drop(content):
+        for name in names:
+            del content[name]
+
+    return drop
+
+
+def write_again(folder, trainer, change=lambda state: state, notes=lambda notes: notes):
+    """Writes the newest checkpoint as an earlier version would have."""
+    with checkpoints.open_manager(folder / "checkpoints") as manager:
+        step = manager.latest_step()
+        state, held = checkpoints.restore(manager, step, trainer.abstract_state)
+        manager.delete(step)
+        checkpoints.save(manager, step, change(state), notes(held), None)
+    return step
+
+
+def with_typed_key(state):
+    method = state.opt_state.method
+    if not jax.dtypes.issubdtype(method.key.dtype, jax.dtypes.prng_key):
+        method = method._replace(key=jax.random.wrap_key_data(method.key))
+    return state._replace(opt_state=state.opt_state._replace(method=method))
+
+
+def test_a_run_of_before_goes_on_with_the_same_bits(trainer, straight, stopped):
+    edit(stopped / "settings.json", without(*ADDED))
+    edit(stopped / "about.json", without("sessions"))
+    edit(stopped / "about.json", lambda about: about["data"].pop("mean"))
+    lines = [json.loads(x) for x in (stopped / "metrics.jsonl").read_text().splitlines()]
+    for name in ("inference_flops", "exploration", "density/head/kernel"):
+        del lines[0][name]
+    (stopped / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert write_again(stopped, trainer, with_typed_key) == 10
+    resumed = go(trainer, stopped)
+    for tree in ("params", "opt_state"):
+        assert run.digest(getattr(resumed.state, tree)) == run.digest(getattr(straight.state, tree))
+    assert resumed.history[1:] == [
+        record | {"images_per_second": mine["images_per_second"]}
+        for record, mine in zip(straight.history[1:], resumed.history[1:], strict=True)
+    ]
+    # From now on the folder says all.
+    config = files.read_json(stopped, "settings.json")
+    assert config == json.loads(json.dumps(dataclasses.asdict(trainer.settings)))
+    assert len(files.read_json(stopped, "about.json")["sessions"]) == 1
+    assert "<svg" in (stopped / "report.html").read_text()
+
+
+def test_other_settings_than_the_defaults_are_refused(trainer, stopped):
+    changed = dataclasses.replace(trainer.settings, label_smoothing=0.1)
+    edit(stopped / "settings.json", without("label_smoothing"))
+    with pytest.raises(ValueError, match=r"other settings \(label_smoothing 0.0 -> 0.1\)"):
+        go(trainer._replace(settings=changed), stopped)
+    edit(stopped / "settings.json", without("epochs"))  # of data of one's own without a default
+    with pytest.raises(ValueError, match=r"other settings \(epochs unknown -> 3\)"):
+        go(trainer, stopped)
+    edit(stopped / "settings.json", lambda x: x.update(epochs=3, magic=[7]))
+    with pytest.raises(ValueError, match=r"settings that there are no more \(magic \[7\]\)"):
+        go(trainer, stopped)
+    (stopped / "settings.json").write_text('{"epochs": ')
+    with pytest.raises(ValueError, match=r"settings.json is damaged: .* choose another --out_dir"):
+        go(trainer, stopped)
+
+
+def test_checkpoints_of_another_form_are_refused_by_path(trainer, stopped):
+    step = write_again(stopped, trainer, notes=lambda notes: {"stream": None})
+    wanted = rf"checkpoints/{step} notes .* as epoch, where steps, loss, grown, seconds is expected"
+    with pytest.raises(ValueError, match=wanted):
+        go(trainer, stopped)
+    write_again(stopped, trainer, notes=lambda notes: {"epoch": {"steps": 2}})
+    with pytest.raises(ValueError, match=r"notes {'steps': 2} as epoch"):
+        go(trainer, stopped)
+    write_again(stopped, trainer, lambda state: state._replace(opt_state=state.opt_state[:3]))
+    with pytest.raises(ValueError, match=r"(?s)^[^\n]*checkpoints/10: [^\n]*keep[^\n]*--out_dir.$"):
+        go(trainer, stopped)
+
+
+def test_between_epochs_nothing_is_noted_that_is_needed(trainer, straight, stopped):
+    with checkpoints.open_manager(stopped / "checkpoints") as manager:
+        manager.delete(10)
+    assert write_again(stopped, trainer, notes=lambda notes: {}) == 8
+    resumed = go(trainer, stopped)
+    assert run.digest(resumed.state.params) == run.digest(straight.state.params)
+
+
+def test_settings_of_before_are_read():
+    written = dataclasses.asdict(settings.Settings(dataset="digits", **digits()))
+    for name in digits():
+        assert settings.from_json({k: v for k, v in written.items() if k != name}) == (
+            settings.from_json(written)
+        )
+    for change, message in (
+        ({"magic": 3}, "magic is no setting"),
+        ({"dataset": "own", "model": "own"}, "batch_size is missing, epochs is missing, update"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settings.from_json({k: v for k, v in written.items() if k not in digits()} | change)
+
+
+def digits():
+    return {"model": "lenet_300_100", "epochs": 60, "batch_size": 32, "update_every": 40}
+
+
+def opened(folder, told, defaults):
+    for name in told:
+        (folder / "settings.json").unlink(missing_ok=True)
+        with files.opened(folder, {k: v for k, v in told.items() if k != name}, True):
+            pass
+        expected = contextlib.nullcontext()
+        if name not in defaults or json.dumps(defaults[name]) != json.dumps(told[name]):
+            expected = pytest.raises(ValueError, match=f"other settings .{name} ")
+        with expected, files.opened(folder, told, True, defaults):
+            yield name
+
+
+def test_all_programs_know_their_defaults(trainer, tmp_path):
+    lm = Config()._asdict() | {"bytes": 1000}
+    assert set(opened(tmp_path, lm, Config._field_defaults)) == set(lm) - {"bytes"}
+
+    config = own_settings(**plasticity._UNUSED | {"update_every": 1, "sparsity": 0.0}, epochs=8)
+    defaults = plasticity._defaults(config)
+    told = dataclasses.asdict(config) | {k: defaults[k] for k in plasticity.Plan._fields}
+    given = {"dataset", "model", "epochs", "batch_size"}
+    assert set(opened(tmp_path, told | {"recalibrate": 2}, defaults)) == (
+        set(told) - given - {"recalibrate"}
+    )
+
+    study = lottery.make_study(
+        trainer, tmp_path, fraction=0.2, oneshot=True, rewind_at=0.05, retrain=1.0, rules=[]
+    )
+    flags = {"prune_fraction": 0.2, "oneshot": False, "rewind_at": 0.05, "retrain": 1.0}
+    given_flags = {k: types.SimpleNamespace(default=v) for k, v in flags.items()}
+    told = lottery._told(study)
+    found = set(opened(tmp_path, told, lottery._defaults(study, given_flags)))
+    assert set(told) - found == {*given, "oneshot"}
+
+
+def test_results_of_before_are_refused_in_a_line(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"sparsity": 0.5}\n')
+    with pytest.raises(ValueError, match=r"results.jsonl holds a result .*'seed'.* --out_dir"):
+        plasticity.read_results(tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_report_of_records_that_lack_numbers(straight, tmp_path):
+    folders = [tmp_path / name for name in ("some", "none")]
+    first, *rest = straight.history
+    dropped = {k: v for k, v in first.items() if k not in ("live", "loss", "churn")}
+    bare = [{k: r[k] for k in ("epoch", "step", "test_accuracy")} for r in straight.history]
+    for folder, records in zip(folders, ([dropped, *rest], bare), strict=True):
+        folder.mkdir()
+        (folder / "settings.json").write_text('{"dataset": "d", "model": "m", "sparsity": 0.5}')
+        (folder / "about.json").write_text('{"layers": [{"path": "a", "prunable": true}]}')
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    report.write(tmp_path / "report.html", {"one": folders, "other": [folders[1]]})
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>-</td>" in page
+    assert re.search(r"<td>a</td>\s+<td></td><td></td><td></td>", page)
