@@ -61,6 +61,7 @@ def main(argv: list[str]) -> None:
             for name in names
         }
         diverged: list[str] = []
+        shortfalls: list[str] = []
         for trainer, (name, folders) in zip(trainers, list(runs.items()), strict=True):
             for seed, folder in enumerate(folders):
                 config = dataclasses.replace(trainer.settings, seed=seed)
@@ -71,7 +72,9 @@ def main(argv: list[str]) -> None:
                     with output.progress(
                         console, f"{label:18}", config.epochs, plain_every
                     ) as show:
-                        run.run_trainer(this, folder, show=show, **run.from_flags())
+                        result = run.run_trainer(this, folder, show=show, **run.from_flags())
+                    if result.shortfall:
+                        shortfalls.append(f"{label}: {result.shortfall}")
                 except run.Diverged as error:
                     diverged.append(f"{label}: {error}")
                     runs[name] = [f for f in runs[name] if f != folder]
@@ -88,6 +91,8 @@ def main(argv: list[str]) -> None:
     caption = f"{title}; {first.epochs} epochs, {flags.FLAGS.seeds} seeds"
     (out_dir / "table.txt").write_text(output.print_table(console, caption, rows))
     print(f"Mean and standard deviation over seeds. {report.selection(histories)}")
+    for shortfall in shortfalls:
+        print(f"warning: {shortfall}")
     report.write(out_dir / "report.html", runs)
     print(f"written: {out_dir}/report.html, table.txt and a folder for each run")
     if diverged:

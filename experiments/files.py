@@ -113,6 +113,13 @@ def write_about(out_dir: pathlib.Path, layers: list[dict[str, Any]], facts: dict
     _write(out_dir / "about.json", json.dumps(about, indent=2) + "\n")
 
 
+def note_shortfall(out_dir: pathlib.Path, shortfall: str) -> None:
+    """Notes in about.json what was asked for and not got, in one line; "" = nothing."""
+    if jax.process_index() == 0:
+        about = read_about(out_dir) | {"shortfall": shortfall}
+        _write(out_dir / "about.json", json.dumps(about, indent=2) + "\n")
+
+
 def _command() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["python", "-m", spec.name] if spec else ["python", sys.argv[0]]

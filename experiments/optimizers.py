@@ -91,11 +91,15 @@ def make_optimizer(
         )
     if isinstance(method, gj.Method):
         return gj.sparsify(inner, method)
-    coefficient: Any = config.penalty
-    if config.penalty < 0:
-        end_step = round(config.prune_until * config.epochs * steps_per_epoch)
-        coefficient = gj.reparam.steer(config.sparsity, end_step)
-    return gj.reparam.penalise(inner, method, coefficient)
+    return gj.reparam.penalise(inner, method, coefficient(config, steps_per_epoch))
+
+
+def coefficient(config: Settings, steps_per_epoch: int) -> float | gj.reparam.Controller:
+    """Of the penalty of dst and str."""
+    if config.penalty >= 0:
+        return config.penalty
+    end_step = round(config.prune_until * config.epochs * steps_per_epoch)
+    return gj.reparam.steer(config.sparsity, end_step)
 
 
 def learning_rate(config: Settings, steps_per_epoch: int) -> optax.Schedule:

@@ -44,6 +44,7 @@ class Result(NamedTuple):
     weights: Any  # what the network uses at the end, zeros where masked
     masks: Any
     history: list[files.Record]  # one record for each epoch
+    shortfall: str = ""  # what was asked for and not got, in one line
 
 
 def digest(tree: Any) -> str:
@@ -143,10 +144,30 @@ def run_trainer(
                 state = _train(
                     trainer, manager, state, stream, epoch, history, checkpoint_seconds, log
                 )
+            shortfall = _shortfall(trainer, state, history[-1])
+            files.note_shortfall(out_dir, shortfall)
         finally:
             if jax.process_index() == 0 and files.read_history(out_dir):
                 report.write(out_dir / "report.html", {config.method: [out_dir]})
-    return Result(state, trainer.family.weights(state.params), _masks(trainer, state), history)
+    weights, masks = trainer.family.weights(state.params), _masks(trainer, state)
+    return Result(state, weights, masks, history, shortfall)
+
+
+def _shortfall(trainer: Trainer, state: State, last: files.Record) -> str:
+    """What was asked for and not got, in one line; "" where all is well."""
+    config = trainer.settings
+    if isinstance(state.opt_state, gj.reparam.PenaltyState):
+        steered = optimizers.coefficient(config, trainer.steps_per_epoch)
+        if not isinstance(steered, gj.reparam.Controller):
+            return ""
+        return gj.reparam.shortfall(state.opt_state, steered)
+    reached = last.get("sparsity", config.sparsity)
+    if config.method == "dense" or abs(reached - config.sparsity) <= gj.reparam.MISSED:
+        return ""
+    return (
+        f"Sparsity {reached:.4f} was reached, {config.sparsity:g} was asked for. With --structure="
+        f"{config.structure} layers have few sparsities: choose smaller units, or ask for another."
+    )
 
 
 def _layers(trainer: Trainer, state: State) -> list[dict[str, Any]]:

@@ -59,6 +59,8 @@ def main(argv: list[str]) -> None:
         f"{last['inference_flops']:.4f} of the FLOPs of dense inference, "
         f"{last['training_flops']:.4f} of dense training"
     )
+    if result.shortfall:
+        print(f"warning: {result.shortfall}")
     params = run.digest(result.state.params)[:16]
     print(f"sha256: masks {run.digest(result.masks)[:16]}, parameters {params}")
     print(f"written: {out_dir}/report.html and what it is made from")

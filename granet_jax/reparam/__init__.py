@@ -19,8 +19,11 @@ Instead of a coefficient, ``steer(0.95, end_step=10_000)`` asks for a sparsity.
 from granet_jax.reparam.base import Reparameterisation as Reparameterisation
 from granet_jax.reparam.base import export as export
 from granet_jax.reparam.dst import dst as dst
+from granet_jax.reparam.penalise import MISSED as MISSED
 from granet_jax.reparam.penalise import Controller as Controller
 from granet_jax.reparam.penalise import PenaltyState as PenaltyState
+from granet_jax.reparam.penalise import at_bound as at_bound
 from granet_jax.reparam.penalise import penalise as penalise
+from granet_jax.reparam.penalise import shortfall as shortfall
 from granet_jax.reparam.penalise import steer as steer
 from granet_jax.reparam.str_ import str_ as str_

@@ -22,10 +22,14 @@ class Controller(NamedTuple):
       update: ``(coefficient, previous_sparsity, sparsity, step) -> coefficient`` of this step, all
         float32 scalars but the int32 step. ``sparsity`` is that of this step's forward pass,
         ``previous_sparsity`` that of the step before (0 at step 1).
+      bounds: the smallest and the largest coefficient that it gives; None = there are none.
+      sparsity: what it steers to; None = nothing.
     """
 
     initial: Any
     update: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+    bounds: tuple[Any, Any] | None = None
+    sparsity: Any = None
 
 
 @exportable
@@ -160,7 +164,9 @@ def steer(sparsity: float, end_step: int, initial: float = 1e-4) -> Controller:
 
     The coefficient stays positive: the penalty makes networks sparser, and the loss brings weights
     back. So a sparsity is out of reach where weight decay alone goes further, and where the method
-    itself has a limit (99 % of any layer for DST, which may be met at less in total).
+    itself has a limit (99 % of any layer for DST, which may be met at less in total). Then the
+    coefficient runs to its bound and stays there: :func:`at_bound` sees it, :func:`shortfall` says
+    so at the end of training.
 
     Args:
       sparsity: fraction of zeros among the prunable weights, in [0, 1); may be traced.
@@ -201,9 +207,94 @@ def steer(sparsity: float, end_step: int, initial: float = 1e-4) -> Controller:
     ) -> jax.Array:
         now, before = error(sparsity, step), error(previous_sparsity, step - 1)
         factor = jnp.exp(GAIN * (now - before + now / (end_step / 10)))
-        return jnp.clip(coefficient * factor, initial / RANGE, initial * RANGE)
+        return jnp.clip(coefficient * factor, *bounds)
 
-    return Controller(initial, update)
+    bounds = initial / RANGE, initial * RANGE
+    return Controller(initial, update, bounds, sparsity)
+
+
+def at_bound(opt_state: Any, controller: Controller) -> jax.Array:
+    """Whether the coefficient stands at a bound, so that the controller has no more to give.
+
+    Costs nothing under ``jit``; read it beside the loss.
+
+    Args:
+      opt_state: state of a transformation that contains one ``penalise``.
+      controller: the one that ``penalise`` was given.
+
+    Returns:
+      int32: 1 at the largest coefficient, -1 at the smallest, else 0. A scalar, or of the shape of
+      a coefficient that ``vmap`` has stacked.
+
+    Raises:
+      ValueError: there is no ``penalise`` inside, or more than one.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp, optax
+      >>> controller = gj.reparam.steer(0.8, end_step=1000)
+      >>> tx = gj.reparam.penalise(optax.sgd(0.1), gj.reparam.str_(), controller)
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> state = tx.init((params, gj.reparam.str_().init(params)))
+      >>> [int(at_bound(state._replace(coefficient=c), controller)) for c in (1e-8, 1e-4, 1.0)]
+      [-1, 0, 1]
+    """
+    coefficient = _penalty_state(opt_state).coefficient
+    if controller.bounds is None:
+        return jnp.zeros(jnp.shape(coefficient), jnp.int32)
+    low, high = (jnp.asarray(bound, jnp.float32) for bound in controller.bounds)
+    return jnp.asarray(coefficient >= high, jnp.int32) - jnp.asarray(coefficient <= low, jnp.int32)
+
+
+MISSED = 0.01  # a sparsity further off than this point is not the noise of training
+
+
+def shortfall(opt_state: Any, controller: Controller) -> str:
+    """Says in one line what was asked for and not got, and what to do; "" where all is well.
+
+    That is a sparsity missed by more than a point, or a coefficient at its bound.
+
+    Args:
+      opt_state: of one run, after training; see :func:`at_bound`.
+      controller: the one that ``penalise`` was given.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp, optax
+      >>> controller = gj.reparam.steer(0.8, end_step=1000)
+      >>> tx = gj.reparam.penalise(optax.sgd(0.1), gj.reparam.str_(), controller)
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> state = tx.init((params, gj.reparam.str_().init(params)))
+      >>> shortfall(state._replace(sparsity=0.56, coefficient=1.0), controller)[:94]
+      'Sparsity 0.5600 was reached, 0.8 was asked for; the coefficient of the penalty is at its bound'
+    """
+    state, bound = _penalty_state(opt_state), int(at_bound(opt_state, controller))
+    reached, asked = float(state.sparsity), controller.sparsity
+    missed = asked is not None and abs(reached - float(asked)) > MISSED
+    if not (bound or missed):
+        return ""
+    said = f"Sparsity {reached:.4f} was reached"
+    said += "" if asked is None else f", {float(asked):g} was asked for"
+    if bound:
+        said += f"; the coefficient of the penalty is at its bound {float(state.coefficient):g}"
+    too_sparse = reached > float(asked) if missed else bound < 0
+    if too_sparse:
+        return said + ". Let the weights decay less, or ask for more."
+    return said + (
+        ". Let the weights decay more, by a decay in the gradients (AdamW's is not), train longer "
+        "or more slowly, or ask for less."
+    )
+
+
+def _penalty_state(opt_state: Any) -> PenaltyState:
+    def is_penalty(state: Any) -> bool:
+        return isinstance(state, PenaltyState)
+
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_penalty) if is_penalty(x)]
+    if len(found) != 1:
+        raise ValueError(
+            f"Expected one penalise state in the optimizer state, found {len(found)} in a "
+            f"{type(opt_state).__name__}. Pass the state that tx.init returned."
+        )
+    return found[0]
 
 
 def _constant(coefficient: Any) -> Controller:
