@@ -36,7 +36,8 @@ def open_manager(folder: pathlib.Path) -> ocp.CheckpointManager:
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
     )
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+    handlers = {"state": ocp.StandardCheckpointHandler(), "notes": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
 
 def save(
@@ -89,17 +90,20 @@ def restore(
     """
     where = manager.directory / str(step)
     try:
+        saved = manager.item_metadata(step)["state"].tree
+        _check(where, saved, jax.tree.map(_as_saved, example))  # before anything is read
+        by_path = gj.trees.paths(example)
+        wanted = jax.tree.unflatten(
+            jax.tree.structure(saved), [by_path[path] for path in gj.trees.paths(saved)]
+        )
         read = manager.restore(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(example), notes=ocp.args.JsonRestore()
+                state=ocp.args.StandardRestore(wanted), notes=ocp.args.JsonRestore()
             ),
         )
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        saved = manager.item_metadata(step)["state"]
-        if saved is not None:  # tells by path, where that is what is wrong
-            _check(where, saved.tree, jax.tree.map(_as_saved, example))
-        raise ValueError(f"{where} cannot be read: {error}") from error
+    except (AttributeError, KeyError, OSError) as error:
+        raise ValueError(f"{where} cannot be read: {error!r}. {_OTHERWISE}") from error
     notes = dict(read["notes"] or {})
     for name, entries in needed.items():
         found = notes.get(name, {})

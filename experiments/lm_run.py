@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 import granet_jax as gj
 from experiments import checkpoints, distributed, files, lm_training, methods, text
 from experiments.lm_training import State, Trainer
-from experiments.run import check_finite
+from experiments.run import check_finite, check_sparse
 
 
 class Result(NamedTuple):
@@ -88,6 +88,7 @@ def run(
             seconds = time.perf_counter() - started
             measured = _numbers(old_masks, gj.get_masks(state.opt_state), state.params)
             check_finite(losses, int(measured["nonfinite"]), step, manager)
+            check_sparse(state, manager)
             spent += float(np.asarray(log.forward).sum(dtype=np.float64))
             record = _record(trainer, state, losses, spent, seconds, measured)
             record["validation"] = trainer.evaluate(state, windows)

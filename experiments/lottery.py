@@ -233,6 +233,7 @@ def _train(
                 f"the loss or a parameter is NaN or infinite at step {step} "
                 f"(epoch {(step - 1) // steps_per_epoch + 1}). Lower --learning_rate."
             )
+        run.check_sparse(state)
         if step % steps_per_epoch == 0:
             masks, prunable = gj.get_masks(state.opt_state), config.prunable
             count = optax.tree.get(state.opt_state, "count", filtering=_of_schedule)

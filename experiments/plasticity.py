@@ -245,6 +245,7 @@ def prune_and_train_on(
         starts.append(jax.tree.map(jnp.copy, start))  # some buffers are those of `state`
     finals = train_on(trainer, starts, plan.continue_epochs, together)
     for i, (branch, final) in enumerate(zip(copies, finals, strict=True)):
+        run.check_sparse(final)
         yield branch, Outcome(live[i], accuracies[i], trainer.evaluate(final)["test"])
 
 

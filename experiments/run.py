@@ -56,7 +56,7 @@ def digest(tree: Any) -> str:
 
 
 class Diverged(ArithmeticError):
-    """The loss or a parameter is NaN or infinite."""
+    """A loss or a parameter is NaN or infinite, or a pruned weight is not 0."""
 
 
 def define_flags() -> None:
@@ -235,6 +235,7 @@ def _train(
         seconds = time.perf_counter() - started
         measured = _measure(trainer, old_masks, state)
         check_finite(losses, int(measured["nonfinite"]), step, manager, trainer.steps_per_epoch)
+        check_sparse(state, manager)
         step += num_steps
         epoch = _Epoch(
             epoch.steps + num_steps,
@@ -345,19 +346,46 @@ def check_finite(
     finite = np.isfinite(losses)
     if finite.all() and not nonfinite:
         return
-    manager.wait_until_finished()
     what, where = f"{nonfinite:,} parameters are NaN or infinite", step + len(losses)
     if not finite.all():
         what, where = f"the loss is {losses[~finite][0]}", step + int(np.argmin(finite)) + 1
-    kept = manager.latest_step()
     raise Diverged(
         f"{what} at step {where}"
         + (f" (epoch {(where - 1) // steps_per_epoch + 1})" if steps_per_epoch else "")
-        + ". "
-        + ("No checkpoint had been written. " if kept is None else "")
-        + (f"The last good checkpoint is of step {kept}. " if kept else "")
-        + "Lower --learning_rate."
+        + f". {_last_good(manager)}Lower --learning_rate."
     )
+
+
+def check_sparse(state: Any, manager: Any = None) -> None:
+    """Called before anything of a chunk of steps is written.
+
+    Args:
+      state: after it; with fields ``step``, ``params`` and ``opt_state``.
+      manager: of the checkpoints; None = nothing is told of them.
+
+    Raises:
+      Diverged: a weight is not 0 though its mask is off; a fault of optimizer or method.
+    """
+    if isinstance(state.opt_state, gj.reparam.PenaltyState):
+        return  # masks follow from the weights
+    if not int(_num_odd(state.params, state.opt_state)):
+        return
+    try:
+        gj.check_sparse(state.params, state.opt_state)
+    except ValueError as error:
+        told = _last_good(manager) if manager else ""
+        raise Diverged(f"at step {int(state.step)}: {told}{error}") from error
+
+
+_num_odd = jax.jit(gj.check_sparse)
+
+
+def _last_good(manager: Any) -> str:
+    manager.wait_until_finished()
+    kept = manager.latest_step()
+    if kept is None:
+        return "No checkpoint had been written. "
+    return f"The last good checkpoint is of step {kept}. " if kept else ""
 
 
 @contextlib.contextmanager

@@ -21,8 +21,9 @@ def check_restored(restored: PyTree, example: PyTree) -> PyTree:
 
     Leaves find their place by path. So dicts and lists are as good as NamedTuples and tuples (what
     Orbax gives without an abstract tree, ``flax.serialization.to_state_dict``), and so is a flat
-    dict of whole paths, as .npz and safetensors files hold. A typed key is as good as its raw
-    data, and the other way round.
+    dict of whole paths, as .npz and safetensors files hold (``granet_jax.trees.paths(state)``; the
+    name of the method is no array and gets lost there). A typed key is as good as its raw data, and
+    the other way round: so checkpoints of before are read, by Orbax without an abstract tree.
 
     Args:
       restored: what the reader returned; its leaves are arrays, of numpy, too.
@@ -30,8 +31,8 @@ def check_restored(restored: PyTree, example: PyTree) -> PyTree:
         ``jax.eval_shape``.
 
     Raises:
-      ValueError: a leaf is missing, None, unexpected, or of another shape or dtype; the message
-        names up to five.
+      ValueError: a leaf is missing, None, unexpected, or of another shape or dtype, or another
+        method wrote the state; the message names up to five.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -43,13 +44,13 @@ def check_restored(restored: PyTree, example: PyTree) -> PyTree:
 
       An optimizer state as a flat dict, and back:
       >>> state = optax.adam(1e-3).init({"kernel": jnp.ones((2, 3))})
-      >>> flat = {"/".join(words): x for words, x in trees.by_path(state).items()}
+      >>> flat = trees.paths(state)
       >>> list(flat)
       ['0/count', '0/mu/kernel', '0/nu/kernel']
       >>> type(check_restored(flat, state)[0]).__name__
       'ScaleByAdamState'
     """
-    found, expected = _by_whole_path(restored), _by_whole_path(example)
+    found, expected = trees.paths(restored), trees.paths(example)
     leaves = {path: _as_example(x, expected.get(path)) for path, x in found.items()}
     kinds = {path: _kind(x) for path, x in leaves.items()}
     wrong = [
@@ -58,6 +59,10 @@ def check_restored(restored: PyTree, example: PyTree) -> PyTree:
         if kinds.get(path) != _kind(x)
     ]
     wrong += [f"{path} is {kinds[path]}, expected nothing" for path in kinds.keys() - expected]
+    writers = _writers(example)
+    for words, writer in _writers(restored).items():
+        if writer != writers.get(words, writer):
+            wrong.insert(0, f"it was written by the method {writer}, expected {writers[words]}")
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(
@@ -67,14 +72,11 @@ def check_restored(restored: PyTree, example: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(example), [leaves[path] for path in expected])
 
 
-def _by_whole_path(tree: PyTree) -> dict[str, Any]:
-    by_words = trees.by_path(tree)
-    found = {"/".join(words): leaf for words, leaf in by_words.items()}
-    if len(found) < len(by_words):
-        joined = ["/".join(words) for words in by_words]
-        twice = sorted({path for path in joined if joined.count(path) > 1})
-        raise ValueError(f"Leaves need paths of their own; more than one is called {twice}.")
-    return found
+def _writers(tree: PyTree) -> dict[tuple[str, ...], str]:
+    """The methods that a tree's states of ``sparsify`` name, by path."""
+    nones = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
+    found = [trees.names(path) for path, x in nones if x is None]
+    return {words[:-1]: words[-1] for words in found if words[-2:-1] == ("written_by",)}
 
 
 def _as_example(leaf: Any, example: Any) -> Any:

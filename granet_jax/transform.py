@@ -382,6 +382,11 @@ def _check_update(grads: PyTree, state: Any, params: PyTree | None, method: Meth
             f"sparsify expects its own state, got a {type(state).__name__}. A file that is read "
             "without an example gives dicts; granet_jax.check_restored(restored, example) tells."
         )
+    if not state.written_by:
+        raise ValueError(
+            "The state is of an earlier version. Bring it up to date: "
+            "granet_jax.check_restored(state, jax.eval_shape(tx.init, params))."
+        )
     if state.written_by.keys() != {method.name}:
         raise ValueError(
             f"The state was written by the method {', '.join(state.written_by)}, this one is "

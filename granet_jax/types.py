@@ -115,5 +115,5 @@ class SparseState(NamedTuple):
     # bool, what the last update kept: the masks, but for what an event just grew. Held here, for
     # made anew it would cost each step a copy of the masks.
     keep: PyTree
-    # {name of the method: None}: a part of the tree's structure, which every kind of file keeps.
-    written_by: dict[str, None]
+    # {name of the method: None}: a part of the tree's structure; empty in states of before.
+    written_by: dict[str, None] = {}  # noqa: RUF012

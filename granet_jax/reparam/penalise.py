@@ -263,8 +263,8 @@ def shortfall(opt_state: Any, controller: Controller) -> str:
       >>> tx = gj.reparam.penalise(optax.sgd(0.1), gj.reparam.str_(), controller)
       >>> params = {"kernel": jnp.ones((2, 2))}
       >>> state = tx.init((params, gj.reparam.str_().init(params)))
-      >>> shortfall(state._replace(sparsity=0.56, coefficient=1.0), controller)[:94]
-      'Sparsity 0.5600 was reached, 0.8 was asked for; the coefficient of the penalty is at its bound'
+      >>> shortfall(state._replace(sparsity=0.56, coefficient=1.0), controller)[:46]
+      'Sparsity 0.5600 was reached, 0.8 was asked for'
     """
     state, bound = _penalty_state(opt_state), int(at_bound(opt_state, controller))
     reached, asked = float(state.sparsity), controller.sparsity
