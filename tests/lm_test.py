@@ -1,6 +1,7 @@
 """The language model: network, text, runs that go on, meshes."""
 
 import doctest
+import json
 import subprocess
 import sys
 
@@ -171,6 +172,9 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, data):
     straight = lm_run.run(trainer, data, tmp_path / "straight")
     lm_run.run(trainer, data, tmp_path / "stopped", checkpoint_seconds=0, stop_at=4)
     files.append_record(tmp_path / "stopped", {"step": 6, "loss": 0.0})  # of work that was lost
+    path = tmp_path / "stopped" / "settings.json"  # as if these settings had come later
+    before = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("remat", "seed")}
+    path.write_text(json.dumps(before))
     shown = []
     resumed = lm_run.run(trainer, data, tmp_path / "stopped", show=shown.append)
     assert [record["step"] for record in shown] == [6, 8]
@@ -206,6 +210,14 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, data):
     with checkpoints.open_manager(tmp_path / "broken" / "checkpoints") as manager:
         assert manager.latest_step() == 4
     assert [r["step"] for r in files.read_history(tmp_path / "broken")] == [2, 4]
+
+    def dense(state, text):
+        state, log = trainer.chunk(state, text)
+        odd = jax.tree.map(lambda p: p + 1e-3 * (state.step > 4), state.params)
+        return state._replace(params=odd), log
+
+    with pytest.raises(Diverged, match=r"at step 6: The last good .* of step 4\. \d+ weights of"):
+        lm_run.run(trainer._replace(chunk=dense), data, tmp_path / "dense", checkpoint_seconds=0)
 
 
 def test_masks_are_the_same_on_a_mesh(tmp_path, data, monkeypatch):

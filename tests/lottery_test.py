@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -347,6 +348,21 @@ def test_divergence_is_told(tmp_path):
     with pytest.raises(run.Diverged, match=r"at step 4 \(epoch 1\).*learning_rate"):
         lottery.train_dense(study, 0, lambda record: None)
     assert not lottery._done(lottery._dense_file(study, 0, "final"))
+
+
+def test_levels_that_are_not_sparse_are_not_written(straight, tmp_path):
+    original, *_ = straight
+    trainer = original.trainer
+    shutil.copytree(original.out_dir, tmp_path, dirs_exist_ok=True)
+
+    def run_dense(state, stream, num_steps):
+        state, losses = trainer.run(state, stream, num_steps)
+        return state._replace(params=jax.tree.map(lambda p: p + 1e-3, state.params)), losses
+
+    study = original._replace(out_dir=tmp_path, trainer=trainer._replace(run=run_dense))
+    with pytest.raises(run.Diverged, match=r"at step 4: \d+ weights of Dense_0/kernel are not 0"):
+        lottery.train_level(study, 0, "reset", LEVELS + 1, lambda record: None)
+    assert not lottery._level_file(study, 0, "reset", LEVELS + 1).exists()
 
 
 def test_settings_that_leave_nothing_to_train_are_refused(straight, tmp_path):

@@ -574,6 +574,46 @@ def test_steer_meets_a_sparsity_in_training(method):
     assert sparsities[200] < 0.8
 
 
+def test_what_steering_cannot_reach_is_told():
+    """STR on weights that do not decay: they outgrow a threshold that never passes 1/2."""
+    method, controller = gj.reparam.str_(), gj.reparam.steer(0.8, 20)
+    tx = optax.chain(gj.reparam.penalise(optax.adam(0.1), method, controller))
+    params = {"kernel": jax.random.normal(jax.random.key(0), (8, 8))}
+    pair = (params, method.init(params))
+
+    def step(carry, _):
+        pair, state = carry
+        grads = jax.grad(lambda pair: jnp.sum((method.effective(*pair)["kernel"] - 5) ** 2))(pair)
+        updates, state = tx.update(grads, state, pair)
+        return (optax.apply_updates(pair, updates), state), gj.reparam.at_bound(state, controller)
+
+    start = (pair, tx.init(pair))
+    (_, state), bounds = jax.jit(lambda carry: jax.lax.scan(step, carry, length=150))(start)
+    assert bounds[0] == 0
+    assert bounds[-1] == 1
+    chex.assert_type(bounds, jnp.int32)
+    told = gj.reparam.shortfall(state, controller)
+    assert "0.8 was asked for; the coefficient of the penalty is at its bound 1. " in told
+    assert "decay more" in told
+    assert "\n" not in told
+
+    def of(sparsity, coefficient, controller=controller):
+        changed = state[0]._replace(
+            sparsity=jnp.float32(sparsity), coefficient=jnp.float32(coefficient)
+        )
+        return gj.reparam.shortfall([changed], controller)
+
+    assert of(0.805, 0.1) == ""
+    assert "decay less" in of(0.9, 1e-8)
+    assert "decay less" in of(0.8, 1e-8)  # just met, with nothing left to give
+    assert "Sparsity 0.7000 was reached, 0.8 was asked for. " in of(0.7, 0.1)  # DST's limit, say
+    own = gj.reparam.Controller(1.0, lambda *_: 1.0)
+    assert of(0.7, 1.0, own) == ""
+    assert gj.reparam.at_bound(state, own) == 0
+    with pytest.raises(ValueError, match=r"Expected one penalise state .* found 0 in a tuple"):
+        gj.reparam.at_bound(optax.sgd(0.1).init(params), controller)
+
+
 def test_errors():
     dst = METHODS["dst"]
     p = {"fc": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}

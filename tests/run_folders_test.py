@@ -1,4 +1,4 @@
-"""Run folders of before: what is missing is as its default; what cannot be is told in one line."""
+"""What folders of runs hold: those of before are read or refused; nothing that is not sparse."""
 
 import contextlib
 import dataclasses
@@ -10,6 +10,7 @@ import types
 import jax
 import pytest
 
+import granet_jax as gj
 from experiments import checkpoints, files, lottery, plasticity, report, run, settings, training
 from experiments.lm_training import Config
 from tests.run_test import OwnNet, own_data, own_settings
@@ -60,6 +61,49 @@ def killed(trainer, tmp_path_factory):
 @pytest.fixture
 def stopped(killed, tmp_path):
     return shutil.copytree(killed, tmp_path / "run")
+
+
+def not_sparse_after(trainer, step):
+    """A trainer under which, from a step on, pruned weights are not 0."""
+
+    def run(state, stream, num_steps):
+        state, losses = trainer.run(state, stream, num_steps)
+        odd = jax.tree.map(lambda p: p + 1e-3 * (state.step > step), state.params)
+        return state._replace(params=odd), losses
+
+    return trainer._replace(run=run)
+
+
+def test_a_run_that_is_not_sparse_stops_and_keeps_the_last_good_checkpoint(trainer, tmp_path):
+    with pytest.raises(
+        run.Diverged, match=r"step 10: The last good checkpoint is of step 8\. .* of "
+    ) as told:
+        go(not_sparse_after(trainer, 8), tmp_path)
+    assert re.search(
+        r"\d+ weights of hidden/kernel are not 0 though they are pruned", str(told.value)
+    )
+    assert "\n" not in str(told.value)
+    with checkpoints.open_manager(tmp_path / "checkpoints") as manager:
+        assert manager.latest_step() == 8
+        state, _ = checkpoints.restore(manager, 8, trainer.abstract_state)
+    assert gj.check_sparse(state.params, state.opt_state) == 0
+    with pytest.raises(run.Diverged, match=r"step 2: No checkpoint had been written\."):
+        go(not_sparse_after(trainer, 0), tmp_path / "early")
+
+
+def test_a_sparsity_asked_for_and_not_got_is_told(tmp_path):
+    config = own_settings(method="str", epochs=6, weight_decay=0.0, batch_size=16)
+    result = run.run(config, own_data(), tmp_path, OwnNet(8))
+    assert re.match(r"Sparsity 0.0\d+ was reached, 0.5 was asked for.*decay", result.shortfall)
+    assert result.shortfall in (tmp_path / "report.html").read_text()
+
+    state = result.state._replace(opt_state=())  # of methods with masks
+    trainer = types.SimpleNamespace(settings=own_settings(structure="block:4x4"))
+    told = run._shortfall(trainer, state, {"sparsity": 0.75})
+    assert told.startswith("Sparsity 0.7500 was reached, 0.5 was asked for. With --structure=block")
+    assert run._shortfall(trainer, state, {"sparsity": 0.505}) == ""
+    trainer.settings = own_settings(method="dense")
+    assert run._shortfall(trainer, state, {"sparsity": 0.0}) == ""
 
 
 def edit(path, change):
