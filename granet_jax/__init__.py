@@ -11,7 +11,8 @@ selection -> masks -> updates``. Modules import only from those before them::
     schedules      cubic, cosine, every; counts to keep at a step
     selection      exact top-k masks without sorting
     structures     N:M, blocks, channels, constant fan-in: how weights are grouped for selection
-    masks          prune_to, regenerate, compose
+    masks          prune_to, regenerate
+    composition    compose: a start and mask steps make a method
     methods        granet, gmp, rigl, set_, snfs, rigl_itop, set_itop, static, magnitude;
                    at_init (SNIP, GraSP, SynFlow) and lottery, which give masks
     moments        what an optimizer's state holds of each parameter
@@ -39,17 +40,17 @@ from granet_jax import testing as testing
 from granet_jax import trees as trees
 from granet_jax.checkpoint import check_restored as check_restored
 from granet_jax.checkpoint import register_for_jax_export as register_for_jax_export
+from granet_jax.composition import compose as compose
+from granet_jax.composition import start_from as start_from
 from granet_jax.distributions import erk as erk
 from granet_jax.distributions import global_ranking as global_ranking
 from granet_jax.distributions import uniform as uniform
 from granet_jax.masks import apply_masks as apply_masks
-from granet_jax.masks import compose as compose
 from granet_jax.masks import masks_from_zeros as masks_from_zeros
 from granet_jax.masks import ones as ones
 from granet_jax.masks import prune_to as prune_to
 from granet_jax.masks import random_masks as random_masks
 from granet_jax.masks import regenerate as regenerate
-from granet_jax.masks import start_from as start_from
 from granet_jax.methods import at_init as at_init
 from granet_jax.methods import average_gradients as average_gradients
 from granet_jax.methods import by_mean_score as by_mean_score

@@ -394,12 +394,11 @@ def _check_update(grads: PyTree, state: Any, params: PyTree | None, method: Meth
             "tx.init(params), granet_jax.get_masks(old_state))."
         )
     wanted = trees.by_path(params)
-    if odd := sorted(
-        {str(x.dtype) for x in jax.tree.leaves((state.method[0], state.keep))} - {"bool"}
-    ):
+    dtypes = {str(x.dtype) for x in jax.tree.leaves((state.method[0], state.keep))}
+    if dtypes - {"bool"}:
         raise ValueError(
-            f"Masks in the state are {', '.join(odd)} instead of bool: something around sparsify "
-            "does arithmetic on its state, as SAM does. Put it inside: "
+            f"Masks in the state are {', '.join(sorted(dtypes))} instead of bool: something around "
+            "sparsify does arithmetic on its state, as SAM does. Put it inside: "
             "sparsify(optax.contrib.sam(...), method)."
         )
     for what, tree in (("mask", state.method[0]), ("gradient", grads)):

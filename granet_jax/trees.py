@@ -170,11 +170,12 @@ def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
     """Tells of each leaf, in the tree's leaf order, whether it is prunable, and why.
 
     By default a leaf is prunable when it holds floats, real or complex, of rank >= 2 (without stack
-    axes) and is no vector in disguise: more than its last axis is longer than 1, and more than its
-    first, where there are more than two. Dense stay, by name or by the class of the module that
-    holds them: biases, scales and offsets; norms; embeddings and positions; class tokens and the
-    like; layer scales; adapters (LoRA). The names are those of Flax, Haiku, Equinox, Penzai, Keras
-    and Hugging Face. A leaf without elements never is prunable.
+    axes) and is no vector in disguise, all of whose axes but the last, or but the first of three or
+    more, are 1 (``kernel``, ``w``, ``weight`` and rows without a name are kernels all the same).
+    Dense stay, by name or by the class of the module that holds them: biases, scales and offsets;
+    norms; embeddings and positions; class tokens and the like; layer scales; adapters (LoRA). The
+    names are those of Flax, Haiku, Equinox, Penzai, Keras and Hugging Face. A leaf without elements
+    never is prunable.
 
     Args:
       params: tree of arrays or ``ShapeDtypeStruct``s.
@@ -213,7 +214,7 @@ def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
     )
     if not any(leaf.prunable for leaf in leaves):
         told = ", ".join(
-            f"{x.path} {leaf.dtype}{x.shape} ({x.why})"
+            f"{x.path} {x.shape} {leaf.dtype} [{x.why}]"
             for x, leaf in zip(leaves, named.values(), strict=True)
         )
         raise ValueError(
@@ -272,23 +273,25 @@ _HELD = {
     "position": r"^(pos|positions?|pos_?(emb|enc)\w*|positional_?enc\w*)\d*$",
 }
 _ANYWHERE = (r"embed", _NAMED["adapter"])
-_KERNELS = ("kernel", "w")  # norms have none: what is called so in a "norm" is a layer's
+_KERNELS = ("kernel", "w", "weight", "weights")  # of a layer with one input or output, too
 
 
 def _why_dense(name: str, shape: tuple[int, ...], holder: str) -> str | None:
     """What tells that a leaf is no kernel; None = nothing does."""
     if len(shape) < 2:
         return f"rank {len(shape)}"
+    *front, own = [word for word in name.lower().split("/") if word != "data_array"] or [""]
     if max(shape[:-1]) == 1 or (len(shape) > 2 and max(shape[1:]) == 1):
-        return "a vector"
-    *front, own = [word for word in name.lower().split("/") if word not in ("data_array",)]
+        nameless = len(shape) == 2 and (own.isdecimal() or not own)
+        if own not in _KERNELS and not nameless:
+            return "a vector"
     module = next((word for word in reversed(front) if not word.isdecimal()), "")
     for kind, pattern in _NAMED.items():
         if re.search(pattern, own):
             return f"named {own}" if kind in own else f"{kind}: named {own}"
     for kind, pattern in _HELD.items():
         for word in (module, holder):
-            if re.search(pattern, word) and not (kind == "norm" and own in _KERNELS):
+            if re.search(pattern, word) and not (kind == "norm" and own in _KERNELS[:2]):
                 return f"in {word}" if kind in word else f"{kind}: in {word}"
     above = (word for word in front for pattern in _ANYWHERE if re.search(pattern, word))
     return next((f"in {word}" for word in above), None)
@@ -299,8 +302,9 @@ def _holder(tree: PyTree, path: tuple[Any, ...]) -> str:
     held = ""
     for key in path:
         if isinstance(key, jax.tree_util.GetAttrKey):
-            if key.name not in ("value", "data_array"):
-                held = type(tree).__name__.lower()
+            if key.name in ("value", "data_array"):
+                return held
+            held = type(tree).__name__.lower()
             tree = getattr(tree, key.name, None)
         else:
             held = "" if isinstance(key, jax.tree_util.DictKey) else held

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(gj.__file__).parent
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "granet_jax."))
 ORDER = [
     *("types", "trees", "jaxprs", "scores", "distributions", "schedules", "sortable", "selection"),
-    *("structures", "masks"),
+    *("structures", "masks", "composition"),
     *("methods", "moments", "transform", "metrics", "report", "products", "flops", "sharding"),
     "checkpoint",
     *("kernels", "export"),

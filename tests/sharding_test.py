@@ -36,11 +36,13 @@ def is_shape(x):
     return isinstance(x, tuple)
 
 
-START = jax.tree.map(
-    lambda shape: np.random.default_rng(0).random(shape) < (0.4 if len(shape) > 1 else 2),
-    SHAPES,
-    is_leaf=is_shape,
-)  # masks, dense where nothing is prunable
+START = {
+    layer: {
+        "kernel": np.random.default_rng(0).random(shapes["kernel"]) < 0.4,
+        "bias": np.ones(shapes["bias"], bool),
+    }
+    for layer, shapes in SHAPES.items()
+}
 _every_step = {"update_every": 1, "prunable": RULES}
 _gradual = {**_every_step, "final_sparsity": 0.9, "end_step": STEPS}
 _sparse = {**_every_step, "sparsity": 0.6, "masks": START, "total_steps": 2 * STEPS, "key": KEY}

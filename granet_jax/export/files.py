@@ -4,8 +4,8 @@ Of a leaf with masked weights are stored the live values, in their own dtype and
 for each weight; of other leaves all values. So a file takes 4 bytes for each live float32, one bit
 for each weight of a leaf that is not dense, and a header. What is read back is what was written,
 bit for bit. Any reader of safetensors can read the tensors, ``values/PATH`` and ``mask/PATH`` (in
-the order of ``numpy.unpackbits``); dtypes that numpy has not of itself, such as bfloat16 and float8,
-lie there as unsigned integers.
+the order of ``numpy.unpackbits``); dtypes that numpy has not of itself, such as bfloat16, lie there
+as unsigned integers.
 
 Needs the package safetensors: ``pip install granet_jax[export]``.
 """
@@ -155,8 +155,8 @@ def _native(name: str, array: np.ndarray) -> np.ndarray:
         raise ValueError(f"{name} is no array of numbers, but {array.dtype}.")
     if dtype.itemsize > 8:
         raise ValueError(
-            f"{name} is {dtype}, which a file cannot hold: numbers have at most 8 bytes there. Cast "
-            "it (complex128 to complex64), or save its real and imaginary parts as two leaves."
+            f"{name} is {dtype}, which a file cannot hold: numbers have at most 8 bytes there. "
+            "Cast it (complex128 to complex64), or save its real and imaginary parts as two leaves."
         )
     return array.astype(dtype, copy=False)
 

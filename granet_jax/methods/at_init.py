@@ -122,10 +122,10 @@ def grasp(
 
     Example: on ``(a w0^2 + w1^2) / 2`` the scores are ``(a^2 w0^2, w1^2)``.
       >>> import granet_jax as gj, jax.numpy as jnp
-      >>> loss = lambda params, a: jnp.sum(jnp.array([[a], [1.0]]) * params["kernel"] ** 2) / 2
-      >>> params = {"kernel": jnp.array([[1.0], [2.0]])}
+      >>> loss = lambda params, a: jnp.sum(jnp.array([[a, 1.0]]) * params["kernel"] ** 2) / 2
+      >>> params = {"kernel": jnp.array([[1.0, 2.0]])}
       >>> gj.at_init.grasp(loss, params, [3.0], sparsity=0.5)["kernel"].tolist()
-      [[True], [False]]
+      [[True, False]]
     """
     scores = grasp_scores(loss_fn, params, batches)
     return masks_from(scores, params, sparsity=sparsity, scope=scope, prunable=prunable)
@@ -205,10 +205,7 @@ def synflow(
       >>> import granet_jax as gj, jax.numpy as jnp
       >>> params = [jnp.array([[-1.0, 2.0]]), jnp.array([[4.0], [-3.0]])]
       >>> net = lambda params, x: x @ params[0] @ params[1]
-      >>> rules = [("", True)]  # a layer of one input would pass for a vector
-      >>> masks = gj.at_init.synflow(
-      ...     net, params, jnp.zeros((1, 1)), sparsity=0.5, rounds=2, prunable=rules
-      ... )
+      >>> masks = gj.at_init.synflow(net, params, jnp.zeros((1, 1)), sparsity=0.5, rounds=2)
       >>> [mask.tolist() for mask in masks]
       [[[False, True]], [[False], [True]]]
     """
@@ -216,6 +213,7 @@ def synflow(
         raise ValueError(f"SynFlow takes at least one round, 100 in the paper; got {rounds=}.")
     leaves = trees.describe(params, prunable)
     shapes = structures.shapes(leaves)
+    structures.check_counts(leaves, scope(shapes, sparsity), sparsity)
     last = jnp.asarray(scope(shapes, sparsity), jnp.int32)
     masks = ones(params)
     for i in range(1, rounds + 1):
@@ -232,7 +230,7 @@ def synflow(
             )
         else:
             _check(largest, leaves)
-    _warn_of_collapse(masks, params, prunable)
+    warn_of_collapse(masks, params, prunable)
     return masks
 
 
@@ -303,10 +301,12 @@ def masks_from(
       [[False, False], [False, True]]
     """
     leaves = trees.describe(params, prunable)
-    num_keep = jnp.asarray(scope(structures.shapes(leaves), sparsity), jnp.int32)
+    counts = scope(structures.shapes(leaves), sparsity)
+    structures.check_counts(leaves, counts, sparsity)
+    num_keep = jnp.asarray(counts, jnp.int32)
     masks, largest = _select(scores, ones(params), num_keep, tuple(prunable))
     _check(largest, leaves)
-    _warn_of_collapse(masks, params, prunable)
+    warn_of_collapse(masks, params, prunable)
     return masks
 
 
@@ -315,9 +315,9 @@ def collapsed(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> list
 
     Example: the first of two stacked layers is empty.
       >>> import granet_jax as gj, jax.numpy as jnp
-      >>> masks = {"kernel": jnp.array([[[False], [False]], [[True], [False]]])}
+      >>> masks = {"kernel": jnp.array([[[False, False]], [[True, False]]])}
       >>> rules = [("kernel", gj.Stacked(1))]
-      >>> gj.at_init.collapsed(masks, {"kernel": jnp.ones((2, 2, 1))}, rules)
+      >>> gj.at_init.collapsed(masks, {"kernel": jnp.ones((2, 1, 2))}, rules)
       ['kernel[0]']
     """
     leaves = trees.describe(params, prunable)
@@ -384,13 +384,20 @@ def _check(largest: list[jax.Array], leaves: tuple[trees.Leaf, ...]) -> None:
         )
 
 
-def _warn_of_collapse(masks: PyTree, params: PyTree, prunable: trees.Rules) -> None:
-    if _known(masks) and (empty := collapsed(masks, params, prunable)):
-        warnings.warn(
-            f"Layer collapse: no weight is left in {', '.join(empty)}. Lower the sparsity, or give "
-            "each layer its own count with scope=granet_jax.erk.",
-            stacklevel=3,
-        )
+def warn_of_collapse(
+    masks: PyTree,
+    params: PyTree,
+    prunable: trees.Rules,
+    before: PyTree | None = None,
+    instead: str = "Lower the sparsity, or give each layer its own count with scope=granet_jax.erk",
+) -> None:
+    """Warns of layers that have no weight left, and had some before. Traced masks pass unseen."""
+    if not _known(masks):
+        return
+    were = [] if before is None else collapsed(before, params, prunable)
+    if empty := [layer for layer in collapsed(masks, params, prunable) if layer not in were]:
+        told = f"Layer collapse: no weight is left in {', '.join(empty)}. {instead}."
+        warnings.warn(told, stacklevel=3)
 
 
 def _known(tree: PyTree) -> bool:

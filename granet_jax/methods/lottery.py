@@ -46,7 +46,8 @@ import jax
 import jax.numpy as jnp
 
 from granet_jax import scores, selection, structures, trees
-from granet_jax.masks import ceil_of_share, check_masks, prune_to
+from granet_jax.masks import ceil_of_share, check_dense, check_masks, prune_to
+from granet_jax.methods.at_init import warn_of_collapse
 from granet_jax.types import PyTree, ScoreFn
 
 
@@ -61,7 +62,8 @@ def prune(
 ) -> PyTree:
     """Removes ``ceil(fraction * live)`` of the live prunable weights, those that score lowest.
 
-    After j levels of 20 % a share of about ``.8^j`` is left. The last live weight may go as well.
+    After j levels of 20 % a share of about ``.8^j`` is left. The last live weight may go as well;
+    a warning names layers that it empties.
 
     Source: Frankle & Carbin 2019, section 2, iterative pruning; one-shot is a single call with a
     large fraction.
@@ -80,7 +82,8 @@ def prune(
       10^6 weights it may be one off.
 
     Raises:
-      ValueError: a fraction outside [0, 1), or masks of another tree.
+      ValueError: a fraction outside [0, 1), or masks that are of another tree or switch off weights
+        of a leaf that is not prunable.
 
     Differs from open_lth in that: it removes one weight more, by a strict comparison with the
     threshold, and counts weights of ignored layers among the live ones; here both are exact.
@@ -97,10 +100,14 @@ def prune(
             f"fraction must be in [0, 1), the share of live weights to remove; got {fraction}."
         )
     masks = check_masks(masks, params)
+    check_dense(masks, params, prunable)
     leaves = trees.describe(params, prunable)
     num_live = selection.count(structures.live_units(trees.split(masks, leaves), leaves))
     if not by_layer:
         num_live = jnp.sum(num_live, dtype=jnp.int32)
     num_keep = num_live - ceil_of_share(fraction, num_live)
     step = prune_to(lambda shapes, step: num_keep, score=score, prunable=prunable)
-    return step(masks, masks, params, None, jnp.zeros([], jnp.int32), None)[0]
+    fewer, _ = step(masks, masks, params, None, jnp.zeros([], jnp.int32), None)
+    instead = "Take a smaller fraction, or by_layer=True"
+    warn_of_collapse(fewer, params, prunable, before=masks, instead=instead)
+    return fewer

@@ -3,7 +3,8 @@
 from typing import Any
 
 from granet_jax import distributions, schedules, scores, trees
-from granet_jax.masks import compose, prune_to, start_from
+from granet_jax.composition import compose, start_from
+from granet_jax.masks import prune_to
 from granet_jax.types import Distribution, Method, PyTree, ScoreFn
 
 

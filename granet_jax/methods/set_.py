@@ -5,7 +5,8 @@ from typing import Any
 import jax
 
 from granet_jax import distributions, schedules, scores, trees
-from granet_jax.masks import compose, regenerate, start_from
+from granet_jax.composition import compose, start_from
+from granet_jax.masks import regenerate
 from granet_jax.types import Distribution, Method, PyTree, ScoreFn
 
 

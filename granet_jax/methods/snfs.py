@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from granet_jax import distributions, schedules, scores, selection, sortable, trees
-from granet_jax.masks import compose, regenerate, start_from
+from granet_jax.composition import compose, start_from
+from granet_jax.masks import regenerate
 from granet_jax.types import Distribution, MaskState, Method, PyTree
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from granet_jax import distributions, trees
-from granet_jax.masks import compose, start_from
+from granet_jax.composition import compose, start_from
 from granet_jax.types import Distribution, Method, PyTree
 
 
