@@ -269,7 +269,7 @@ _NAMED = {
 _HELD = {
     "norm": r"norm|^(ln|bn|gn)(\d*|_\w+)$",
     "scale": r"layer_?scale|^ls\d*$",
-    "embedding": r"^(embs?|wte|wpe|codebook|\w*_embs?)\d*$",
+    "embedding": r"embed|^(embs?|wte|wpe|codebook|\w*_embs?)\d*$",
     "position": r"^(pos|positions?|pos_?(emb|enc)\w*|positional_?enc\w*)\d*$",
 }
 _ANYWHERE = (r"embed", _NAMED["adapter"])
