@@ -43,7 +43,7 @@ def like_params(state: PyTree, params: PyTree, specs: PyTree) -> PyTree:
       >>> state_specs = gj.sharding.like_params(jax.eval_shape(tx.init, params), params, specs)
       >>> state = jax.jit(tx.init, out_shardings=state_specs)(params)
       >>> tuple(gj.get_masks(state)["kernel"].sharding.spec), state.mask_step.sharding.spec[:]
-      (P('data',), P())
+      (('data',), ())
     """
     found = trees.by_path(specs)
     named = [spec for spec in found.values() if isinstance(spec, NamedSharding)]

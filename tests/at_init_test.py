@@ -262,7 +262,7 @@ def test_magnitude_ranks_all_layers_as_one_or_each_for_itself():
 
 
 def test_collapse_is_told():
-    params = {"a": jnp.array([[5.0, -6.0]]), "b": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+    params = {"a": jnp.array([[5.0], [-6]]), "b": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
     with pytest.warns(UserWarning, match=r"no weight is left in b/kernel\. Lower the sparsity"):
         masks = at_init.magnitude(params, sparsity=2 / 3)
     assert at_init.collapsed(masks, params) == ["b/kernel"]

@@ -57,6 +57,7 @@ def test_snfs_moves_weights_to_where_momentum_is():
         total_steps=10,
         decay=0.5,
         initial_fraction=0.3,
+        prunable=[("", True)],  # rows would pass for vectors
         masks={
             "a": jnp.array([[True, True, True, False, False, False]]),
             "b": jnp.array([[True, True, True, False, False, False]]),
@@ -142,7 +143,7 @@ def test_exploration_is_the_union_of_all_masks(name):
 
 def test_unexplored_weights_are_grown_first():
     method = gj.set_itop(
-        sparsity=0.5,
+        sparsity=0.75,
         update_every=1,
         total_steps=100,
         key=tables.KEY,
