@@ -94,7 +94,7 @@ def test_a_run_that_is_not_sparse_stops_and_keeps_the_last_good_checkpoint(train
 def test_a_sparsity_asked_for_and_not_got_is_told(tmp_path):
     config = own_settings(method="str", epochs=6, weight_decay=0.0, batch_size=16)
     result = run.run(config, own_data(), tmp_path, OwnNet(8))
-    assert re.match(r"Sparsity 0.0\d+ was reached, 0.5 was asked for.*decay", result.shortfall)
+    assert re.match(r"Sparsity 0\.\d+ was reached, 0\.5 was asked for\. Let", result.shortfall)
     assert result.shortfall in (tmp_path / "report.html").read_text()
 
     state = result.state._replace(opt_state=())  # of methods with masks

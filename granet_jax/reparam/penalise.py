@@ -277,7 +277,7 @@ def shortfall(opt_state: Any, controller: Controller) -> str:
         said += f"; the coefficient of the penalty is at its bound {float(state.coefficient):g}"
     too_sparse = reached > float(asked) if missed else bound < 0
     if too_sparse:
-        return said + ". Let the weights decay less, or ask for more."
+        return said + ". Let the weights decay less, train longer or more slowly, or ask for more."
     return said + (
         ". Let the weights decay more, by a decay in the gradients (AdamW's is not), train longer "
         "or more slowly, or ask for less."
