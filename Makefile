@@ -1,11 +1,13 @@
-# make demo and make test do everything on a fresh machine with Python 3.11 or newer.
+# make demo and make test do everything on a fresh machine with Python 3.11, 3.12 or 3.13.
 
 PYTHON ?= python3
+NEWEST_PYTHON ?= python3.13
 VENV := .venv
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 SETUP := setup.cfg pyproject.toml constraints.txt constraints-oldest.txt
 
-.PHONY: demo test test-all test-oldest lint benchmark clean
+.PHONY: demo test test-all test-oldest test-newest lint benchmark clean
 
 demo: $(VENV)/.installed  ## six methods on digits, a table and a report
 	$(VENV)/bin/python -m experiments.compare --out_dir=runs/demo
@@ -16,10 +18,15 @@ test: lint  ## what has to pass before a commit
 test-all: lint  ## also the full product of methods, optimizers and wrappers
 	$(VENV)/bin/python -m pytest -n auto
 
+tests = $(patsubst %,tests/%_test.py,$(1))
+LIBRARY := selection trees distributions schedules masks reference errors rules flops products
+
 test-oldest: $(OLDEST)/.installed  ## the library on the oldest supported JAX
-	$(OLDEST)/bin/python -m pytest -n 2 tests/selection_test.py tests/trees_test.py \
-		tests/distributions_test.py tests/schedules_test.py tests/masks_test.py \
-		tests/reference_test.py tests/errors_test.py tests/rules_test.py tests/flops_test.py
+	$(OLDEST)/bin/python -m pytest -n 2 -m "not full" $(call tests,$(LIBRARY))
+
+test-newest: $(NEWEST)/.installed  ## the library and the language model on the newest JAX
+	$(NEWEST)/bin/python -m pytest -n 2 -m "not full" $(call tests,$(LIBRARY) \
+		house acceptance structures compact export kernels models lm)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check
@@ -30,13 +37,14 @@ benchmark: $(VENV)/.installed  ## what sparsity and the input cost, into docs/be
 	$(VENV)/bin/python -m experiments.benchmarks
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist *.egg-info
 
-$(VENV)/.installed: $(SETUP)
+$(NEWEST)/.installed: PYTHON = $(NEWEST_PYTHON)
+$(VENV)/.installed $(NEWEST)/.installed: $(SETUP)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[experiments,test]'
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[experiments,test]'
 	touch $@
 
 $(OLDEST)/.installed: $(SETUP)

@@ -185,7 +185,9 @@ def test_can_be_compiled_for_a_gpu(dtype):
         jax.ShapeDtypeStruct(shape, kind)
         for shape, kind in (((100, 7 * 32), dtype), ((7 * 32, 100), dtype), ((7 * 32, 100), bool))
     )
-    lowered = jax.jit(gradients).trace(x, kernel, mask).lower(lowering_platforms=("cuda",))
+    gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=gpu)):
+        lowered = jax.jit(gradients).trace(x, kernel, mask).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("__gpu$xla.gpu.triton") == 3
 
 

@@ -4,8 +4,8 @@ Of a leaf with masked weights are stored the live values, in their own dtype and
 for each weight; of other leaves all values. So a file takes 4 bytes for each live float32, one bit
 for each weight of a leaf that is not dense, and a header. What is read back is what was written,
 bit for bit. Any reader of safetensors can read the tensors, ``values/PATH`` and ``mask/PATH`` (in
-the order of ``numpy.unpackbits``); dtypes that numpy has not of itself, such as bfloat16, lie there
-as unsigned integers.
+the order of ``numpy.unpackbits``); dtypes that are not numpy's own, such as bfloat16, lie there as
+unsigned integers.
 
 Needs the package safetensors: ``pip install granet_jax[export]``.
 """
@@ -156,7 +156,7 @@ def _native(name: str, array: np.ndarray) -> np.ndarray:
     if dtype.itemsize > 8:
         raise ValueError(
             f"{name} is {dtype}, which a file cannot hold: numbers have at most 8 bytes there. "
-            "Cast it (complex128 to complex64), or save its real and imaginary parts as two leaves."
+            "Cast it (complex128 to complex64), or save real and imaginary parts as two leaves."
         )
     return array.astype(dtype, copy=False)
 
