@@ -13,7 +13,7 @@ demo: $(VENV)/.installed  ## six methods on digits, a table and a report
 	$(VENV)/bin/python -m experiments.compare --out_dir=runs/demo
 
 test: lint  ## what has to pass before a commit
-	$(VENV)/bin/python -m pytest -n 2 -m "not full"
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not full"
 
 test-all: lint  ## also the full product of methods, optimizers and wrappers
 	$(VENV)/bin/python -m pytest -n auto

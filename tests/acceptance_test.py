@@ -26,14 +26,6 @@ HALF = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _compile_quickly():
-    """Compiling is most of the time here; other tests compile as users do."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_each_method_meets_each_wrapper():
     assert {(row[0], row[2]) for row in HALF} == set(itertools.product(tables.METHODS, _wrappers))
     assert {row[1] for row in HALF} == set(tables.INNERS)
@@ -152,6 +144,7 @@ def test_conformance_kit_finds_broken_methods(broken, promise):
         gj.testing.check_method(method, num_live=tables.METHODS["rigl"][1])
 
 
+@pytest.mark.usefixtures("compiled_well")
 @pytest.mark.parametrize("inner", ["momentum", "adamw", "adafactor"])
 def test_200_steps_are_exactly_zero_off_the_mask(inner):
     method = gj.granet(

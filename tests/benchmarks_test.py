@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from experiments import data, run, settings
@@ -25,14 +24,6 @@ def tables(text):
     return found
 
 
-@pytest.fixture
-def _compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("_compile_quickly")
 def test_quick_benchmarks_write_one_file(tmp_path):
     out = tmp_path / "benchmarks.md"
     benchmarks.run(["selection", "step"], quick=True, out=out)
@@ -60,7 +51,6 @@ def test_quick_benchmarks_write_one_file(tmp_path):
     assert all(float(row["more at the peak"]) >= 1 for row in steps)  # a mask has a byte a weight
 
 
-@pytest.mark.usefixtures("_compile_quickly")
 def test_exported_models_give_the_outputs_of_dense_ones():
     perceptrons, even, training = inference.tables_of(quick=True)
     (blocks,) = kernels.tables(quick=True)
@@ -71,7 +61,6 @@ def test_exported_models_give_the_outputs_of_dense_ones():
     assert all(float(row["error of dx"]) < 1e-5 for row in training.rows)
 
 
-@pytest.mark.usefixtures("_compile_quickly")
 def test_a_trained_run_is_exported_with_the_same_guesses(tmp_path):
     config = settings.Settings(
         dataset="digits",

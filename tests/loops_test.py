@@ -13,6 +13,8 @@ from flax.training.train_state import TrainState
 
 import granet_jax as gj
 
+pytestmark = pytest.mark.usefixtures("compiled_well")
+
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (32, 8))
 Y = jnp.argmax(X[:, :4], axis=1)

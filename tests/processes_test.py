@@ -18,13 +18,6 @@ from tests import processes_worker as worker
 TIMEOUT = 120  # seconds, after which something hangs
 
 
-@pytest.fixture(autouse=True)
-def _quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -54,11 +47,7 @@ def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     port = free_port()
     outputs = [folder / f"output-{i}" for i in range(2)]
-    env = {
-        **os.environ,
-        "JAX_NUM_CPU_DEVICES": str(worker.DEVICES),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(worker.DEVICES)}
     command = [sys.executable, "-m", "tests.processes_worker", str(folder)]
     command += [f"--coordinator=localhost:{port}", "--num_processes=2"]
     processes = []

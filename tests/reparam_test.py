@@ -20,14 +20,6 @@ from granet_jax.reparam.dst import long_tailed
 METHODS = {"dst": gj.reparam.dst(), "str": gj.reparam.str_(initial=-3.0)}
 
 
-@pytest.fixture(autouse=True)
-def _compile_quickly():
-    """Compiling is most of the time here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def both(test):
     return pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)(test)
 

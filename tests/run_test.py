@@ -26,12 +26,7 @@ COMMAND = [sys.executable, "-m", "experiments.train"]
 
 
 def start(out_dir, flags, devices):
-    env = {
-        **os.environ,
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(out_dir.parent / "compiled"),  # saves time
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
     return subprocess.Popen(
         [*COMMAND, f"--out_dir={out_dir}", *flags],
         env=env,

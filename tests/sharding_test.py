@@ -102,14 +102,6 @@ def mesh_of(axis_type, x=2, y=4):
     return jax.make_mesh((x, y), ("x", "y"), axis_types=(axis_type,) * 2)
 
 
-@pytest.fixture
-def quick_compilation():
-    """For those whom only the result concerns."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def masks_of_events(method, shardings):
     """The masks after each step, found with parameters that lie as told."""
     state_shardings = gj.sharding.like_params(
@@ -152,7 +144,6 @@ def masks_on_one_device(name):
         ]
     ],
 )
-@pytest.mark.usefixtures("quick_compilation")
 def test_masks_are_those_of_one_device_and_lie_like_their_parameters(axis_type, name):
     mesh = mesh_of(axis_type)
     with jax.set_mesh(mesh):
@@ -187,6 +178,7 @@ def communicated(compiled):
 FEW_COUNTS = 64 * 4 * NUM_LAYERS  # bytes: 64 int32 for each layer
 
 
+@pytest.mark.usefixtures("compiled_well")
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
 def test_an_update_communicates_counts_only(axis_type):
     mesh = mesh_of(axis_type)
@@ -205,6 +197,7 @@ def test_an_update_communicates_counts_only(axis_type):
     assert max(sizes) <= FEW_COUNTS
 
 
+@pytest.mark.usefixtures("compiled_well")
 def test_what_gathers_weights_is_noticed():
     shardings = shardings_on(mesh_of(AxisType.Auto))
     for layer in SHAPES:  # masks, the smallest that could be gathered
@@ -220,7 +213,6 @@ def on_devices(num_devices):
 
 
 @pytest.mark.parametrize("num_devices", [2, 4, 8])
-@pytest.mark.usefixtures("quick_compilation")
 def test_draws_and_ties_do_not_know_of_devices(num_devices):
     def random(params):
         return gj.random_masks(KEY, params, 0.7)

@@ -70,13 +70,6 @@ METHODS = {
 }
 
 
-@pytest.fixture
-def _compile_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # GraNet goes through all code; the other methods meet one structure each; all in `make test-all`.
 FULL = [(method, name) for method in METHODS for name in STRUCTURES]
 SOME = [
@@ -88,14 +81,12 @@ SOME = [
 ]
 
 
-@pytest.mark.usefixtures("_compile_quickly")
 @pytest.mark.parametrize("row", SOME, ids="-".join)
 def test_methods_keep_structures(row):
     check(*row)
 
 
 @pytest.mark.full
-@pytest.mark.usefixtures("_compile_quickly")
 @pytest.mark.parametrize("row", sorted(set(FULL) - set(SOME)), ids="-".join)
 def test_full_product(row):
     check(*row)
