@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 
 import granet_jax as gj
 
-pytestmark = pytest.mark.usefixtures("compiled_well")
+as_users_compile = pytest.mark.usefixtures("compiled_well")
 
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (32, 8))
@@ -47,6 +47,7 @@ def assert_trained_sparse(params, masks, first_loss, last_loss):
     assert last_loss < first_loss
 
 
+@as_users_compile
 def test_flax_nnx():
     class Model(nnx.Module):
         def __init__(self, rngs):
@@ -76,6 +77,7 @@ def test_flax_nnx():
     assert_trained_sparse(params, masks, losses[0], losses[-1])
 
 
+@as_users_compile
 def test_flax_linen_train_state():
     class Model(nn.Module):
         @nn.compact
@@ -103,6 +105,7 @@ def test_flax_linen_train_state():
     assert_trained_sparse(state.params, gj.get_masks(state.opt_state), losses[0], losses[-1])
 
 
+@as_users_compile
 def test_equinox():
     model = eqx.nn.MLP(8, 4, 16, 1, key=KEY)
     tx = transform()
@@ -152,6 +155,7 @@ def start(key=KEY):
     return gj.apply_masks(params, gj.get_masks(state)), state
 
 
+@as_users_compile
 def test_bare_tree_with_donated_buffers():
     carry, losses = start(), []
     step = jax.jit(step_fn, donate_argnums=0)
@@ -161,6 +165,7 @@ def test_bare_tree_with_donated_buffers():
     assert_trained_sparse(carry[0], gj.get_masks(carry[1]), losses[0], losses[-1])
 
 
+@as_users_compile
 def test_scan_equals_a_loop():
     scanned, _ = jax.jit(lambda c: jax.lax.scan(step_fn, c, None, STEPS))(start())
     carry = start()
