@@ -354,7 +354,6 @@ def _check_frozen(
     if not (never := moments.frozen(inner, state, params)):
         return
     step = jnp.zeros([], jnp.int32)
-
     state_after = jax.make_jaxpr(lambda s, p: method.update(s, p, p, step)[0][0])
     jaxpr = state_after(method_state, params).jaxpr
     changed = [
@@ -416,3 +415,9 @@ def _check_update(grads: PyTree, state: Any, params: PyTree | None, method: Meth
                     "differentially_private_aggregate does, stands before sparsify: "
                     "optax.chain(..., sparsify(...))."
                 )
+        if jax.tree.structure(tree) != jax.tree.structure(grads):
+            raise ValueError(
+                f"The {what}s lie in another kind of tree than the gradients: {type(tree).__name__} "
+                f"and {type(grads).__name__}, here or further down. What a file gives back is put "
+                "right by granet_jax.check_restored(state, jax.eval_shape(tx.init, params))."
+            )

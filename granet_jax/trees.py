@@ -281,10 +281,6 @@ def _why_dense(name: str, shape: tuple[int, ...], holder: str) -> str | None:
     if len(shape) < 2:
         return f"rank {len(shape)}"
     *front, own = [word for word in name.lower().split("/") if word != "data_array"] or [""]
-    if max(shape[:-1]) == 1 or (len(shape) > 2 and max(shape[1:]) == 1):
-        nameless = len(shape) == 2 and (own.isdecimal() or not own)
-        if own not in _KERNELS and not nameless:
-            return "a vector"
     module = next((word for word in reversed(front) if not word.isdecimal()), "")
     for kind, pattern in _NAMED.items():
         if re.search(pattern, own):
@@ -294,7 +290,11 @@ def _why_dense(name: str, shape: tuple[int, ...], holder: str) -> str | None:
             if re.search(pattern, word) and not (kind == "norm" and own in _KERNELS[:2]):
                 return f"in {word}" if kind in word else f"{kind}: in {word}"
     above = (word for word in front for pattern in _ANYWHERE if re.search(pattern, word))
-    return next((f"in {word}" for word in above), None)
+    if word := next(above, None):
+        return f"in {word}"
+    is_row = max(shape[:-1]) == 1 or (len(shape) > 2 and max(shape[1:]) == 1)
+    nameless = len(shape) == 2 and (own.isdecimal() or not own)
+    return "a vector" if is_row and own not in _KERNELS and not nameless else None
 
 
 def _holder(tree: PyTree, path: tuple[Any, ...]) -> str:
