@@ -415,9 +415,10 @@ def _check_update(grads: PyTree, state: Any, params: PyTree | None, method: Meth
                     "differentially_private_aggregate does, stands before sparsify: "
                     "optax.chain(..., sparsify(...))."
                 )
-        if jax.tree.structure(tree) != jax.tree.structure(grads):
+        kinds: list[Any] = [jax.tree.structure(x) for x in (tree, grads)]
+        if kinds[0] != kinds[1]:
             raise ValueError(
-                f"The {what}s lie in another kind of tree than the gradients: {type(tree).__name__} "
-                f"and {type(grads).__name__}, here or further down. What a file gives back is put "
+                f"The {what}s lie in a {type(tree).__name__}, the gradients in a "
+                f"{type(grads).__name__}, or they differ further down. What a file gives back is put "
                 "right by granet_jax.check_restored(state, jax.eval_shape(tx.init, params))."
             )

@@ -289,9 +289,9 @@ def _why_dense(name: str, shape: tuple[int, ...], holder: str) -> str | None:
         for word in (module, holder):
             if re.search(pattern, word) and not (kind == "norm" and own in _KERNELS[:2]):
                 return f"in {word}" if kind in word else f"{kind}: in {word}"
-    above = (word for word in front for pattern in _ANYWHERE if re.search(pattern, word))
-    if word := next(above, None):
-        return f"in {word}"
+    for word in front:
+        if any(re.search(pattern, word) for pattern in _ANYWHERE):
+            return f"in {word}"
     is_row = max(shape[:-1]) == 1 or (len(shape) > 2 and max(shape[1:]) == 1)
     nameless = len(shape) == 2 and (own.isdecimal() or not own)
     return "a vector" if is_row and own not in _KERNELS and not nameless else None
