@@ -419,6 +419,6 @@ def _check_update(grads: PyTree, state: Any, params: PyTree | None, method: Meth
         if kinds[0] != kinds[1]:
             raise ValueError(
                 f"The {what}s lie in a {type(tree).__name__}, the gradients in a "
-                f"{type(grads).__name__}, or they differ further down. What a file gives back is put "
+                f"{type(grads).__name__}, or they differ inside. What a file gives back is put "
                 "right by granet_jax.check_restored(state, jax.eval_shape(tx.init, params))."
             )
