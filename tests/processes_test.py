@@ -15,7 +15,7 @@ from absl import flags
 from experiments import checkpoints, distributed, files
 from tests import processes_worker as worker
 
-TIMEOUT = 120  # seconds, after which something hangs
+TIMEOUT = 600  # seconds, after which something hangs
 
 
 def free_port():
