@@ -100,7 +100,8 @@ def prune(
             f"fraction must be in [0, 1), the share of live weights to remove; got {fraction}."
         )
     masks = check_masks(masks, params)
-    check_dense(masks, params, prunable)
+    # A layer that a rule leaves out may be sparse from before.
+    check_dense(masks, params, [rule for rule in prunable if rule[1] is not False])
     leaves = trees.describe(params, prunable)
     num_live = selection.count(structures.live_units(trees.split(masks, leaves), leaves))
     if not by_layer:
