@@ -208,7 +208,7 @@ def top_k_of(
     each = [
         part
         for group, mask in zip(groups, masks, strict=True)
-        for part in jnp.split(mask, np.cumsum([shapes[i][0] for i in group])[:-1])
+        for part in _split(mask, [shapes[i][0] for i in group])
     ]
     in_order = dict(zip([i for group in groups for i in group], each, strict=True))
     return [in_order[i].reshape(shape) for i, shape in enumerate(shapes)]
@@ -455,9 +455,24 @@ def _none(stack: Stack) -> jax.Array:
 
 def _by_stack(stacks: Sequence[Stack], values: jax.Array) -> list[jax.Array]:
     """One value for each layer -> one array for each stack, shaped to broadcast."""
-    ends = np.cumsum([len(x.scores) for x in stacks])
-    parts = jnp.split(values, ends[:-1])
+    parts = _split(values, [len(x.scores) for x in stacks])
     return [v.reshape(-1, *[1] * (x.scores.ndim - 1)) for v, x in zip(parts, stacks, strict=True)]
+
+
+def _split(x: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
+    """Parts of the given lengths along the first axis, as of :func:`jnp.split`.
+
+    Where each begins is hidden from XLA: so parts of one shape, and what is made of them, share a
+    kernel, which is compiled once.
+    """
+    if len(lengths) == 1:
+        return [x]
+    starts = [np.uint32(end - length) for end, length in zip(np.cumsum(lengths), lengths)]
+    starts = _of_stored(lambda x: x, lambda x: [jnp.zeros_like(y) for y in x], starts)
+    return [
+        jax.lax.dynamic_slice_in_dim(x, start, length)
+        for start, length in zip(starts, lengths, strict=True)
+    ]
 
 
 def _linear_index(x: jax.Array) -> jax.Array:
