@@ -5,15 +5,16 @@
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from granet_jax import distributions, jaxprs, scores, selection, structures, trees
+from granet_jax import blocks, distributions, jaxprs, scores, selection, structures, trees
 from granet_jax.types import (
     Counts,
     Distribution,
@@ -60,7 +61,9 @@ def random_masks(
     structures.check_counts(leaves, num_keep, sparsity)
     dense = ones(params)  # has the sharding of params, which the draws have not
     draws = _scores(scores.random, params, None, key, leaves)
-    return _and(dense, _join(_best(draws, None, num_keep, leaves), dense, leaves))
+    layout = structures.lay_out(leaves)
+    best = _best(draws, None, num_keep, layout, leaves)
+    return _and(dense, _join(best, dense, layout, leaves))
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
@@ -135,10 +138,11 @@ def prune_to(
         key: jax.Array | None,
     ) -> tuple[PyTree, PyTree]:
         leaves = trees.describe(params, prunable)
-        live = _live(masks, leaves)
+        layout = structures.lay_out(leaves)
+        live = _live(masks, layout, leaves)
         ranked = _scores(score, params, grads, key, leaves)
         counts = num_keep(structures.shapes(leaves), step)
-        fewer = _join(_best(ranked, live, counts, leaves), masks, leaves)
+        fewer = _join(_best(ranked, live, counts, layout, leaves), masks, layout, leaves)
         if any(x.structure is not None for x in leaves):
             fewer = _and(masks, fewer)  # given masks may hold parts of units
         return fewer, fewer if keep is masks else _and(keep, fewer)
@@ -198,50 +202,47 @@ def regenerate(
         leaves = trees.describe(params, prunable)
         if by_sign or redistribute is not None:
             _refuse_structures("by_sign and redistribute", leaves)
-        live = _live(masks, leaves)
+        layout = structures.lay_out(leaves)
+        live = _live(masks, layout, leaves)
         parts = [live]
         if by_sign:
             weights = trees.split(params, leaves)
             _refuse_complex("What by_sign splits", weights, leaves)
+            negative = blocks.to_blocks([w < 0 for w in weights], layout)
             parts = [
-                [x & (w < 0) for x, w in zip(live, weights, strict=True)],
-                [x & ~(w < 0) for x, w in zip(live, weights, strict=True)],
+                [x & y for x, y in zip(live, negative, strict=True)],
+                [x & ~y for x, y in zip(live, negative, strict=True)],
             ]
-        num_live = [selection.count(part) for part in parts]
+        num_live = [blocks.count(part, layout) for part in parts]
         num_dropped = [ceil_of_share(fraction(step), num) for num in num_live]
         drop_scores = _scores(drop, params, grads, key, leaves)
         kept = [
-            _best_of(drop_scores, part, num - dropped)
+            selection.top_k_of(drop_scores, num - dropped, layout, part)
             for part, num, dropped in zip(parts, num_live, num_dropped, strict=True)
         ]
-        survivors = [functools.reduce(jnp.logical_or, layer) for layer in zip(*kept, strict=True)]
+        survivors = [functools.reduce(jnp.logical_or, block) for block in zip(*kept, strict=True)]
         num_grown = sum(num_dropped, start=jnp.int32(0))
         if redistribute is not None:
-            growth = _scores(grow, params, grads, key, leaves)
-            num_grown = redistribute(num_grown, growth.compute(growth.inputs), live)
+            growth = [x.computed() for x in _scores(grow, params, grads, key, leaves)]
+            num_grown = redistribute(num_grown, growth, blocks.to_stacks(live, layout))
 
         def regrow(survivors: list[jax.Array]) -> list[jax.Array]:
             growth = _scores(grow, params, grads, key, leaves)
-            grown = _best_of(growth, survivors, num_grown, among=jnp.logical_not)
+            grown = selection.top_k_of(growth, num_grown, layout, blocks.but(survivors, layout))
             regrown = [s | g for s, g in zip(survivors, grown, strict=True)]
             if not any(map(structures.is_grouped, leaves)):
                 return regrown
-            drops, grows = (x.compute(x.inputs) for x in (drop_scores, growth))
-            return structures.fit_groups(regrown, survivors, live, drops, grows, leaves)
+            after, stay, before = (blocks.to_stacks(x, layout) for x in (regrown, survivors, live))
+            drops, grows = ([x.computed() for x in each] for each in (drop_scores, growth))
+            fitted = structures.fit_groups(after, stay, before, drops, grows, leaves)
+            return blocks.to_blocks(fitted, layout)
 
         # Not begun before the weights have been ranked, so that memory is needed for one at a time.
         regrown = jax.lax.cond(jnp.any(num_grown > 0), regrow, lambda x: x, survivors)
-        masks = _join(regrown, masks, leaves)
+        masks = _join(regrown, masks, layout, leaves)
         return masks, _and(keep, masks)
 
     return mask_step
-
-
-class _Scores(NamedTuple):
-    """The scores of prunable leaves as stacks of units, and what they are computed from."""
-
-    compute: Callable[[list[jax.Array]], list[jax.Array]]
-    inputs: list[jax.Array]  # stacks
 
 
 # Operations that give the same bits in every kernel (a product and a sum may become one, and
@@ -255,7 +256,7 @@ def _scores(
     grads: PyTree,
     key: jax.Array | None,
     leaves: tuple[trees.Leaf, ...],
-) -> _Scores:
+) -> list[selection.Scores]:
     """Scores that are plain arithmetic on entries are left to be computed where they are needed.
 
     Storing them would take 4 bytes a weight. Others (random ones, say) are computed here, and so
@@ -268,62 +269,84 @@ def _scores(
     )
     is_lazy = is_arithmetic and not any(jnp.ndim(x) for x in closed.consts)
     if not is_lazy or any(x.structure is not None for x in leaves):
-        stored = trees.split(score(params, grads, key), leaves)
-        return _Scores(lambda stacks: stacks, structures.gather(stored, leaves))
-    given = [tree for tree in (params, grads) if tree is not None]
-    args = list(zip(leaves * len(given), closed.jaxpr.invars, strict=True))
+        stored = structures.gather(trees.split(score(params, grads, key), leaves), leaves)
+        return [selection.Scores(lambda inputs: inputs[0], [x]) for x in stored]
+    given = [x for tree in (params, grads) if tree is not None for x in trees.split(tree, leaves)]
+    of_given = [x.prunable for x in leaves] * (1 if grads is None else 2)
+    stacks = dict(zip(itertools.compress(closed.jaxpr.invars, of_given), given, strict=True))
+    constants = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    made_by = {x.outvars[0]: x for x in closed.eqns}
 
-    def compute(stacks: list[jax.Array]) -> list[jax.Array]:
-        rest = iter(stacks)
-        unused = (jnp.zeros([], x.aval.dtype) for leaf, x in args if not leaf.prunable)
-        return jaxprs.as_function(closed)(
-            *(next(rest if leaf.prunable else unused) for leaf, _ in args)
+    def compute(x: Any, known: dict[Any, jax.Array]) -> jax.Array:
+        if isinstance(x, jaxprs.Literal):
+            return x.val
+        if x not in known:
+            operands = [compute(y, known) for y in made_by[x].invars]
+            known[x] = made_by[x].primitive.bind(*operands, **made_by[x].params)
+        return known[x]
+
+    def needed(x: Any) -> dict[Any, jax.Array]:
+        if x in made_by:
+            variables = (y for y in made_by[x].invars if not isinstance(y, jaxprs.Literal))
+            return dict(pair for y in variables for pair in needed(y).items())
+        return {x: stacks[x]} if x in stacks else {}
+
+    def scores_of(x: Any) -> selection.Scores:
+        names = list(needed(x))
+        return selection.Scores(
+            lambda inputs: compute(x, constants | dict(zip(names, inputs, strict=True))),
+            [stacks[name] for name in names],
         )
 
-    return _Scores(compute, [x for tree in given for x in trees.split(tree, leaves)])
+    return [scores_of(x) for x in closed.jaxpr.outvars]
 
 
-def _live(masks: PyTree, leaves: tuple[trees.Leaf, ...]) -> list[jax.Array]:
-    """Stacks of units: which are on."""
-    return structures.live_units(trees.split(masks, leaves), leaves)
+def _live(masks: PyTree, layout: blocks.Layout, leaves: tuple[trees.Leaf, ...]) -> list[jax.Array]:
+    """Blocks of units: which are on."""
+    units = structures.live_units(trees.split(masks, leaves), leaves)
+    return blocks.to_blocks(units, layout)
 
 
-def _join(units: list[jax.Array], masks: PyTree, leaves: tuple[trees.Leaf, ...]) -> PyTree:
-    """``masks`` with those of prunable leaves replaced by stacks of units."""
-    return trees.join(structures.spread(units, leaves), masks, leaves)
+def _join(
+    units: list[jax.Array], masks: PyTree, layout: blocks.Layout, leaves: tuple[trees.Leaf, ...]
+) -> PyTree:
+    """``masks`` with those of prunable leaves replaced by blocks of units."""
+    stacks = blocks.to_stacks(units, layout)
+    return trees.join(structures.spread(stacks, leaves), masks, leaves)
 
 
 def _best(
-    scores: _Scores,
+    scores: list[selection.Scores],
     live: list[jax.Array] | None,
     num_keep: Counts,
+    layout: blocks.Layout,
     leaves: tuple[trees.Leaf, ...],
 ) -> list[jax.Array]:
-    """The ``num_keep`` best of the live units; in groups, as many of each live one. None = all."""
+    """Blocks: the best of the live units; in groups, as many of each live one. None = all live."""
     first = structures.first_leaves(leaves)
     grouped = [structures.is_grouped(x) for x in first]
     if not any(grouped):
-        return _best_of(scores, live, num_keep)
+        return selection.top_k_of(scores, num_keep, layout, live)
     num_keep = jnp.asarray(num_keep, jnp.int32)
     if num_keep.ndim == 0:
         raise ValueError(
             "Groups (N:M, constant fan-in) need a count for each layer, and global_ranking gives "
             "one for all: pass scope=granet_jax.uniform or erk."
         )
-    stacks = scores.compute(scores.inputs)
+    stacks = [x.computed() for x in scores]
+    on = [jnp.ones_like(x, bool) for x in stacks]
+    on = on if live is None else blocks.to_stacks(live, layout)
     counts = jnp.split(num_keep, np.cumsum([len(x) for x in stacks])[:-1])
     alone = [i for i, is_grouped in enumerate(grouped) if not is_grouped]
     best = {}
     if alone:
-        each = [stacks[i] for i in alone]
-        eligible = None if live is None else [live[i] for i in alone]
         counted = jnp.concatenate([counts[i] for i in alone])
-        best = dict(zip(alone, selection.top_k(each, counted, eligible), strict=True))
+        ranked = selection.top_k([stacks[i] for i in alone], counted, [on[i] for i in alone])
+        best = dict(zip(alone, ranked, strict=True))
     for i, x in enumerate(stacks):
         if grouped[i]:
-            on = jnp.ones_like(x, bool) if live is None else live[i]
-            best[i] = structures.best_in_groups(x, counts[i], on, structures.is_fixed(first[i]))
-    return [best[i] for i in range(len(stacks))]
+            best[i] = structures.best_in_groups(x, counts[i], on[i], structures.is_fixed(first[i]))
+    return blocks.to_blocks([best[i] for i in range(len(stacks))], layout)
 
 
 def _refuse_structures(what: str, leaves: tuple[trees.Leaf, ...]) -> None:
@@ -340,24 +363,6 @@ def _refuse_complex(what: str, values: Sequence[Any], leaves: tuple[trees.Leaf, 
             f"{what} has to be real, and that of {', '.join(odd)} is complex: complex numbers have "
             "neither sign nor order. Rank their size, as granet_jax.scores does."
         )
-
-
-def _best_of(
-    scores: _Scores,
-    marks: list[jax.Array] | None,
-    num_keep: Counts,
-    among: Callable[[jax.Array], jax.Array] = lambda marks: marks,
-) -> list[jax.Array]:
-    """The ``num_keep`` best of the entries where ``among(marks)`` is True; None = of all."""
-
-    def rank(inputs: Any) -> list[selection.Stack]:
-        stacks, marks = inputs
-        if marks is None:
-            return [selection.Stack(x, None) for x in scores.compute(stacks)]
-        pairs = zip(scores.compute(stacks), marks, strict=True)
-        return [selection.Stack(x, among(m)) for x, m in pairs]
-
-    return selection.top_k_of(rank, (scores.inputs, marks), num_keep)
 
 
 def ceil_of_share(fraction: Any, num_live: jax.Array) -> jax.Array:

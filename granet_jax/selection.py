@@ -20,12 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from granet_jax import sortable
-from granet_jax.types import PyTree
+from granet_jax import blocks, sortable
 
-_ROW = 256
 _SHORT_ROW = 32  # rows up to this length are ranked by comparing all pairs
-_SMALL = 2**20  # stacks of fewer entries are copied together: fewer kernels to compile
 _SAMPLE = 8192  # scores sampled from all layers for one ranking
 _SAMPLE_OF_LAYER = 1024  # from each, for a ranking within each
 
@@ -84,9 +81,10 @@ def top_k(
       >>> [m.tolist() for m in top_k(stacks, jnp.array([1, 1]))]
       [[[True, False, False]], [[True, False]]]
     """
-    entries = [None] * len(scores) if eligible is None else eligible
-    stacks = [Stack(*x) for x in zip(scores, entries, strict=True)]
-    return top_k_of(lambda stacks: stacks, stacks, num_keep)
+    layout = blocks.lay_out([x.shape for x in scores])
+    marks = None if eligible is None else blocks.to_blocks(eligible, layout)
+    given = [Scores(lambda x: x[0], [x]) for x in scores]
+    return blocks.to_stacks(top_k_of(given, num_keep, layout, marks), layout)
 
 
 def top_k_of_rows(scores: jax.Array, k: jax.Array, eligible: jax.Array) -> jax.Array:
@@ -110,7 +108,7 @@ def top_k_of_rows(scores: jax.Array, k: jax.Array, eligible: jax.Array) -> jax.A
     if length > _SHORT_ROW:
         rows = scores.reshape(-1, length), eligible.reshape(-1, length)
         return top_k([rows[0]], k.reshape(-1), [rows[1]])[0].reshape(scores.shape)
-    keys = _keys(Stack(sortable.exactly(scores, sortable.widest([scores])), eligible))
+    keys = _keys(_Block(sortable.exactly(scores, sortable.widest([scores])), eligible))
     index = jax.lax.broadcasted_iota(jnp.int32, keys.shape, keys.ndim - 1)
     num_better = jnp.zeros_like(keys, jnp.int32)
     for i in range(length):
@@ -119,74 +117,89 @@ def top_k_of_rows(scores: jax.Array, k: jax.Array, eligible: jax.Array) -> jax.A
     return eligible & (num_better < _counts(k)[..., None])
 
 
-class Stack(NamedTuple):
-    """Scores of layers of one shape, and which of their entries may be selected."""
+class Scores(NamedTuple):
+    """The scores of a stack, and what they are computed from, entry by entry."""
 
-    scores: jax.Array  # (layers, *layer_shape), any float dtype
+    of: Callable[[list[jax.Array]], jax.Array]  # inputs -> scores, whatever the shape
+    inputs: list[jax.Array]  # (layers, *layer_shape)
+
+    def computed(self) -> jax.Array:
+        """``(layers, *layer_shape)``, any float dtype."""
+        return self.of(self.inputs)
+
+
+class _Block(NamedTuple):
+    """Scores in rows, and which of their entries may be selected."""
+
+    scores: jax.Array  # (rows, ...), any float dtype
     eligible: jax.Array | None  # bool of that shape; None = all
 
 
-def top_k_of(
-    rank: Callable[[PyTree], Sequence[Stack]],
-    inputs: PyTree,
-    num_keep: Any,
-) -> list[jax.Array]:
-    """As :func:`top_k` of ``rank(inputs)``, without storing what that computes.
+class _Given(NamedTuple):
+    """What a block is computed from: arrays with its rows."""
 
-    Each count computes the scores anew, for counts wait for memory, not for arithmetic.
+    inputs: list[jax.Array]  # of the scores
+    eligible: jax.Array | None
+
+
+def top_k_of(
+    scores: Sequence[Scores],
+    num_keep: Any,
+    layout: blocks.Layout,
+    eligible: Sequence[jax.Array] | None,
+) -> list[jax.Array]:
+    """As :func:`top_k`, but in blocks, and without storing the scores of large stacks.
+
+    Each count computes those anew, for counts wait for memory, not for arithmetic.
 
     Args:
-      rank: arithmetic on entries, the same whatever their shapes, from ``inputs`` to stacks.
-      inputs: tree of arrays ``(layers, ...)``.
+      scores: of the stacks that ``layout`` is of.
       num_keep: as for ``top_k``.
+      layout: where the stacks lie in the blocks.
+      eligible: bool blocks, False in padding; None = all entries.
+
+    Returns:
+      bool blocks, False in padding.
     """
-    scores = [x.scores for x in jax.eval_shape(rank, inputs)]
-    shapes, dtype = [x.shape for x in scores], sortable.widest(scores)
-    sizes = np.array([math.prod(x[1:]) for x in shapes for _ in range(x[0])], np.int64)
+    dtype = sortable.widest([jax.eval_shape(x.computed) for x in scores])
+    sizes = blocks.layer_sizes(layout)
     num_keep = _counts(num_keep)
     by_layer = num_keep.ndim == 1
     ranked = sizes if by_layer else sizes.sum(keepdims=True)  # how many entries a ranking has
     if not sizes.sum():
-        return [jnp.zeros_like(x.scores, bool) for x in rank(inputs)]
+        return blocks.to_blocks([jnp.zeros_like(x.computed(), bool) for x in scores], layout)
     if ranked.max() >= 2**31:
         raise ValueError(
             f"One ranking over {ranked.max()} weights does not fit int32 counts (at most "
             "2^31 - 1); use a distribution that gives each layer its own count."
         )
+    rows = blocks.rows(layout)
+    layer = np.concatenate([x.layer for x in rows])
     # In a ranking of all, the entries of the layers before each one.
     before = np.zeros_like(sizes) if by_layer else np.cumsum(sizes) - sizes
-    groups = [[i] for i in range(len(shapes))]
-    if jax.device_count() == 1:  # on several, this would move weights between them
-        inputs = jax.tree.map(lambda x: x.reshape(len(x), -1), inputs)
-        groups = _groups(shapes)
-    made = _ranked(rank, inputs, dtype)
-    merged = [_merge([made[i] for i in group]) for group in groups if len(group) > 1]
-    alone = [group[0] for group in groups if len(group) == 1]
-    first = np.cumsum([0] + [shape[0] for shape in shapes])
-    order = np.concatenate([np.arange(first[i], first[i + 1]) for group in groups for i in group])
-    if by_layer:
-        num_keep, ranked = num_keep[order], ranked[order]
+    before_row = (before[layer] + np.concatenate([x.start for x in rows])).astype(np.uint32)
+    stored = [sortable.exactly(scores[i].computed(), dtype) for i in layout.together]
+    inputs = [[blocks.flat(x) for x in scores[i].inputs] for i in layout.alone]
+    inputs += [[x] for x in blocks.together(stored, layout)]
+    functions = [scores[i].of for i in layout.alone] + [lambda x: x[0]] * bool(stored)
+    marks = blocks.all_but_padding(layout) if eligible is None else eligible
+    given = [_Given(*x) for x in zip(inputs, marks, strict=True)]
 
-    def stacks(inputs: PyTree, merged: list[Stack]) -> list[Stack]:
-        made = _ranked(rank, inputs, dtype)
-        return [made[i] for i in alone] + merged
+    def made(given: list[_Given]) -> list[_Block]:
+        pairs = zip(functions, given, strict=True)
+        return [_Block(sortable.exactly(of(x.inputs), dtype), x.eligible) for of, x in pairs]
 
-    def best(stacks: list[Stack], cut: _Cut) -> list[jax.Array]:
-        keys = jnp.broadcast_to(sortable.from_position(cut.key), order.shape)
-        start = before[order].astype(np.uint32)
-        ends = jnp.maximum(cut.end, start) - start
-        values = zip(stacks, _by_stack(stacks, keys), _by_stack(stacks, ends), strict=True)
-        return [
-            _keys(x) + (_linear_index(x.scores) < end).astype(key.dtype) > key
-            for x, key, end in values
-        ]
+    def best(given: list[_Given], cut: _Cut) -> list[jax.Array]:
+        keys = jnp.broadcast_to(sortable.from_position(cut.key), sizes.shape)[layer]
+        ends = jnp.maximum(jnp.broadcast_to(cut.end, sizes.shape)[layer], before_row) - before_row
+        num_rows = [len(x.layer) for x in rows]
+        each = zip(made(given), *(blocks.split(x, num_rows) for x in (keys, ends)), strict=True)
+        return [_is_best(*x) for x in each]
 
     def num_best(cut: _Cut) -> jax.Array:
         # Without the barriers XLA would compute the keys once and store them.
-        def renewed(x: jax.Array) -> jax.Array:
-            return jax.lax.optimization_barrier((x, cut))[0]
-
-        counts = count(best(stacks(*jax.tree.map(renewed, (inputs, merged))), cut))
+        renewed = jax.tree.map(lambda x: jax.lax.optimization_barrier((x, cut))[0], given)
+        counts = blocks.count(best(renewed, cut), layout)
         return counts if by_layer else jnp.sum(counts, keepdims=True, dtype=jnp.int32)
 
     wanted = jnp.clip(jnp.atleast_1d(num_keep), 0, ranked.astype(np.int32))
@@ -194,57 +207,20 @@ def top_k_of(
     guesses: tuple[jax.Array, ...] = ()
     if jax.device_count() == 1:  # several would have to collect a sample
         guesses = _of_stored(
-            lambda args: _guess(stacks(*args), wanted, ranked, by_layer),
-            lambda args: (jnp.zeros_like(wanted, most.dtype),) * 2,
-            (inputs, merged),
+            lambda given: _guess(*_sample(given, made, layout, by_layer), wanted, ranked),
+            lambda _: (jnp.zeros_like(wanted, most.dtype),) * 2,
+            given,
         )
-    all_eligible = all(x.eligible is None for x in made)
-    cut = _search(num_best, wanted, most, guesses, all_eligible)
-    masks = _of_stored(
-        lambda args: best(stacks(*args), cut),
-        lambda args: [_none(x) for x in stacks(*args)],
-        (inputs, merged),
+    cut = _search(num_best, wanted, most, guesses, all_eligible=eligible is None)
+    return _of_stored(
+        lambda given: best(given, cut), lambda given: [_none(x) for x in made(given)], given
     )
-    each = [
-        part
-        for group, mask in zip(groups, masks, strict=True)
-        for part in _split(mask, [shapes[i][0] for i in group])
-    ]
-    in_order = dict(zip([i for group in groups for i in group], each, strict=True))
-    return [in_order[i].reshape(shape) for i, shape in enumerate(shapes)]
 
 
 def count(stacks: Sequence[jax.Array]) -> jax.Array:
     """How many entries of each layer are True: bool stacks -> int32 ``(sum of layers_i,)``."""
-    if jax.default_backend() != "cpu" or jax.device_count() > 1:
-        each = [jnp.sum(x, axis=tuple(range(1, x.ndim)), dtype=jnp.int32) for x in stacks]
-        return jnp.concatenate([replicated(x) for x in each])
-    # XLA:CPU is slow to sum booleans, but as fast as memory to add up eighths of an array. What
-    # remains is laid out in rows, each of one layer. Barriers keep the steps apart: simplified into
-    # one, they are slow again.
-    apart = jax.lax.optimization_barrier
-    rows, owners, num_layers = [], [], 0
-    for x in stacks:
-        ones = x.reshape(len(x), _layer_size(x)).astype(jnp.uint8)
-        length = ones.shape[1] // 8
-        eighths = ones[:, : 8 * length].reshape(len(x), 8, length)
-        parts = [jnp.sum(eighths, axis=1, dtype=jnp.uint8), ones[:, 8 * length :]]
-        num_rows = -(-sum(part.shape[1] for part in parts) // _ROW)
-        padding = num_rows * _ROW - sum(part.shape[1] for part in parts)
-        parts.append(jnp.zeros((len(x), padding), jnp.uint8))
-        rows.append(jnp.concatenate(apart(parts), axis=1).reshape(len(x) * num_rows, _ROW))
-        owners.append(np.repeat(num_layers + np.arange(len(x)), num_rows))
-        num_layers += len(x)
-    sums = jnp.sum(apart(jnp.concatenate(rows)), axis=1, dtype=jnp.int32)
-    owner = np.concatenate(owners).astype(np.int32)
-    return jax.ops.segment_sum(sums, owner, num_layers, indices_are_sorted=True)
-
-
-def replicated(counts: jax.Array) -> jax.Array:
-    """One number for each layer, on every device of an explicit mesh that shares the layers."""
-    if any(axis is not None for axis in jax.typeof(counts).sharding.spec):
-        return jax.sharding.reshard(counts, jax.sharding.PartitionSpec())
-    return counts
+    layout = blocks.lay_out([x.shape for x in stacks])
+    return blocks.count(blocks.to_blocks(stacks, layout), layout)
 
 
 def _of_stored(f: Callable[[Any], Any], unused: Callable[[Any], Any], args: Any) -> Any:
@@ -254,19 +230,6 @@ def _of_stored(f: Callable[[Any], Any], unused: Callable[[Any], Any], args: Any)
     they are computed from. The barrier hides that it always holds.
     """
     return jax.lax.cond(jax.lax.optimization_barrier(jnp.array(True)), f, unused, args)
-
-
-def _groups(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
-    """Which stacks to merge: those alone first, then small ones with layers of one size."""
-    groups: dict[Any, list[int]] = {}
-    for i, shape in enumerate(shapes):
-        size = math.prod(shape[1:])
-        groups.setdefault(size if math.prod(shape) <= _SMALL else (i, size), []).append(i)
-    return sorted(groups.values(), key=lambda group: len(group) > 1)
-
-
-def _merge(stacks: Sequence[Stack]) -> Stack:
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)
 
 
 class _Cut(NamedTuple):
@@ -380,30 +343,50 @@ def _interpolate(b: _Bracket) -> jax.Array:
     return jnp.minimum(distance, largest).astype(b.high.dtype)
 
 
+def _sample(
+    given: list[_Given],
+    made: Callable[[list[_Given]], list[_Block]],
+    layout: blocks.Layout,
+    by_layer: bool,
+) -> tuple[jax.Array, np.ndarray]:
+    """Keys of some entries of each ranking, and how many there are but for padding.
+
+    Strides are odd, lest all be of one column of a matrix.
+    """
+    rows, sizes = blocks.rows(layout), blocks.layer_sizes(layout)
+    if not by_layer:
+        stride = -(-int(sizes.sum()) // _SAMPLE) | 1
+        some = made(jax.tree.map(lambda x: x.reshape(1, -1)[:, ::stride], given))
+        num_drawn = 0
+        for x, of in zip(given, rows, strict=True):
+            width = x.inputs[0].shape[1]
+            place = np.arange(0, len(of.layer) * width, stride)
+            num_drawn += int(np.sum(place % width < of.length[place // width]))
+        return jnp.concatenate([_keys(x) for x in some], axis=1), np.array([num_drawn])
+    strides = -(-sizes // _SAMPLE_OF_LAYER) | 1
+    drawn = -(-sizes // strides)
+    is_drawn = np.arange(drawn.max()) < drawn[:, None]
+
+    def draw(x: jax.Array, of: blocks.Rows) -> jax.Array:
+        first = np.flatnonzero(of.start == 0)
+        steps = strides[of.layer[first], None] * np.arange(drawn.max())
+        place = first[:, None] * x.shape[1] + steps
+        return jnp.take(x.reshape(-1), place.astype(np.uint32), mode="clip")
+
+    pairs = zip(given, rows, strict=True)
+    some = made([jax.tree.map(lambda y: draw(y, of), x) for x, of in pairs])  # noqa: B023
+    order = np.argsort(np.concatenate([of.layer[of.start == 0] for of in rows]))
+    keys = jnp.concatenate([_keys(x) for x in some])[order]
+    return jnp.where(is_drawn, keys, sortable.lowest(keys.dtype)), drawn
+
+
 def _guess(
-    stacks: list[Stack], wanted: jax.Array, sizes: np.ndarray, by_layer: bool
+    sample: jax.Array, drawn: np.ndarray, wanted: jax.Array, sizes: np.ndarray
 ) -> tuple[jax.Array, jax.Array]:
     """Two keys of each ranking that most likely have the wanted one between them: from a sample.
 
     Where all entries are in the sample, that is certain.
     """
-    rows = []
-    for stack in stacks:
-        row = stack.scores.shape[1]
-        stride = -(-row // _SAMPLE_OF_LAYER) if by_layer else -(-int(sizes[0]) // _SAMPLE)
-        stride |= 1  # odd, lest the sample be of one column of a matrix
-        rows.append(_keys(jax.tree.map(lambda x: x[:, ::stride], stack)))  # noqa: B023
-    if by_layer:
-        drawn = np.array([x.shape[1] for x in rows for _ in range(len(x))])
-        lowest = sortable.lowest(rows[0].dtype)
-        rows = [
-            jnp.pad(x, ((0, 0), (0, drawn.max() - x.shape[1])), constant_values=lowest)
-            for x in rows
-        ]
-        sample = jnp.concatenate(rows)
-    else:
-        sample = jnp.concatenate([x.reshape(1, -1) for x in rows], axis=1)
-        drawn = np.array([sample.shape[1]])
     best_last = jnp.sort(sample, axis=1)
     rank = wanted.astype(jnp.float32) * (drawn / np.maximum(sizes, 1)).astype(np.float32)
     margin = 2.5 * jnp.sqrt(rank * jnp.maximum(0, 1 - rank / np.maximum(drawn, 1))) + 1
@@ -433,46 +416,24 @@ def _counts(num_keep: Any) -> jax.Array:
     return jnp.asarray(num_keep, jnp.int32)
 
 
-def _ranked(
-    rank: Callable[[PyTree], Sequence[Stack]], inputs: PyTree, dtype: np.dtype
-) -> list[Stack]:
-    return [Stack(sortable.exactly(x.scores, dtype), x.eligible) for x in rank(inputs)]
-
-
-def _keys(stack: Stack) -> jax.Array:
+def _keys(block: _Block) -> jax.Array:
     """Ints of the scores' shape, width and order, the lowest where not eligible."""
-    key = sortable.keys(stack.scores)
-    if stack.eligible is None:
+    key = sortable.keys(block.scores)
+    if block.eligible is None:
         return key
-    return jnp.where(stack.eligible, key, sortable.lowest(key.dtype))
+    return jnp.where(block.eligible, key, sortable.lowest(key.dtype))
 
 
-def _none(stack: Stack) -> jax.Array:
-    """Something of the type of a stack's mask, at no cost."""
-    keys = _keys(stack)
-    return keys < keys if stack.eligible is None else stack.eligible
+def _none(block: _Block) -> jax.Array:
+    """Something of the type of a block's mask, at no cost."""
+    keys = _keys(block)
+    return keys < keys if block.eligible is None else block.eligible
 
 
-def _by_stack(stacks: Sequence[Stack], values: jax.Array) -> list[jax.Array]:
-    """One value for each layer -> one array for each stack, shaped to broadcast."""
-    parts = _split(values, [len(x.scores) for x in stacks])
-    return [v.reshape(-1, *[1] * (x.scores.ndim - 1)) for v, x in zip(parts, stacks, strict=True)]
-
-
-def _split(x: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
-    """Parts of the given lengths along the first axis, as of :func:`jnp.split`.
-
-    Where each begins is hidden from XLA: so parts of one shape, and what is made of them, share a
-    kernel, which is compiled once.
-    """
-    if len(lengths) == 1:
-        return [x]
-    starts = [np.uint32(end - length) for end, length in zip(np.cumsum(lengths), lengths)]
-    starts = _of_stored(lambda x: x, lambda x: [jnp.zeros_like(y) for y in x], starts)
-    return [
-        jax.lax.dynamic_slice_in_dim(x, start, length)
-        for start, length in zip(starts, lengths, strict=True)
-    ]
+def _is_best(block: _Block, key: jax.Array, end: jax.Array) -> jax.Array:
+    """A key and an end for each row."""
+    key, end = (x.reshape(-1, *[1] * (block.scores.ndim - 1)) for x in (key, end))
+    return _keys(block) + (_linear_index(block.scores) < end).astype(key.dtype) > key
 
 
 def _linear_index(x: jax.Array) -> jax.Array:
@@ -483,7 +444,3 @@ def _linear_index(x: jax.Array) -> jax.Array:
         stride = np.uint32(math.prod(shape[axis + 1 :]))
         index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis + 1) * stride
     return index
-
-
-def _layer_size(x: jax.Array) -> int:
-    return math.prod(x.shape[1:])

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from granet_jax import selection, sortable
+from granet_jax import blocks, selection, sortable
 from granet_jax.scores import at_least_float32
 from granet_jax.trees import Leaf, Rules, Structure, describe, join, split
 from granet_jax.types import PyTree, Shapes
@@ -297,6 +297,11 @@ def shapes(leaves: Sequence[Leaf]) -> Shapes:
         for x in first_leaves(leaves)
         for _ in range(x.num_layers)
     ]
+
+
+def lay_out(leaves: Sequence[Leaf]) -> blocks.Layout:
+    """Of the stacks of units that :func:`gather` makes."""
+    return blocks.lay_out([(x.num_layers, *_units(x)) for x in first_leaves(leaves)])
 
 
 def gather(stacks: Sequence[jax.Array], leaves: Sequence[Leaf]) -> list[jax.Array]:

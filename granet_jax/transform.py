@@ -115,7 +115,7 @@ def sparsify(
         if method.observe is not None:
             method_state = method.observe(method_state, grads)
 
-        def event(method_state: Any) -> tuple[Any, PyTree]:
+        def event(method_state: Any, _: PyTree) -> tuple[Any, PyTree]:
             # Computed here, in the rare branch: XLA would materialise it as an operand. And the
             # masks come from the operand: their other uses would have them copied at every step.
             masks = method_state[0]
@@ -124,16 +124,12 @@ def sparsify(
             weights = _where(masks, optax.apply_updates(params, provisional))
             return method.update(method_state, weights, grads, step)
 
-        def catch_up(method_state: Any) -> tuple[Any, PyTree]:
+        def catch_up(method_state: Any, _: PyTree) -> tuple[Any, PyTree]:
             return method_state, jax.tree.map(jnp.copy, method_state[0])
 
         # What the last event grew is not in its keep; it takes part from the next step on.
-        is_event, was_event = map(method.is_update_step, (step, step - 1))
-        method_state, keep = _do_if(
-            jnp.logical_or(is_event, was_event),
-            lambda method_state, _: jax.lax.cond(is_event, event, catch_up, method_state),
-            (method_state, state.keep),
-        )
+        operands = _do_if(method.is_update_step(step - 1), catch_up, (method_state, state.keep))
+        method_state, keep = _do_if(method.is_update_step(step), event, operands)
         updates, inner_state = inner.update(
             _where(keep, grads),
             moments.reset(state.inner, initial, mirrored, keep),
@@ -319,12 +315,13 @@ def _do_if(
     """``f(*operands)`` where the predicate holds; else the operands, left in their place.
 
     A conditional copies what it merely passes on; a loop of no trips does not. From a loop, XLA
-    moves what does not change to where every step would pay for it, unless it is in a conditional.
+    moves what does not change to where every step would pay for it; a conditional holds it back.
     """
 
     def once(carry: Any) -> Any:
         pending, operands = carry
-        return jnp.zeros_like(pending), f(*operands)
+        changed = jax.lax.cond(pending, lambda x: f(*x), lambda x: x, operands)
+        return jnp.zeros_like(pending), changed
 
     start = (jnp.asarray(predicate), operands)
     return jax.lax.while_loop(lambda carry: carry[0], once, start)[1]

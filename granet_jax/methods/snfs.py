@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from granet_jax import distributions, schedules, scores, selection, sortable, trees
+from granet_jax import blocks, distributions, schedules, scores, selection, sortable, trees
 from granet_jax.composition import compose, start_from
 from granet_jax.masks import regenerate
 from granet_jax.types import Distribution, MaskState, Method, PyTree
@@ -85,7 +85,7 @@ def by_mean_score(
         for s, x in zip(growth, live, strict=True)
     ]
     dtype = sortable.widest(sums)
-    sums_of_all = jnp.concatenate([selection.replicated(x).astype(dtype) for x in sums])
+    sums_of_all = jnp.concatenate([blocks.replicated(x).astype(dtype) for x in sums])
     mean = sums_of_all / jnp.maximum(num_live, 1).astype(dtype)
     weight = mean + 1e-6 * jnp.max(mean) + 1e-30  # so that every layer can take what is over
 
