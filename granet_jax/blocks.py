@@ -111,7 +111,8 @@ def to_stacks(blocks: Sequence[jax.Array], layout: Layout) -> list[jax.Array]:
     stacks = dict(zip(layout.alone, blocks, strict=False))
     if layout.together:
         lengths = [_num_rows(layout.shapes[i], layout.width) for i in layout.together]
-        for i, part in zip(layout.together, split(blocks[-1], lengths), strict=True):
+        parts = split(blocks[-1], starts(lengths), lengths)
+        for i, part in zip(layout.together, parts, strict=True):
             num_layers, size = layout.shapes[i][0], layer_size(layout.shapes[i])
             stacks[i] = part.reshape(num_layers, part.size // num_layers)[:, :size]
     return [stacks[i].reshape(shape) for i, shape in enumerate(layout.shapes)]
@@ -178,26 +179,29 @@ def replicated(counts: jax.Array) -> jax.Array:
     return counts
 
 
-def split(x: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
-    """Parts of the given lengths along the first axis, as of :func:`jnp.split`.
+def starts(lengths: Sequence[int]) -> list[jax.Array]:
+    """Where parts of these lengths begin, uint32, hidden from XLA by a conditional.
 
-    Where each begins is hidden from XLA by a conditional: so parts of one shape, and what is made
-    of them, share one kernel, which is compiled once.
+    Parts of one shape, and what is made of them, then share one kernel, which is compiled once.
     """
-    if len(lengths) == 1:
-        return [x]
     ends = np.cumsum(lengths)
-    starts = [np.uint32(end - length) for end, length in zip(ends, lengths, strict=True)]
-    starts = jax.lax.cond(
+    known = [np.uint32(end - length) for end, length in zip(ends, lengths, strict=True)]
+    if len(known) == 1:
+        return [jnp.uint32(0)]
+    return jax.lax.cond(
         jax.lax.optimization_barrier(jnp.array(True)),
         lambda x: x,
         lambda x: [jnp.zeros_like(y) for y in x],
-        starts,
+        known,
     )
-    return [
-        jax.lax.dynamic_slice_in_dim(x, start, length)
-        for start, length in zip(starts, lengths, strict=True)
-    ]
+
+
+def split(x: jax.Array, starts: Sequence[jax.Array], lengths: Sequence[int]) -> list[jax.Array]:
+    """Parts along the first axis, as of :func:`jnp.split`."""
+    if len(lengths) == 1:
+        return [x]
+    pairs = zip(starts, lengths, strict=True)
+    return [jax.lax.dynamic_slice_in_dim(x, start, length) for start, length in pairs]
 
 
 def _to_rows(stack: jax.Array, width: int) -> jax.Array:

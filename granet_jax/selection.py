@@ -174,6 +174,8 @@ def top_k_of(
             "2^31 - 1); use a distribution that gives each layer its own count."
         )
     rows = blocks.rows(layout)
+    num_rows = [len(x.layer) for x in rows]
+    starts = blocks.starts(num_rows)
     layer = np.concatenate([x.layer for x in rows])
     # In a ranking of all, the entries of the layers before each one.
     before = np.zeros_like(sizes) if by_layer else np.cumsum(sizes) - sizes
@@ -192,9 +194,8 @@ def top_k_of(
     def best(given: list[_Given], cut: _Cut) -> list[jax.Array]:
         keys = jnp.broadcast_to(sortable.from_position(cut.key), sizes.shape)[layer]
         ends = jnp.maximum(jnp.broadcast_to(cut.end, sizes.shape)[layer], before_row) - before_row
-        num_rows = [len(x.layer) for x in rows]
-        each = zip(made(given), *(blocks.split(x, num_rows) for x in (keys, ends)), strict=True)
-        return [_is_best(*x) for x in each]
+        keys, ends = (blocks.split(x, starts, num_rows) for x in (keys, ends))
+        return [_is_best(*x) for x in zip(made(given), keys, ends, strict=True)]
 
     def num_best(cut: _Cut) -> jax.Array:
         # Without the barriers XLA would compute the keys once and store them.
