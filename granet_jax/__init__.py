@@ -9,6 +9,8 @@ selection -> masks -> updates``. Modules import only from those before them::
     scores         magnitude, gradient, saliency, random
     distributions  how a sparsity is spread over layers: uniform, ERK, global ranking
     schedules      cubic, cosine, every; counts to keep at a step
+    sortable       integers of the order of floats
+    blocks         stacks of layers as few arrays, so that little is compiled
     selection      exact top-k masks without sorting
     structures     N:M, blocks, channels, constant fan-in: how weights are grouped for selection
     masks          prune_to, regenerate

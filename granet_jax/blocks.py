@@ -40,8 +40,9 @@ def lay_out(shapes: Sequence[tuple[int, ...]]) -> Layout:
     """A layout for stacks of these shapes, ``(layers, *layer_shape)``.
 
     Example:
-      >>> lay_out([(1, 3, 3), (2, 8)]).width
-      8
+      >>> layout = lay_out([(1, 3, 3), (2, 8)])
+      >>> sorted(layout.alone + layout.together)
+      [0, 1]
     """
     small = [i for i, shape in enumerate(shapes) if math.prod(shape) <= _SMALL]
     if jax.device_count() > 1 or len(shapes) == 1:

@@ -69,7 +69,8 @@ def check_restored(restored: PyTree, example: PyTree) -> PyTree:
             f"The checkpoint does not fit the model: {'; '.join(wrong[:5])}{more}. "
             "Build the model, optimizer and method that it was saved with."
         )
-    in_order, structure = [leaves[path] for path in expected], jax.tree.structure(example)
+    structure: Any = jax.tree.structure(example)
+    in_order = [leaves[path] for path in expected]
     as_it_is = zip(in_order, jax.tree.leaves(restored), strict=True)
     if structure == jax.tree.structure(restored) and all(x is y for x, y in as_it_is):
         return restored

@@ -194,8 +194,8 @@ def top_k_of(
     def best(given: list[_Given], cut: _Cut) -> list[jax.Array]:
         keys = jnp.broadcast_to(sortable.from_position(cut.key), sizes.shape)[layer]
         ends = jnp.maximum(jnp.broadcast_to(cut.end, sizes.shape)[layer], before_row) - before_row
-        keys, ends = (blocks.split(x, starts, num_rows) for x in (keys, ends))
-        return [_is_best(*x) for x in zip(made(given), keys, ends, strict=True)]
+        of_rows = (blocks.split(x, starts, num_rows) for x in (keys, ends))
+        return [_is_best(*x) for x in zip(made(given), *of_rows, strict=True)]
 
     def num_best(cut: _Cut) -> jax.Array:
         # Without the barriers XLA would compute the keys once and store them.

@@ -14,8 +14,8 @@ import granet_jax as gj
 ROOT = pathlib.Path(gj.__file__).parent
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "granet_jax."))
 ORDER = [
-    *("types", "trees", "jaxprs", "scores", "distributions", "schedules", "sortable", "blocks", "selection"),
-    *("structures", "masks", "composition"),
+    *("types", "trees", "jaxprs", "scores", "distributions", "schedules"),
+    *("sortable", "blocks", "selection", "structures", "masks", "composition"),
     *("methods", "moments", "transform", "metrics", "report", "products", "flops", "sharding"),
     "checkpoint",
     *("kernels", "export"),
