@@ -123,11 +123,11 @@ def _first(zeros: list[np.ndarray]) -> np.ndarray:
 
 
 def _any(zeros: list[np.ndarray]) -> np.ndarray:
-    return np.logical_or.reduce(zeros)
+    return np.any(zeros, axis=0)
 
 
 def _all_but_first(zeros: list[np.ndarray]) -> np.ndarray:
-    return np.logical_and.reduce(zeros[1:])
+    return np.all(zeros[1:], axis=0)
 
 
 # --- Products ---
