@@ -113,7 +113,7 @@ def num_kept(num_live: Any, rate: float, scope: str) -> Any:
       int32, a scalar or ``(layers,)``.
     """
     live = np.asarray(num_live, np.int64)
-    live = np.sum(live) if scope == "global" else live
+    live = np.asarray(live.sum()) if scope == "global" else live
     return (live - np.ceil(np.round(rate * live, 6))).astype(np.int32)
 
 
