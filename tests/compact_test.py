@@ -199,6 +199,13 @@ def cases():
         h = h - h.mean(1, keepdims=True)
         return h / jnp.sqrt((h * h).mean(1, keepdims=True) + norm["epsilon"])
 
+    def shuffled(h, shape, order):
+        h = h.reshape(shape).transpose(order)
+        return h.reshape(4, -1)
+
+    def ones(n):
+        return jnp.ones((2, n))
+
     return {
         "relu": (jax.nn.relu, 3),
         "silu": (jax.nn.silu, 3),
@@ -212,6 +219,17 @@ def cases():
         "every second": (lambda h: jnp.concatenate([h[:, ::2], h[:, 1::2]], 1), 6),
         "split": (lambda h: jnp.concatenate(jnp.split(h, [2], axis=1)[::-1], 1), 3),
         "heads": (lambda h: h.reshape(-1, 2, 3).swapaxes(1, 2).reshape(-1, 6), 6),
+        "pixel shuffle": (lambda h: shuffled(h, (4, 1, 2, 3), (0, 2, 1, 3)).reshape(-1, 6), 6),
+        "groups shuffled": (lambda h: shuffled(h, (4, 3, 2), (0, 2, 1)), 6),
+        "channels into places": (lambda h: h.reshape(8, 3).sum(1).reshape(4, 2) @ ones(6), 6),
+        "places into channels": (
+            lambda h: (
+                shuffled(h[:, None] * jnp.ones((1, 4, 1)), (4, 2, 2, 6), (0, 2, 1, 3))
+                .reshape(4, 4, 6)
+                .mean(1)
+            ),
+            6,
+        ),
         "places": (lambda h: (h[:, None] * jnp.ones((1, 4, 1))).mean(1), 3),
         "padded": (lambda h: jnp.pad(h, ((0, 0), (1, 0)))[:, 1:], 6),
         "clipped": (lambda h: jnp.clip(h, -1.0, 1.0), 3),
@@ -307,6 +325,20 @@ def test_odd_models_keep_their_outputs(case):
         wanted = apply_fn(params, x)
         for got in (small.apply(small.params, x), compiled(x)):
             chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_reshapes_without_elements_and_of_mixed_channels_are_told():
+    params = {"in": jnp.eye(4)[:, :2].repeat(2, 1) * jnp.array([[1.0, 0, 1, 0]]), "out": jnp.eye(2)}
+
+    def apply_fn(params, x):
+        return (x @ params["in"]).reshape(-1, 2) @ params["out"]
+
+    for rows in (0, 3):
+        x = jnp.ones((rows, 4))
+        small = export.compact(apply_fn, params, None, x)
+        chex.assert_trees_all_equal(small.params, params)
+        chex.assert_trees_all_close(small.apply(params, x), apply_fn(params, x))
+        assert "2: " in export.cuts_table(small.cuts)
 
 
 def test_nan_is_refused_unless_it_is_masked():

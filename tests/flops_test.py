@@ -382,6 +382,22 @@ def test_parameters_in_other_clothes():
     assert macs(costs) == {"fc1/kernel": 32, "fc2/0": 24}
 
 
+def test_twelve_layers_in_another_order():
+    """As strings, "10" comes before "2"."""
+    layers = [abstract(4, 4) for _ in range(11)] + [W]
+
+    def apply_fn(p, x):
+        for i in range(12):
+            x = x @ p[i if isinstance(p, list) else str(i)]
+        return x
+
+    costs = flops.count(apply_fn, layers, X)
+    restored = flops.count(apply_fn, {str(i): w for i, w in enumerate(layers)}, X)
+    assert macs(costs) == macs(restored) == {**{str(i): 32 for i in range(11)}, "11": 24}
+    kept = {"11": 0.5, "2": 0.25}
+    assert flops.forward(costs, kept) == flops.forward(restored, kept)
+
+
 def test_equinox():
     eqx = pytest.importorskip("equinox")
     model = eqx.filter_eval_shape(eqx.nn.MLP, 4, 3, 5, 1, key=jax.random.key(0))
