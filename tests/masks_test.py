@@ -7,6 +7,8 @@ import pytest
 
 import granet_jax as gj
 
+pytestmark = pytest.mark.usefixtures("compiled_well")  # bits depend on it
+
 
 def grid(text, cast):
     return jnp.array([[cast(x) for x in row.split()] for row in text.strip().splitlines()])

@@ -14,6 +14,8 @@ import pytest
 
 import granet_jax as gj
 
+pytestmark = pytest.mark.usefixtures("compiled_well")  # bits depend on it
+
 SHAPES = {"fc1": (30, 20), "fc2": (20, 12), "fc3": (12, 5)}
 LR, MOMENTUM, DECAY = np.float32(0.1), np.float32(0.9), np.float32(5e-4)
 EVERY, TOTAL, END = 5, 100, 50

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from granet_jax import selection
 
+pytestmark = pytest.mark.usefixtures("compiled_well")  # bits depend on it
+
 VALUES = [0.0, -0.0, 1.0, -1.0, 2.0, np.inf, -np.inf, np.nan, 1e-42, -1e-42, 1.17549435e-38, 3e38]
 
 
