@@ -37,6 +37,7 @@ def reset(state: Any, initial: Any, mirrored: dict[Any, Any], keep: PyTree) -> A
     return jax.tree_util.tree_map_with_path(masked, state)
 
 
+@jax.jit  # so that it is traced once for all leaves of a shape
 def select(mask: jax.Array, x: jax.Array, otherwise: jax.Array | None = None) -> jax.Array:
     """``where(mask, x, otherwise)``, by default 0, on bits: XLA:CPU vectorises that far better."""
     if x.dtype.itemsize not in (2, 4) or not jnp.issubdtype(x.dtype, jnp.floating):

@@ -427,8 +427,7 @@ def _keys(block: _Block) -> jax.Array:
 
 def _none(block: _Block) -> jax.Array:
     """Something of the type of a block's mask, at no cost."""
-    keys = _keys(block)
-    return keys < keys if block.eligible is None else block.eligible
+    return jnp.zeros_like(block.scores, bool) if block.eligible is None else block.eligible
 
 
 def _is_best(block: _Block, key: jax.Array, end: jax.Array) -> jax.Array:

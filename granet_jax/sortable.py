@@ -43,6 +43,7 @@ def exactly(scores: jax.Array, dtype: np.dtype) -> jax.Array:
     return jnp.where(magnitude < 0x00800000, denormal, scores.astype(dtype))
 
 
+@jax.jit  # so that it is traced once for all arrays of a shape
 def keys(scores: jax.Array) -> jax.Array:
     """Maps float32 to int32 of the same order, float64 to int64; NaN lowest, -0 equal to +0.
 
