@@ -168,7 +168,8 @@ def make(name):
 
 def try_out(name):
     """Fills in a line of the table."""
-    with warnings.catch_warnings():  # optax keeps, and uses, what it deprecates
+    # Optax keeps, and uses, what it deprecates, and promotes ranks.
+    with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"):
         warnings.simplefilter("ignore", DeprecationWarning)
         return _try_out(name)
 
