@@ -16,7 +16,7 @@ test: lint  ## what has to pass before a commit
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not full"
 
 test-all: lint  ## also the full product of methods, optimizers and wrappers
-	$(VENV)/bin/python -m pytest -n auto
+	$(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 tests = $(patsubst %,tests/%_test.py,$(1))
 LIBRARY := selection trees distributions schedules masks reference errors rules flops products
