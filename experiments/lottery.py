@@ -194,7 +194,7 @@ def train_level(
 def start_state(trainer: Trainer, seed: int, start: Start, masks: Any) -> State:
     """The state in which a level begins: masked weights, no moments, learning rate as told."""
     state = trainer.init(seed)
-    opt_state = gj.set_masks(state.opt_state, masks)
+    opt_state = gj.set_masks(state.opt_state, masks, trainer.settings.prunable)
     state = state._replace(
         step=jnp.int32(start.step),
         params=gj.apply_masks(start.weights.params, masks),

@@ -157,14 +157,19 @@ def pruned_masks(
 
 
 def under_masks(
-    optimizer: optax.GradientTransformation, state: State, masks: Any, kept: Any
+    optimizer: optax.GradientTransformation,
+    state: State,
+    masks: Any,
+    kept: Any,
+    prunable: gj.trees.Rules = (),
 ) -> State:
     """Puts a network under new masks; weights and moments outside ``kept`` become 0."""
     opt_state = optax.tree.map_params(
         optimizer, lambda x, k: jnp.where(k, x, jnp.zeros_like(x)), state.opt_state, kept
     )
     return state._replace(
-        params=gj.apply_masks(state.params, kept), opt_state=gj.set_masks(opt_state, masks)
+        params=gj.apply_masks(state.params, kept),
+        opt_state=gj.set_masks(opt_state, masks, prunable),
     )
 
 
@@ -238,7 +243,7 @@ def prune_and_train_on(
         num_keep = num_kept(num_live, branch.rate, plan.scope)
         grow = RULES[branch.rule]
         new, kept = pruned_masks(masks, state.params, num_keep, grow, grads, key, config.prunable)
-        start = under_masks(optimizer, state, new, kept)
+        start = under_masks(optimizer, state, new, kept, config.prunable)
         start = training.recalibrate(trainer, start, batches[: plan.recalibrate])
         live.append(int(gj.metrics.num_live(new, state.params, config.prunable).sum()))
         accuracies.append(trainer.evaluate(start)["test"])

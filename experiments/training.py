@@ -217,7 +217,7 @@ def make_trainer(
             )
         )
         params = gj.apply_masks(state.params, masks)
-        opt_state = gj.set_masks(state.opt_state, masks)
+        opt_state = gj.set_masks(state.opt_state, masks, config.prunable)
         effort = state.effort._replace(ratio=forward_ratio(params, opt_state))
         state = state._replace(params=params, opt_state=opt_state, effort=effort)
         return jax.device_put(state, _sharding())

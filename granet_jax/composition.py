@@ -52,7 +52,7 @@ def start_from(
             structures.check_counts(leaves, end[0](structures.shapes(leaves), end[1]), end[1])
         if masks is not None:
             given = check_masks(masks, params)
-            check_dense(given, params, prunable)
+            check_dense(given, leaves)
             if not is_dense:
                 _check_asked(given, sparsity, leaves)
             return given

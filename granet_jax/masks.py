@@ -5,7 +5,6 @@
 """
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -204,15 +203,7 @@ def regenerate(
             _refuse_structures("by_sign and redistribute", leaves)
         layout = structures.lay_out(leaves)
         live = _live(masks, layout, leaves)
-        parts = [live]
-        if by_sign:
-            weights = trees.split(params, leaves)
-            _refuse_complex("What by_sign splits", weights, leaves)
-            negative = blocks.to_blocks([w < 0 for w in weights], layout)
-            parts = [
-                [x & y for x, y in zip(live, negative, strict=True)],
-                [x & ~y for x, y in zip(live, negative, strict=True)],
-            ]
+        parts = _by_sign(live, params, layout, leaves) if by_sign else [live]
         num_live = [blocks.count(part, layout) for part in parts]
         num_dropped = [ceil_of_share(fraction(step), num) for num in num_live]
         drop_scores = _scores(drop, params, grads, key, leaves)
@@ -245,6 +236,17 @@ def regenerate(
     return mask_step
 
 
+def _by_sign(
+    live: list[jax.Array], params: PyTree, layout: blocks.Layout, leaves: tuple[trees.Leaf, ...]
+) -> list[list[jax.Array]]:
+    """Blocks of what is live, the negative weights apart from the others."""
+    weights = trees.split(params, leaves)
+    _refuse_complex("What by_sign splits", weights, leaves)
+    negative = blocks.to_blocks([w < 0 for w in weights], layout)
+    pairs = list(zip(live, negative, strict=True))
+    return [[x & y for x, y in pairs], [x & ~y for x, y in pairs]]
+
+
 # Operations that give the same bits in every kernel (a product and a sum may become one, and
 # complex numbers take both).
 _ARITHMETIC = frozenset({"abs", "convert_element_type", "mul", "neg"})
@@ -271,9 +273,13 @@ def _scores(
     if not is_lazy or any(x.structure is not None for x in leaves):
         stored = structures.gather(trees.split(score(params, grads, key), leaves), leaves)
         return [selection.Scores(lambda inputs: inputs[0], [x]) for x in stored]
-    given = [x for tree in (params, grads) if tree is not None for x in trees.split(tree, leaves)]
-    of_given = [x.prunable for x in leaves] * (1 if grads is None else 2)
-    stacks = dict(zip(itertools.compress(closed.jaxpr.invars, of_given), given, strict=True))
+    found = [pair for tree in (params, grads) for pair in trees.paths(tree).items()]
+    prunable = {x.path: x for x in leaves if x.prunable}
+    stacks = {
+        var: array.reshape(prunable[path].num_layers, *prunable[path].layer_shape)
+        for var, (path, array) in zip(closed.jaxpr.invars, found, strict=True)
+        if path in prunable
+    }
     constants = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     made_by = {x.outvars[0]: x for x in closed.eqns}
 
@@ -400,14 +406,14 @@ def masks_from_zeros(params: PyTree, prunable: trees.Rules = ()) -> PyTree:
     return trees.join([x != 0 for x in trees.split(params, leaves)], ones(params), leaves)
 
 
-def check_dense(masks: PyTree, params: PyTree, prunable: trees.Rules) -> None:
+def check_dense(masks: PyTree, leaves: tuple[trees.Leaf, ...]) -> None:
     """Refuses masks that switch off weights of leaves that are not prunable.
 
     Raises:
       ValueError: the message names the first such leaf. Traced masks pass unseen.
     """
     found = trees.paths(masks)
-    for leaf in trees.describe(params, prunable):
+    for leaf in leaves:
         mask = found[leaf.path]
         if leaf.prunable or not is_known(mask) or bool(jnp.all(mask)):
             continue

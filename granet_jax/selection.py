@@ -180,16 +180,7 @@ def top_k_of(
     # In a ranking of all, the entries of the layers before each one.
     before = np.zeros_like(sizes) if by_layer else np.cumsum(sizes) - sizes
     before_row = (before[layer] + np.concatenate([x.start for x in rows])).astype(np.uint32)
-    stored = [sortable.exactly(scores[i].computed(), dtype) for i in layout.together]
-    inputs = [[blocks.flat(x) for x in scores[i].inputs] for i in layout.alone]
-    inputs += [[x] for x in blocks.together(stored, layout)]
-    functions = [scores[i].of for i in layout.alone] + [lambda x: x[0]] * bool(stored)
-    marks = blocks.all_but_padding(layout) if eligible is None else eligible
-    given = [_Given(*x) for x in zip(inputs, marks, strict=True)]
-
-    def made(given: list[_Given]) -> list[_Block]:
-        pairs = zip(functions, given, strict=True)
-        return [_Block(sortable.exactly(of(x.inputs), dtype), x.eligible) for of, x in pairs]
+    made, given = _in_blocks(scores, layout, eligible, dtype)
 
     def best(given: list[_Given], cut: _Cut) -> list[jax.Array]:
         keys = jnp.broadcast_to(sortable.from_position(cut.key), sizes.shape)[layer]
@@ -216,6 +207,26 @@ def top_k_of(
     return _of_stored(
         lambda given: best(given, cut), lambda given: [_none(x) for x in made(given)], given
     )
+
+
+def _in_blocks(
+    scores: Sequence[Scores],
+    layout: blocks.Layout,
+    eligible: Sequence[jax.Array] | None,
+    dtype: np.dtype,
+) -> tuple[Callable[[list[_Given]], list[_Block]], list[_Given]]:
+    """What makes blocks of scores, and what of; those of small stacks are computed here."""
+    stored = [sortable.exactly(scores[i].computed(), dtype) for i in layout.together]
+    inputs = [[blocks.flat(x) for x in scores[i].inputs] for i in layout.alone]
+    inputs += [[x] for x in blocks.together(stored, layout)]
+    functions = [scores[i].of for i in layout.alone] + [lambda x: x[0]] * bool(stored)
+    marks = blocks.all_but_padding(layout) if eligible is None else eligible
+
+    def made(given: list[_Given]) -> list[_Block]:
+        pairs = zip(functions, given, strict=True)
+        return [_Block(sortable.exactly(of(x.inputs), dtype), x.eligible) for of, x in pairs]
+
+    return made, [_Given(*x) for x in zip(inputs, marks, strict=True)]
 
 
 def count(stacks: Sequence[jax.Array]) -> jax.Array:

@@ -243,8 +243,8 @@ def complete(masks: PyTree, params: PyTree, prunable: Rules) -> PyTree:
     """Masks with whole units: on where any weight of a unit is, of tied leaves any of a kernel.
 
     So vectors that the training left alone follow the kernels that rules tie them to. Put the
-    result into the optimizer with :func:`granet_jax.set_masks` and train on, for the outputs
-    change: a norm's offset of a dead channel was not 0.
+    result into the optimizer with :func:`granet_jax.set_masks`, with these rules, and train on, for
+    the outputs change: a norm's offset of a dead channel was not 0.
 
     Args:
       masks: bool tree of params.

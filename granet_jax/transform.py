@@ -265,9 +265,8 @@ def set_masks(opt_state: Any, masks: PyTree, prunable: trees.Rules = ()) -> Any:
       [[3.0, 0.0], [-2.0, 0.0]]
     """
     masks = check_masks(masks, get_masks(opt_state))
-    check_dense(
-        masks, jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, float), masks), prunable
-    )
+    floats = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, jnp.float32), masks)
+    check_dense(masks, trees.describe(floats, prunable))
 
     def replace(state: Any) -> Any:
         if not _is_sparse(state):

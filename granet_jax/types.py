@@ -80,9 +80,7 @@ class MaskState(NamedTuple):
     """State of the methods in this library; a method's own state may hold more after ``masks``."""
 
     masks: PyTree  # bool, shapes of params
-    key: (
-        jax.Array | None
-    )  # uint32 key data, into which events fold their step; None = draws nothing
+    key: jax.Array | None  # uint32, data of the key that events fold their step into; None = none
     explored: PyTree = None  # bool, weights that have been on at least once; None = not tracked
     average: PyTree = None  # running mean of dense gradients, float32 or wider; None = not tracked
 

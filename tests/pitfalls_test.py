@@ -47,6 +47,17 @@ def test_masks_in_another_order_find_their_layers():
     chex.assert_trees_all_equal(new, from_file(wanted))
 
 
+def test_gradients_in_another_order_find_their_layers():
+    keys = jax.random.split(KEY, 11)
+    params = [{"kernel": jnp.ones((4, 4))} for _ in keys]
+    grads = [{"kernel": jax.random.normal(key, (4, 4))} for key in keys]
+    masks = gj.random_masks(KEY, params, 0.5)
+    step = gj.regenerate(lambda step: 0.5)
+    wanted = step(masks, masks, params, grads, jnp.int32(1), None)
+    got = step(masks, masks, params, from_file(grads), jnp.int32(1), None)
+    chex.assert_trees_all_equal(got, wanted)
+
+
 def test_masks_of_layers_of_one_shape_in_another_order():
     params = [{"kernel": jnp.ones((4, 4))} for _ in range(11)]
     masks = [{"kernel": jnp.arange(16).reshape(4, 4) <= i} for i in range(11)]

@@ -247,7 +247,7 @@ def _prune_channels(
     for method, num_steps in ((granet, 9), (gj.static(), 3)):
         tx = gj.sparsify(inner, method)
         state = tx.init(params)
-        state = state if masks is None else gj.set_masks(state, masks)
+        state = state if masks is None else gj.set_masks(state, masks, channels)
         step = jax.jit(network.training_step(model, tx))
         for _ in range(num_steps):
             params, rest, state = step(params, rest, state, batch)

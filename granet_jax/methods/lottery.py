@@ -101,7 +101,7 @@ def prune(
         )
     masks = check_masks(masks, params)
     # A layer that a rule leaves out may be sparse from before.
-    check_dense(masks, params, [rule for rule in prunable if rule[1] is not False])
+    check_dense(masks, trees.describe(params, [x for x in prunable if x[1] is not False]))
     leaves = trees.describe(params, prunable)
     num_live = selection.count(structures.live_units(trees.split(masks, leaves), leaves))
     if not by_layer:
