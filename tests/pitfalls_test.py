@@ -309,3 +309,17 @@ def test_lottery_warns_of_a_layer_that_it_empties():
     ):
         masks = gj.lottery.prune(params, masks, fraction=0.5)
     gj.lottery.prune(params, masks, fraction=0.5)  # it was empty before
+
+
+def test_masks_of_tied_channels_are_put_in_by_their_rules():
+    rules = [("", gj.structures.channel(tie="a"))]
+    params = {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}
+    masks = {
+        "kernel": jnp.broadcast_to(jnp.array([True, False]), (4, 2)),
+        "bias": jnp.ones(2, bool),
+    }
+    masks = gj.structures.complete(masks, params, rules)
+    state = gj.sparsify(optax.sgd(0.1), gj.static()).init(params)
+    with pytest.raises(ValueError, match=r"mask of bias switches off 1 of 2 weights"):
+        gj.set_masks(state, masks)
+    chex.assert_trees_all_equal(gj.get_masks(gj.set_masks(state, masks, rules)), masks)
