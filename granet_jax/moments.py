@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from granet_jax import trees
+from granet_jax import jaxprs, trees
 from granet_jax.types import PyTree
 
 
@@ -131,14 +131,15 @@ def check_same_optimizer(state: Any, initial: Any, params: PyTree) -> None:
 def frozen(inner: optax.GradientTransformation, state: Any, params: PyTree) -> list[str]:
     """The paths of the parameters whose updates depend on nothing, as after ``set_to_zero``."""
     try:
-        jaxpr = jax.make_jaxpr(lambda g, s, p: inner.update(g, s, p)[0])(params, state, params)
+        trace = jax.make_jaxpr(lambda g, s, p: inner.update(g, s, p)[0])
+        jaxpr = jaxprs.opened(trace(params, state, params))
     except Exception:  # an optimizer that is told more than gradients: nothing is known
         return []
-    moving = set(map(id, jaxpr.jaxpr.invars))
-    for eqn in jaxpr.jaxpr.eqns:
+    moving = set(map(id, jaxpr.invars))
+    for eqn in jaxpr.eqns:
         if any(id(x) in moving for x in eqn.invars):
             moving.update(map(id, eqn.outvars))
-    pairs = zip(trees.paths(params), jaxpr.jaxpr.outvars, strict=False)
+    pairs = zip(trees.paths(params), jaxpr.outvars, strict=False)
     return [path for path, var in pairs if id(var) not in moving]
 
 

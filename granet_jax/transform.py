@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from granet_jax import moments, trees
+from granet_jax import jaxprs, moments, trees
 from granet_jax.masks import apply_masks, check_dense, check_masks
 from granet_jax.types import Method, PyTree, SparseState
 
@@ -353,8 +353,8 @@ def _check_frozen(
     if not (never := moments.frozen(inner, state, params)):
         return
     step = jnp.zeros([], jnp.int32)
-    state_after = jax.make_jaxpr(lambda s, p: method.update(s, p, p, step)[0][0])
-    jaxpr = state_after(method_state, params).jaxpr
+    masks_after = jax.make_jaxpr(lambda s, p: method.update(s, p, p, step)[0][0])
+    jaxpr = jaxprs.opened(masks_after(method_state, params))
     changed = [
         path
         for path, before, after in zip(
