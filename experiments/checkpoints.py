@@ -68,6 +68,19 @@ def save(
     )
 
 
+def shapes(manager: ocp.CheckpointManager, step: int) -> Any:
+    """What the checkpoint of a step tells of its state before anything is read, a tree.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
+    where = manager.directory / str(step)
+    try:
+        return manager.item_metadata(step)["state"].tree
+    except (AttributeError, KeyError, OSError) as error:
+        raise ValueError(f"{where} cannot be read: {error!r}. {_OTHERWISE}") from error
+
+
 def restore(
     manager: ocp.CheckpointManager,
     step: int,
@@ -90,7 +103,7 @@ def restore(
     """
     where = manager.directory / str(step)
     try:
-        saved = manager.item_metadata(step)["state"].tree
+        saved = shapes(manager, step)
         _check(where, saved, jax.tree.map(_as_saved, example))  # before anything is read
         by_path = gj.trees.paths(example)
         wanted = jax.tree.unflatten(

@@ -57,6 +57,11 @@ def _define_flags() -> None:
         d.block_kernel,
         "dense layers multiply only by blocks that are on; see train --help",
     )
+    flags.DEFINE_boolean(
+        "compact",
+        d.compact,
+        "train live weights alone; see train --help",
+    )
     flags.DEFINE_integer(
         "update_every", d.update_every, "steps between mask updates (Delta T)", lower_bound=1
     )
@@ -107,7 +112,7 @@ def main(argv: list[str]) -> None:
         out_dir = pathlib.Path(given.out_dir or f"runs/lm-{given.size}-{given.sparsity:g}")
         references = {
             name: lm_run.read_masks(
-                pathlib.Path(given.reference) / name / "masks.npz", trainer.abstract_state.params
+                pathlib.Path(given.reference) / name / "masks.npz", trainer.abstract_params
             )
             for name, trainer in zip(names, trainers, strict=True)
             if given.reference

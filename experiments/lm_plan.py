@@ -46,7 +46,11 @@ def plan(trainer: Trainer) -> Plan:
         (TEXT_BYTES,), jnp.uint8, sharding=trainer.abstract_state.step.sharding
     )
     started = time.perf_counter()
-    compiled = trainer.chunk.lower(trainer.abstract_state, text).compile()
+    if trainer.family.two_programs:  # the step of nearly all: without an event
+        lowered = trainer.step.lower(trainer.abstract_state, text, False)
+    else:
+        lowered = trainer.chunk.lower(trainer.abstract_state, text)
+    compiled = lowered.compile()
     seconds = time.perf_counter() - started
     stats = compiled.memory_analysis()
     memory = {
@@ -60,7 +64,7 @@ def plan(trainer: Trainer) -> Plan:
         + stats.temp_size_in_bytes,
         "peak": stats.peak_memory_in_bytes,  # on CPU without the temporaries
     }
-    leaves = gj.trees.describe(trainer.abstract_state.params, lm_training.PRUNABLE)
+    leaves = gj.trees.describe(trainer.abstract_params, lm_training.PRUNABLE)
     mesh = " x ".join(f"{size} {name}" for name, size in trainer.mesh.shape.items())
     config = trainer.config
     return Plan(

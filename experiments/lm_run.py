@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import granet_jax as gj
-from experiments import checkpoints, distributed, files, lm_training, methods, text
+from experiments import checkpoints, distributed, files, lm_training, methods, text, weights
 from experiments.lm_training import State, Trainer
 from experiments.run import check_finite, check_sparse
 
@@ -60,6 +60,10 @@ def run(
     """
     config = trainer.config
     num = lm_training.num_validation_windows(config)
+
+    def masks_of(state: State) -> Any:
+        return trainer.family.masks(state.params, state.opt_state)
+
     text.check_length(data, config.context + 1)
     with (
         files.opened(out_dir, config._asdict(), resume, config._field_defaults),
@@ -74,21 +78,26 @@ def run(
         if kept is None:
             state = trainer.init()
         else:
-            state, notes = checkpoints.restore(manager, kept, trainer.abstract_state, {"spent": ()})
+            example = trainer.abstract_state
+            if trainer.family.two_programs:
+                example = weights.with_capacity(example, checkpoints.shapes(manager, kept))
+            state, notes = checkpoints.restore(manager, kept, example, {"spent": ()})
             spent = notes["spent"]
         history = files.rewind(out_dir, kept or 0, config.eval_every)
         files.write_about(out_dir, _layers(trainer), facts)
         saved_at = time.monotonic()
         last_step = config.total_steps if stop_at is None else stop_at
         for step in range(int(state.step), last_step, config.eval_every):
-            old_masks = jax.tree.map(jnp.copy, gj.get_masks(state.opt_state))
+            old_masks = jax.tree.map(jnp.copy, masks_of(state))
             started = time.perf_counter()
             state, log = trainer.chunk(state, train_text)
             losses = np.asarray(log.loss)
             seconds = time.perf_counter() - started
-            measured = _numbers(old_masks, gj.get_masks(state.opt_state), state.params)
+            measured = _numbers(old_masks, masks_of(state), state.params)
             check_finite(losses, int(measured["nonfinite"]), step, manager)
             check_sparse(state, manager)
+            if trainer.family.two_programs:
+                state = weights.shrunk(state)
             spent += float(np.asarray(log.forward).sum(dtype=np.float64))
             record = _record(trainer, state, losses, spent, seconds, measured)
             record["validation"] = trainer.evaluate(state, windows)
@@ -99,7 +108,7 @@ def run(
             if distributed.agree(due):  # clocks differ
                 checkpoints.save(manager, int(record["step"]), state, {"spent": spent}, None)
                 saved_at = time.monotonic()
-        masks = _whole(gj.get_masks(state.opt_state))
+        masks = _whole(masks_of(state))
         if jax.process_index() == 0:
             _write_masks(out_dir / "masks.npz", masks)
     return Result(state, masks, history)
@@ -107,7 +116,7 @@ def run(
 
 def _layers(trainer: Trainer) -> list[dict[str, Any]]:
     """What there is to know of each leaf before training."""
-    leaves = gj.trees.describe(trainer.abstract_state.params, lm_training.PRUNABLE)
+    leaves = gj.trees.describe(trainer.abstract_params, lm_training.PRUNABLE)
     return [
         {
             "path": leaf.path,
@@ -123,9 +132,10 @@ def _layers(trainer: Trainer) -> list[dict[str, Any]]:
 @jax.jit
 def _numbers(old_masks: Any, masks: Any, params: Any) -> dict[str, jax.Array]:
     rules = lm_training.PRUNABLE
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), masks)
     return {
-        "sparsity": gj.metrics.sparsity(masks, params, rules),
-        "live": jnp.sum(gj.metrics.num_live(masks, params, rules)),
+        "sparsity": gj.metrics.sparsity(masks, shapes, rules),
+        "live": jnp.sum(gj.metrics.num_live(masks, shapes, rules)),
         "grown": gj.metrics.num_grown(old_masks, masks),
         "nonfinite": gj.metrics.num_nonfinite(params),
     }

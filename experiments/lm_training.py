@@ -1,5 +1,6 @@
 """A language model made ready for sparse training: compiled steps on a mesh of devices."""
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import granet_jax as gj
-from experiments import methods
+from experiments import methods, weights
 from experiments.models import transformer
 
 PRUNABLE: gj.trees.Rules = (("^blocks/", gj.Stacked(1)),)  # each layer of a stack is a layer
@@ -47,6 +48,7 @@ class Config(NamedTuple):
     sparsity: float = 0.8
     structure: str = "none"
     block_kernel: bool = False
+    compact: bool = False
     update_every: int = 20
     prune_until: float = 0.5
     eval_every: int = 50
@@ -84,9 +86,12 @@ class Trainer(NamedTuple):
     config: Config
     mesh: Mesh
     abstract_state: State  # ShapeDtypeStructs with shardings
+    abstract_params: Any  # the dense weights
+    family: weights.Family  # what state.params are, and where the masks
     costs: gj.flops.Costs  # of the dense network, for one window
     init: Callable[[], State]
-    chunk: Any  # jitted: (state, text) -> (state, Log); eval_every steps, the state is donated
+    chunk: Any  # (state, text) -> (state, Log); eval_every steps, the state is donated
+    step: Any  # jitted: (state, text, event) -> (state, Log), one step, the state is donated
     evaluate: Callable[[State, jax.Array], float]  # (state, windows) -> bits per byte
     place: Callable[[np.ndarray], jax.Array]  # a copy on each device
 
@@ -139,61 +144,84 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
     costs = gj.flops.count(lambda p, x: counted.apply({"params": p}, x), abstract_params, window)
     # The methods' keys are in the state; the one given here is not used again.
     method = _make_method(config, jax.random.key(0))
-    update = _make_optimizer(config, method).update
+    slots = weights.slots(config, method, abstract_params, _rules(config))
+    update = _make_optimizer(config, method, slots).update
+    family = weights.masked(method) if slots is None else weights.live(method)
 
-    def forward_ratio(opt_state: Any) -> jax.Array:
-        masks = gj.get_masks(opt_state)
+    def forward_ratio(params: Any, opt_state: Any) -> jax.Array:
+        masks = family.masks(params, opt_state)
         densities = gj.metrics.densities(masks, abstract_params, PRUNABLE)
         return jnp.asarray(gj.flops.ratio(costs, densities), jnp.float32)
 
     def init() -> State:
         key = jax.random.key(config.seed)
         params = init_params(jax.random.fold_in(key, 0))
-        tx = _make_optimizer(config, _make_method(config, jax.random.fold_in(key, 1)))
-        opt_state = tx.init(params)
-        params = gj.apply_masks(params, gj.get_masks(opt_state))
+        method = _make_method(config, jax.random.fold_in(key, 1))
+        family = weights.masked(method) if slots is None else weights.live(method)
+        params, opt_state = family.start(params, _make_optimizer(config, method, slots))
         step = jnp.zeros([], jnp.int32)
-        return State(step, params, opt_state, forward_ratio(opt_state), jax.random.fold_in(key, 2))
+        forward = forward_ratio(params, opt_state)
+        return State(step, params, opt_state, forward, jax.random.fold_in(key, 2))
 
-    def loss_fn(params: Any, windows: jax.Array, masks: Any) -> jax.Array:
+    def loss_fn(params: Any, windows: jax.Array, masks: Any) -> tuple[jax.Array, None]:
         windows = jax.lax.with_sharding_constraint(
             windows.astype(jnp.int32), NamedSharding(mesh, PartitionSpec(_BATCH))
         )
         logits = model.apply({"params": params, **masks}, windows[:, :-1])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
-        return jnp.mean(losses)
+        return jnp.mean(losses), None
 
-    def one_step(state: State, text: jax.Array) -> tuple[State, Log]:
+    def one_step(state: State, text: jax.Array, event: bool | None) -> tuple[State, Log]:
         key = jax.random.fold_in(state.key, state.step)
         windows = draw_windows(key, text, config.batch_size, config.context + 1)
         step = state.step + 1
         is_update_step = method.is_update_step(step)
+        held = state.params, state.opt_state
         with methods.products(config, state.opt_state, is_update_step) as masks:
-            loss, grads = jax.value_and_grad(loss_fn)(state.params, windows, masks)
-        updates, opt_state = update(grads, state.opt_state, state.params)
+            (loss, _), grads, told = family.gradients(loss_fn, event, *held, windows, masks)
+        updates, opt_state = update(grads, state.opt_state, state.params, **told)
         params = optax.apply_updates(state.params, updates)
-        forward = jax.lax.cond(
-            is_update_step, lambda: forward_ratio(opt_state), lambda: state.forward
-        )
+        forward = state.forward
+        if event is None:
+            forward = jax.lax.cond(
+                is_update_step, lambda: forward_ratio(params, opt_state), lambda: state.forward
+            )
+        elif event:
+            forward = forward_ratio(params, opt_state)
         return State(step, params, opt_state, forward, state.key), Log(loss, state.forward)
 
     abstract_state = jax.eval_shape(init)
     of_params = jax.tree_util.tree_map_with_path(
         lambda path, x: _sharding_of(mesh, "/".join(gj.trees.names(path)), x), abstract_params
     )
-    shardings = gj.sharding.like_params(abstract_state, abstract_params, of_params)
+    if slots is None:
+        shardings = gj.sharding.like_params(abstract_state, abstract_params, of_params)
+    else:
+        of_slots = _shardings_of_slots(mesh, abstract_state, of_params)
+        shardings = gj.sharding.like_params(abstract_state, abstract_state.params, of_slots)
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def chunk(state: State, text: jax.Array) -> tuple[State, Log]:
-        return jax.lax.scan(lambda s, _: one_step(s, text), state, length=config.eval_every)
+    def scanned(state: State, text: jax.Array) -> tuple[State, Log]:
+        return jax.lax.scan(lambda s, _: one_step(s, text, None), state, length=config.eval_every)
+
+    compiled = functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, everywhere))
+    step = compiled(one_step, static_argnums=2)
+
+    def looped(state: State, text: jax.Array) -> tuple[State, Log]:
+        logs = []
+        for event in weights.events(family, int(state.step), config.eval_every):
+            state, log = step(state, text, event)
+            logs.append(log)
+        return state, jax.tree.map(lambda *x: jnp.stack(x), *logs)
 
     @jax.jit
-    def losses_of(params: Any, windows: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda batch: loss_fn(params, batch, {}), windows)
+    def losses_of(params: Any, opt_state: Any, windows: jax.Array) -> jax.Array:
+        loss = family.through(lambda params, batch: loss_fn(params, batch, {})[0])
+        return jax.lax.map(lambda batch: loss(params, opt_state, batch), windows)
 
     def evaluate(state: State, windows: jax.Array) -> float:
         batches = windows.reshape(-1, config.batch_size, config.context + 1)
-        losses = np.asarray(losses_of(state.params, batches))
+        losses = np.asarray(losses_of(state.params, state.opt_state, batches))
         return float(losses.mean(dtype=np.float64)) / math.log(2)
 
     return Trainer(
@@ -204,9 +232,12 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
             abstract_state,
             shardings,
         ),
+        abstract_params,
+        family,
         costs,
         jax.jit(init, out_shardings=shardings),
-        jax.jit(chunk, donate_argnums=0, out_shardings=(shardings, everywhere)),
+        looped if family.two_programs else compiled(scanned),
+        step,
         evaluate,
         lambda x: jax.make_array_from_process_local_data(everywhere, x, x.shape),
     )
@@ -240,7 +271,7 @@ def _make_method(config: Config, key: jax.Array) -> gj.Method:
         prune_end_step=max(1, round(config.prune_until * config.total_steps)),
         total_steps=config.total_steps,
         initial_threshold=0.0,  # only of methods that are not in METHODS
-        prunable=[("^blocks/", gj.Stacked(1, structure))],
+        prunable=_rules(config),
         start=gj.erk if structure is None else gj.uniform,
         key=key,
     )
@@ -249,12 +280,19 @@ def _make_method(config: Config, key: jax.Array) -> gj.Method:
     return method
 
 
-def _make_optimizer(config: Config, method: gj.Method) -> optax.GradientTransformation:
+def _rules(config: Config) -> gj.trees.Rules:
+    structure = methods.parse_structure(config.structure, config.sparsity)
+    return (("^blocks/", gj.Stacked(1, structure)),)
+
+
+def _make_optimizer(
+    config: Config, method: gj.Method, slots: weights.Slots | None
+) -> optax.GradientTransformation:
     inner = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(learning_rate(config), b2=0.95, weight_decay=0.1, mask=_matrices),
     )
-    return gj.sparsify(inner, method)
+    return slots.sparsify(inner, method) if slots else gj.sparsify(inner, method)
 
 
 def _matrices(params: Any) -> Any:
@@ -276,6 +314,27 @@ def _sharding_of(mesh: Mesh, path: str, leaf: jax.ShapeDtypeStruct) -> NamedShar
                 f"({' x '.join(names)}). Choose another mesh."
             )
     return NamedSharding(mesh, spec)
+
+
+def _shardings_of_slots(mesh: Mesh, abstract_state: Any, of_params: Any) -> Any:
+    """Where slots lie: shared like their leaf where the mesh divides the layers, else copied.
+
+    Indices within a layer are numbers of the whole, so slots of one layer stay together.
+    """
+    layouts = gj.compact.get_layouts(abstract_state.opt_state)
+    names = ("fsdp", "tensor")
+    parts = math.prod(mesh.shape[name] for name in names)
+    dense = gj.trees.paths(of_params)
+
+    def sharding(path: str, leaf: Any) -> NamedSharding:
+        if path not in layouts:
+            return dense[path]
+        spec = PartitionSpec(names) if leaf.shape[0] % parts == 0 else PartitionSpec()
+        return NamedSharding(mesh, spec)
+
+    held = gj.trees.paths(abstract_state.params)
+    each = [sharding(path, leaf) for path, leaf in held.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract_state.params), each)
 
 
 def _check(config: Config, mesh: Mesh) -> None:

@@ -57,6 +57,7 @@ _FIXED: dict[str, Any] = {
     "method": "dense",
     "sparsity": 0.0,
     "update_every": 1,
+    "compact": False,
     "prune_until": 0.5,
     "penalty": -1.0,
     "initial_threshold": -10.0,

@@ -1,54 +1,23 @@
 """The optimizer that the settings describe, made sparse by the method they name."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Collection
+from typing import Any
 
 import jax
 import optax
 
 import granet_jax as gj
-from experiments import methods
+from experiments import methods, weights
 from experiments.settings import Settings
+from experiments.weights import Family, Slots
 
 
-class Family(NamedTuple):
-    """How parameters are held while a method trains them."""
-
-    start: Callable[[Any, optax.GradientTransformation], tuple[Any, Any]]
-    """(initial weights, optimizer) -> what is trained, optimizer state"""
-    weights: Callable[[Any], Any]  # what is trained -> what the network uses
-    masks: Callable[[Any, Any], Any]  # (what is trained, optimizer state) -> masks
-    explored: Callable[[Any], Any]  # optimizer state -> union of all masks; None = not tracked
-    is_update_step: Callable[[Any], Any]  # step -> whether FLOPs are measured anew after it
-
-
-def family_of(method: methods.SparseMethod, update_every: int) -> Family:
-    """Masks in the optimizer's state, or thresholds beside the weights."""
-    if isinstance(method, gj.Method):
-
-        def start(params: Any, tx: optax.GradientTransformation) -> tuple[Any, Any]:
-            opt_state = tx.init(params)
-            return gj.apply_masks(params, gj.get_masks(opt_state)), opt_state
-
-        return Family(
-            start,
-            lambda params: params,
-            lambda _, opt_state: gj.get_masks(opt_state),
-            lambda opt_state: gj.get_method_state(opt_state).explored,
-            method.is_update_step,
-        )
-
-    def start_pair(params: Any, tx: optax.GradientTransformation) -> tuple[Any, Any]:
-        pair = (params, method.init(params))
-        return pair, tx.init(pair)
-
-    return Family(
-        start_pair,
-        lambda pair: method.effective(*pair),
-        lambda pair, _: method.masks(*pair),
-        lambda opt_state: None,
-        gj.every(update_every),
-    )
+def family_of(method: methods.SparseMethod, config: Settings, slots: Slots | None) -> Family:
+    """How the weights are held that the method trains."""
+    if not isinstance(method, gj.Method):
+        return weights.thresholds(method, config.update_every)
+    return weights.masked(method) if slots is None else weights.live(method)
 
 
 def make_method(config: Settings, steps_per_epoch: int, key: jax.Array) -> methods.SparseMethod:
@@ -77,11 +46,15 @@ def make_method(config: Settings, steps_per_epoch: int, key: jax.Array) -> metho
 
 
 def make_optimizer(
-    config: Settings, steps_per_epoch: int, method: methods.SparseMethod
+    config: Settings,
+    steps_per_epoch: int,
+    method: methods.SparseMethod,
+    slots: Slots | None = None,
 ) -> optax.GradientTransformation:
-    """Wraps SGD or AdamW in ``gj.sparsify``, or in ``gj.reparam.penalise``."""
+    """Wraps SGD or AdamW in ``gj.sparsify`` (of slots, if given) or ``gj.reparam.penalise``."""
     schedule = learning_rate(config, steps_per_epoch)
-    decayed = None if config.decay_all else _kernels
+    compact = slots.capacity if slots else ()
+    decayed = None if config.decay_all else functools.partial(_kernels, compact)
     if config.optimizer == "adamw":
         inner = optax.adamw(schedule, weight_decay=config.weight_decay, mask=decayed)
     else:
@@ -90,7 +63,7 @@ def make_optimizer(
             optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
         )
     if isinstance(method, gj.Method):
-        return gj.sparsify(inner, method)
+        return slots.sparsify(inner, method) if slots else gj.sparsify(inner, method)
     return gj.reparam.penalise(inner, method, coefficient(config, steps_per_epoch))
 
 
@@ -126,5 +99,7 @@ def learning_rate(config: Settings, steps_per_epoch: int) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup_steps])
 
 
-def _kernels(params: Any) -> Any:
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
+def _kernels(compact: Collection[str], params: Any) -> Any:
+    """Which leaves are kernels: slots are, too."""
+    kernels = [p.ndim >= 2 or path in compact for path, p in gj.trees.paths(params).items()]
+    return jax.tree.unflatten(jax.tree.structure(params), kernels)

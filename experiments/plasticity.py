@@ -58,6 +58,7 @@ _UNUSED: dict[str, Any] = {  # settings that are no flags here
     "method": "static",
     "sparsity": 0.0,
     "update_every": 1,
+    "compact": False,
     "prune_until": 0.5,
     "penalty": 0.0,
     "initial_threshold": 0.0,

@@ -32,6 +32,7 @@ from experiments import (
     report,
     settings,
     training,
+    weights,
 )
 from experiments.settings import Settings
 from experiments.training import State, Trainer
@@ -149,8 +150,8 @@ def run_trainer(
         finally:
             if jax.process_index() == 0 and files.read_history(out_dir):
                 report.write(out_dir / "report.html", {config.method: [out_dir]})
-    weights, masks = trainer.family.weights(state.params), _masks(trainer, state)
-    return Result(state, weights, masks, history, shortfall)
+    dense = trainer.family.weights(state.params, state.opt_state)
+    return Result(state, dense, _masks(trainer, state), history, shortfall)
 
 
 def _shortfall(trainer: Trainer, state: State, last: files.Record) -> str:
@@ -172,8 +173,8 @@ def _shortfall(trainer: Trainer, state: State, last: files.Record) -> str:
 
 def _layers(trainer: Trainer, state: State) -> list[dict[str, Any]]:
     """What there is to know of each leaf before training."""
-    weights = trainer.family.weights(state.params)
-    leaves = gj.trees.describe(weights, trainer.settings.prunable)
+    dense = jax.eval_shape(trainer.family.weights, state.params, state.opt_state)
+    leaves = gj.trees.describe(dense, trainer.settings.prunable)
     return [
         {
             "path": leaf.path,
@@ -203,7 +204,10 @@ def _start(trainer: Trainer, manager: Any, stream: Any) -> tuple[State, _Epoch]:
     needed: dict[str, Sequence[str]] = {"stream": ()} if stream else {}
     if step % trainer.steps_per_epoch:
         needed["epoch"] = _Epoch._fields
-    state, notes = checkpoints.restore(manager, step, trainer.abstract_state, needed)
+    example = trainer.abstract_state
+    if trainer.family.two_programs:
+        example = weights.with_capacity(example, checkpoints.shapes(manager, step))
+    state, notes = checkpoints.restore(manager, step, example, needed)
     if stream:
         stream.set_state(notes["stream"])
     summed = (notes["epoch"][name] for name in needed.get("epoch", ()))
@@ -236,6 +240,8 @@ def _train(
         measured = _measure(trainer, old_masks, state)
         check_finite(losses, int(measured["nonfinite"]), step, manager, trainer.steps_per_epoch)
         check_sparse(state, manager)
+        if trainer.family.two_programs:
+            state = weights.shrunk(state)
         step += num_steps
         epoch = _Epoch(
             epoch.steps + num_steps,
@@ -368,6 +374,9 @@ def check_sparse(state: Any, manager: Any = None) -> None:
     """
     if isinstance(state.opt_state, gj.reparam.PenaltyState):
         return  # masks follow from the weights
+    if isinstance(state.opt_state, gj.compact.CompactState):
+        gj.compact.check(state.opt_state)
+        return
     if not int(_num_odd(state.params, state.opt_state)):
         return
     try:

@@ -77,6 +77,11 @@ class Settings:
         "--structure=block:RxC on one GPU (elsewhere simulated, slowly)",
         False,
     )
+    compact: bool = _flag(
+        "train live weights alone: time and memory are theirs; for methods that look at dense "
+        "gradients at mask updates only",
+        False,
+    )
     prune_until: float = _flag(
         "gradual pruning ends at this fraction of training", 0.5, low=0, high=1
     )

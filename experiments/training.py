@@ -3,7 +3,7 @@
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import granet_jax as gj
-from experiments import augment, data, methods, models, optimizers, streams
+from experiments import augment, data, methods, models, optimizers, streams, weights
 from experiments.models import layers
 from experiments.settings import Settings
 from experiments.streams import Batch, Stream
@@ -52,7 +52,7 @@ class Trainer(NamedTuple):
     steps_per_epoch: int
     costs: gj.flops.Costs  # of the dense network, for one image
     abstract_state: State  # ShapeDtypeStructs with shardings
-    family: optimizers.Family  # what state.params are, and where the masks
+    family: weights.Family  # what state.params are, and where the masks
     init: Callable[[int], State]  # seed -> state
     open_stream: Callable[[int], Any]  # seed -> an iterator of batches; None for data in memory
     run: Callable[[State, Any, int], tuple[State, jax.Array]]  # (.., stream, steps) -> .., losses
@@ -102,8 +102,6 @@ def make_trainer(
     make_method = functools.partial(optimizers.make_method, config, steps_per_epoch)
     # The methods' keys are in the state; the one given here is not used again.
     method = make_method(jax.random.key(0))
-    update = optimizers.make_optimizer(config, steps_per_epoch, method).update
-    family = optimizers.family_of(method, config.update_every)
 
     def apply(params: Any, model_state: Any, x: jax.Array, train: bool, **rest: Any) -> Any:
         return model.apply({"params": params, **model_state}, x, **_told(model, train), **rest)
@@ -123,6 +121,9 @@ def make_trainer(
         return params, variables
 
     abstract_params, abstract_rest = jax.eval_shape(init_model, jax.random.key(0))
+    slots = weights.slots(config, method, abstract_params, config.prunable)
+    update = optimizers.make_optimizer(config, steps_per_epoch, method, slots).update
+    family = optimizers.family_of(method, config, slots)
     costs = gj.flops.count(
         lambda params, rest, x: apply(params, rest, x, False),
         abstract_params,
@@ -139,8 +140,8 @@ def make_trainer(
         key = jax.random.key(seed)
         params, model_state = init_model(jax.random.fold_in(key, 0))
         method = make_method(jax.random.fold_in(key, 1))
-        tx = optimizers.make_optimizer(config, steps_per_epoch, method)
-        params, opt_state = optimizers.family_of(method, config.update_every).start(params, tx)
+        tx = optimizers.make_optimizer(config, steps_per_epoch, method, slots)
+        params, opt_state = optimizers.family_of(method, config, slots).start(params, tx)
         step = jnp.zeros([], jnp.int32)
         effort = Effort(forward_ratio(params, opt_state), step, jnp.zeros([]))
         return State(step, params, model_state, opt_state, effort, jax.random.fold_in(key, 2))
@@ -151,7 +152,7 @@ def make_trainer(
         is_update_step = family.is_update_step(state.step + 1)
         with methods.products(config, state.opt_state, is_update_step) as masks:
             logits, model_state = forward(
-                family.weights(params),
+                params,
                 {**state.model_state, **masks},
                 batch.images,
                 True,
@@ -163,28 +164,37 @@ def make_trainer(
         losses = optax.softmax_cross_entropy(logits.astype(jnp.float32), labels)
         return jnp.mean(losses), model_state
 
-    def loss_and_grads(state: State, batch: Batch) -> Any:
-        return jax.value_and_grad(loss_fn, has_aux=True)(state.params, state, batch)
+    def gradients(state: State, batch: Batch, event: bool | None) -> Any:
+        held = state.params, state.opt_state
+        without = state._replace(params=None)  # nothing but the weights is differentiated
+        return family.gradients(loss_fn, event, *held, without, batch)
 
-    def step(state: State, batch: Batch) -> tuple[State, jax.Array]:
+    def step(state: State, batch: Batch, event: bool | None = None) -> tuple[State, jax.Array]:
         key = jax.random.fold_in(_key_of_step(state), 1)
         images = augment.AUGMENTATIONS[config.augment](key, batch.images)
-        (loss, model_state), grads = loss_and_grads(state, Batch(images, batch.labels))
-        updates, opt_state = update(grads, state.opt_state, state.params)
+        (loss, model_state), grads, told = gradients(state, Batch(images, batch.labels), event)
+        updates, opt_state = update(grads, state.opt_state, state.params, **told)
         params = optax.apply_updates(state.params, updates)
         t = state.step + 1
-        effort = jax.lax.cond(
-            family.is_update_step(t),
-            lambda: Effort(forward_ratio(params, opt_state), t, _spent(state.effort, t)),
-            lambda: state.effort,
-        )
+
+        def measured() -> Effort:
+            return Effort(forward_ratio(params, opt_state), t, _spent(state.effort, t))
+
+        effort = state.effort
+        if event is None:
+            effort = jax.lax.cond(family.is_update_step(t), measured, lambda: state.effort)
+        elif event:
+            effort = measured()
         return State(t, params, model_state, opt_state, effort, state.key), loss
+
+    def num_correct_of(params: Any, state: State, batch: Batch) -> jax.Array:
+        logits = forward(params, state.model_state, batch.images, False)
+        return jnp.sum(jnp.argmax(logits, axis=-1) == batch.labels)
 
     @jax.jit
     def num_correct(state: State, batch: Batch) -> jax.Array:
-        weights = family.weights(state.params)
-        logits = forward(weights, state.model_state, batch.images, False)
-        return jnp.sum(jnp.argmax(logits, axis=-1) == batch.labels)
+        count = family.through(num_correct_of)
+        return count(state.params, state.opt_state, state._replace(params=None), batch)
 
     def accuracy(state: State, split: Batch | Stream) -> float:
         batches = data.host_batches(split, config.batch_size)
@@ -229,11 +239,11 @@ def make_trainer(
     open_stream: Callable[[int], Any] = lambda seed: None  # noqa: E731
     if isinstance(dataset.train, Stream):
         open_stream = functools.partial(streams.shuffled, dataset.train, config.batch_size)
-        run = _run_stream(step)
+        run = _run_stream(step, family)
     else:
         example = Batch(*(array[: config.batch_size] for array in dataset.train))
-        scan = scan_is_fast(loss_fn, abstract_state.params, abstract_state, example)
-        run = _run_memory(step, placed(dataset.train), config.batch_size, scan)
+        scan = scan_is_fast(loss_fn, abstract_params, abstract_state, example)
+        run = _run_memory(step, family, placed(dataset.train), config.batch_size, scan)
     return Trainer(
         config,
         data.facts(dataset),
@@ -246,7 +256,7 @@ def make_trainer(
         run,
         lambda state: {k: accuracy(state, split) for k, split in dataset.held_out.items()},
         step,
-        loss_and_grads,
+        lambda state, batch: gradients(state, batch, None)[:2],
     )
 
 
@@ -289,7 +299,7 @@ def scan_is_fast(loss_fn: Callable[..., Any], *args: Any) -> bool:
 
 
 def _run_memory(
-    step: Callable[..., Any], split: Batch, batch_size: int, scan: bool
+    step: Callable[..., Any], family: weights.Family, split: Batch, batch_size: int, scan: bool
 ) -> Callable[..., Any]:
     """Steps over data that lie on the devices, in a new order in each epoch."""
     steps_per_epoch = len(split.labels) // batch_size
@@ -301,32 +311,47 @@ def _run_memory(
         order = jax.random.permutation(key, len(split.labels))
         return order[: steps_per_epoch * batch_size].reshape(steps_per_epoch, -1)
 
-    def one(state: State, split: Batch, order: jax.Array) -> tuple[State, jax.Array]:
+    def one(
+        state: State, split: Batch, order: jax.Array, event: bool | None = None
+    ) -> tuple[State, jax.Array]:
         indices = order[state.step % steps_per_epoch]
         indices = jax.lax.with_sharding_constraint(indices, _sharding("data"))
-        return step(state, Batch(split.images[indices], split.labels[indices]))
+        return step(state, Batch(split.images[indices], split.labels[indices]), event)
 
     @functools.partial(donated, static_argnums=3)
     def scanned(state: State, split: Batch, order: jax.Array, num_steps: int) -> Any:
         return jax.lax.scan(lambda s, _: one(s, split, order), state, length=num_steps)
 
-    jitted = donated(one)
+    jitted = donated(one, static_argnums=3)
 
     def looped(state: State, split: Batch, order: jax.Array, num_steps: int) -> Any:
-        return _loop(lambda s, _: jitted(s, split, order), state, range(num_steps))
+        events = _events(family, state, num_steps)
+        return _loop(lambda s, event: jitted(s, split, order, event), state, events)
 
-    steps = scanned if scan else looped
+    steps = scanned if scan and not family.two_programs else looped
     return lambda state, _, num_steps: steps(state, split, order_of_epoch(state), num_steps)
 
 
-def _run_stream(step: Callable[..., Any]) -> Callable[..., Any]:
+def _run_stream(step: Callable[..., Any], family: weights.Family) -> Callable[..., Any]:
     """Steps over batches that come from the host."""
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=_sharding())
+    jitted = jax.jit(step, donate_argnums=0, static_argnums=2, out_shardings=_sharding())
 
-    def one(state: State, batch: Batch) -> tuple[State, jax.Array]:
-        return jitted(state, _place(batch))
+    def one(state: State, given: tuple[Batch, bool | None]) -> tuple[State, jax.Array]:
+        batch, event = given
+        return jitted(state, _place(batch), event)
 
-    return lambda state, stream, n: _loop(one, state, itertools.islice(stream, n))
+    def steps(state: State, stream: Any, num_steps: int) -> tuple[State, jax.Array]:
+        batches = itertools.islice(stream, num_steps)
+        return _loop(one, state, zip(batches, _events(family, state, num_steps), strict=True))
+
+    return steps
+
+
+def _events(family: weights.Family, state: State, num_steps: int) -> Sequence[bool | None]:
+    """What each of the next steps is told: whether it is an event, where programs differ by it."""
+    if not family.two_programs:
+        return [None] * num_steps
+    return weights.events(family, int(state.step), num_steps)
 
 
 def _loop(one: Callable[..., Any], state: State, inputs: Iterable[Any]) -> tuple[State, jax.Array]:

@@ -24,10 +24,12 @@ selection -> masks -> updates``. Modules import only from those before them::
     sharding, checkpoint   where a state lies on many devices, whether one came back whole
     kernels        a block-sparse product for GPUs
     export         compact files, sparse execution: a model that is smaller and faster to run
+    compact        live weights only: training that costs what its live weights cost
     reparam        dst and str_: thresholds that are trained, a family of its own
     testing        the conformance kit for methods
 """
 
+from granet_jax import compact as compact
 from granet_jax import export as export
 from granet_jax import flops as flops
 from granet_jax import kernels as kernels

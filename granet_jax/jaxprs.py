@@ -86,9 +86,33 @@ def called(eqn: Any) -> Any:
     return None
 
 
+_NAMES = {  # of old versions
+    "pjit": "jit",
+    "remat": "checkpoint",
+    "remat2": "checkpoint",
+    "custom_vjp_call_jaxpr": "custom_vjp_call",
+}
+
+
+def name(eqn: Any) -> str:
+    """What an equation does, in the same word for all versions.
+
+    Example:
+      >>> import jax
+      >>> [name(eqn) for eqn in jax.make_jaxpr(jax.checkpoint(abs))(-2.0).eqns]
+      ['checkpoint']
+    """
+    return _NAMES.get(eqn.primitive.name, eqn.primitive.name)
+
+
 def opened(jaxpr: Any) -> Any:
     """A jaxpr without its constants, if it has them."""
     return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def consts(jaxpr: Any) -> Sequence[Any]:
+    """The constants of a jaxpr, if it has them."""
+    return getattr(jaxpr, "consts", ())
 
 
 def as_function(jaxpr: Any) -> Callable[..., list[Any]]:

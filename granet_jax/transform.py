@@ -119,24 +119,24 @@ def sparsify(
             # Computed here, in the rare branch: XLA would materialise it as an operand. And the
             # masks come from the operand: their other uses would have them copied at every step.
             masks = method_state[0]
-            live_grads = _where(masks, grads)
+            live_grads = where(masks, grads)
             provisional, _ = inner.update(live_grads, state.inner, params, **extra_args)
-            weights = _where(masks, optax.apply_updates(params, provisional))
+            weights = where(masks, optax.apply_updates(params, provisional))
             return method.update(method_state, weights, grads, step)
 
         def catch_up(method_state: Any, _: PyTree) -> tuple[Any, PyTree]:
             return method_state, jax.tree.map(jnp.copy, method_state[0])
 
         # What the last event grew is not in its keep; it takes part from the next step on.
-        operands = _do_if(method.is_update_step(step - 1), catch_up, (method_state, state.keep))
-        method_state, keep = _do_if(method.is_update_step(step), event, operands)
+        operands = do_if(method.is_update_step(step - 1), catch_up, (method_state, state.keep))
+        method_state, keep = do_if(method.is_update_step(step), event, operands)
         updates, inner_state = inner.update(
-            _where(keep, grads),
+            where(keep, grads),
             moments.reset(state.inner, initial, mirrored, keep),
-            _where(keep, params),
+            where(keep, params),
             **extra_args,
         )
-        updates = jax.tree.map(_to_zero, keep, updates, params)
+        updates = jax.tree.map(to_zero, keep, updates, params)
         return updates, SparseState(step, method_state, inner_state, keep, state.written_by)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -285,11 +285,13 @@ def _sparse_states(opt_state: Any) -> list[SparseState]:
     return [x for x in jax.tree.leaves(opt_state, is_leaf=_is_sparse) if _is_sparse(x)]
 
 
-def _where(masks: PyTree, tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda m, x: moments.select(m, x) if _is_trained(x) else x, masks, tree)
+def where(masks: PyTree, tree: PyTree) -> PyTree:
+    """The tree with zeros where masks are off; leaves that are no floats as they are."""
+    return jax.tree.map(lambda m, x: moments.select(m, x) if is_trained(x) else x, masks, tree)
 
 
-def _is_trained(x: Any) -> bool:
+def is_trained(x: Any) -> bool:
+    """Whether a leaf holds floats; others are left to the inner optimizer."""
     return bool(jnp.issubdtype(x.dtype, jnp.inexact))
 
 
@@ -300,15 +302,15 @@ def _masked(params: PyTree, masks: PyTree) -> PyTree:
     return apply_masks(params, masks)
 
 
-def _to_zero(keep: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
+def to_zero(keep: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
     """The update where a weight is kept; elsewhere the one that brings it to 0."""
-    if not _is_trained(param):
+    if not is_trained(param):
         return update
     dtype = jnp.promote_types(update.dtype, param.dtype)
     return moments.select(keep, update.astype(dtype), -param.astype(dtype))
 
 
-def _do_if(
+def do_if(
     predicate: Any, f: Callable[..., tuple[Any, PyTree]], operands: tuple[Any, PyTree]
 ) -> tuple[Any, PyTree]:
     """``f(*operands)`` where the predicate holds; else the operands, left in their place.

@@ -274,7 +274,7 @@ def trained(run_dir: pathlib.Path, data_dir: str | None, batch_sizes: Sequence[i
             raise ValueError(f"--run_dir={run_dir} has no checkpoint.")
         state, _ = checkpoints.restore(manager, manager.latest_step(), trainer.abstract_state)
     masks = trainer.family.masks(state.params, state.opt_state)
-    params = gj.apply_masks(trainer.family.weights(state.params), masks)
+    params = gj.apply_masks(trainer.family.weights(state.params, state.opt_state), masks)
     model = models.MODELS[config.model](num_classes=dataset.num_classes)
 
     def apply_fn(params: Any, images: jax.Array) -> Any:

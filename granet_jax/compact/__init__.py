@@ -1,0 +1,30 @@
+"""Live weights only: sparse training that costs what its live weights cost.
+
+The way of the data, which is also the order of the files::
+
+    layouts    slots, and where each belongs
+    native     the kernels of native.cc as JAX functions
+    packing    dense trees to slots and back
+    products   x @ w, y @ w.T and the gradient of the slots
+    views      stand-ins for dense arrays in a trace
+    trace      sparse(fn): the products of any function over live weights
+    transform  sparsify: any method around any elementwise optimizer
+"""
+
+from granet_jax.compact.layouts import Layout as Layout
+from granet_jax.compact.layouts import Lists as Lists
+from granet_jax.compact.packing import abstract_params as abstract_params
+from granet_jax.compact.packing import capacities as capacities
+from granet_jax.compact.packing import masks as masks
+from granet_jax.compact.packing import pack as pack
+from granet_jax.compact.packing import to_slots as to_slots
+from granet_jax.compact.packing import unpack as unpack
+from granet_jax.compact.trace import sparse as sparse
+from granet_jax.compact.trace import table as table
+from granet_jax.compact.transform import CompactState as CompactState
+from granet_jax.compact.transform import check as check
+from granet_jax.compact.transform import get_layouts as get_layouts
+from granet_jax.compact.transform import get_state as get_state
+from granet_jax.compact.transform import num_live as num_live
+from granet_jax.compact.transform import shrink as shrink
+from granet_jax.compact.transform import sparsify as sparsify

@@ -1,0 +1,112 @@
+"""How live weights lie: slots, and where each of them belongs.
+
+A prunable leaf of ``params`` becomes a vector of *slots*, ``(*stack, capacity)``, where ``stack``
+are its axes of stacked layers, if any. A slot holds one live weight, or is *dead*: of value 0, and
+in no list. Slots keep their weight for life, so that moments and gradients are slots as well.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+
+class Lists(NamedTuple):
+    """The live weights of each layer in the order in which a product walks them.
+
+    The inputs of a product are cut into tiles, which fit a cache. List ``tile * outputs + output``
+    holds the weights from that tile to that output, by input; the last of ``ends`` is their number.
+    """
+
+    ends: jax.Array  # int32 (*stack, tiles * outputs + 1), where each list begins
+    places: jax.Array  # int32 (*stack, capacity), the input of each entry
+    slots: jax.Array  # int32 (*stack, capacity), the slot of each entry
+
+
+class Layout(NamedTuple):
+    """Where the slots of one leaf belong; plain arrays, for any kind of file.
+
+    ``index`` is the row-major place of each slot in its layer; the layer's size tells that it is
+    dead. The lists are there where the native kernels run.
+    """
+
+    index: jax.Array  # type: ignore[assignment]  # int32 (*stack, capacity)
+    by_output: Lists | None  # of x @ w
+    by_input: Lists | None  # of y @ w.T, whose outputs are the inputs of w
+    sizes: dict[str, None]  # {"stack|inputs|outputs": None}, a part of the tree's structure
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the axes of stacked layers."""
+        return self._sizes(0)
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Sizes of the axes that ``x @ w`` sums over."""
+        return self._sizes(1)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Sizes of the axes that are left in ``x @ w``."""
+        return self._sizes(2)
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        """Shape of one dense layer."""
+        return self.inputs + self.outputs
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the dense leaf."""
+        return self.stack + self.layer_shape
+
+    @property
+    def layer_size(self) -> int:
+        """Weights of one dense layer."""
+        return math.prod(self.layer_shape)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of one layer."""
+        return self.index.shape[-1]
+
+    def _sizes(self, i: int) -> tuple[int, ...]:
+        (written,) = self.sizes
+        return tuple(int(n) for n in written.split("|")[i].split("x") if n)
+
+
+Layouts: TypeAlias = Mapping[str, Layout]  # by path, of the leaves that are compact
+
+
+def written(*sizes: tuple[int, ...]) -> dict[str, None]:
+    """The sizes of stack, inputs and outputs as :class:`Layout` keeps them."""
+    return {"|".join("x".join(map(str, each)) for each in sizes): None}
+
+
+def dense(values: jax.Array, layout: Layout) -> jax.Array:
+    """The dense leaf of some slots; zeros where no weight is live."""
+    rows = values.reshape(-1, layout.capacity)
+    flat = jnp.zeros((len(rows), layout.layer_size), values.dtype)
+    index = layout.index.reshape(rows.shape)
+    scatter = jax.vmap(lambda x, i, v: x.at[i].set(v, mode="drop", unique_indices=True))
+    return scatter(flat, index, rows).reshape(layout.shape)
+
+
+def slots(leaf: jax.Array, layout: Layout) -> jax.Array:
+    """The slots of a dense leaf; 0, or False, in those that are dead."""
+    index = layout.index.reshape(-1, layout.capacity)
+    flat = leaf.reshape(len(index), layout.layer_size)
+    gather = jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))
+    return gather(flat, index).reshape(layout.index.shape)
+
+
+def live(layout: Layout) -> jax.Array:
+    """Which slots are not dead, bool ``(*stack, capacity)``."""
+    return layout.index < layout.layer_size
+
+
+def sides(layout: Layout) -> tuple[int, int]:
+    """How many inputs and outputs a layer has, as a matrix."""
+    return math.prod(layout.inputs), math.prod(layout.outputs)

@@ -1,0 +1,154 @@
+"""The kernels of ``native.cc`` as JAX functions, where pip could build them.
+
+They run on CPU, on XLA's own threads, with the same bits for any number of them.
+"""
+
+import ctypes
+import functools
+import pathlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from granet_jax.compact.layouts import Layout, Lists, sides
+
+_FILE = pathlib.Path(__file__).with_name("libnative.so")  # setup.py builds it
+_KERNELS = ("multiply", "sample", "reslot", "lists")
+_TILE = 512  # kTile of native.cc
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the kernels run here: the default backend is a CPU, and they are built.
+
+    Warns:
+      UserWarning: they are built, but this JAX cannot load them.
+    """
+    if jax.default_backend() != "cpu" or not _FILE.exists():
+        return False
+    try:
+        library = ctypes.CDLL(str(_FILE))
+        for name in _KERNELS:
+            target = jax.ffi.pycapsule(getattr(library, f"granet_jax_{name}"))
+            jax.ffi.register_ffi_target(_target(name), target, platform="cpu")
+    except Exception as error:
+        warnings.warn(
+            f"The kernels for live weights cannot be used ({error}); products fall back to dense "
+            "ones, which are slower. Build them again for this JAX: pip install --force-reinstall "
+            "--no-deps granet_jax.",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def multiply(lists: Lists, num_outputs: int, x: jax.Array, values: jax.Array) -> jax.Array:
+    """``x @ w``.
+
+    Args:
+      lists: of one layer, by output of this product.
+      num_outputs: of this product.
+      x: float32 ``(n, inputs)``.
+      values: float32 ``(capacity,)``.
+
+    Returns:
+      float32 ``(n, num_outputs)``.
+    """
+
+    def one(lists: Lists, x: jax.Array, values: jax.Array) -> jax.Array:
+        return _call("multiply", _f32(len(x), num_outputs))(x, values, *lists)
+
+    product = jax.custom_batching.custom_vmap(one)
+
+    @product.def_vmap
+    def over_a_batch(size: int, in_batched: Any, *args: Any) -> tuple[jax.Array, bool]:
+        lists, x, values = args
+        if any(jax.tree.leaves((in_batched[0], in_batched[2]))):
+            return _one_by_one(product, in_batched, args), True
+        y = product(lists, x.reshape(-1, x.shape[-1]), values)
+        return y.reshape(size, -1, num_outputs), True
+
+    return product(lists, x, values)
+
+
+def sample(lists: Lists, capacity: int, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The entries of ``x.T @ y`` at the slots.
+
+    Args:
+      lists: of one layer, by output.
+      capacity: slots of the layer; those in no list have 0.
+      x: float32 ``(n, inputs)``.
+      y: float32 ``(n, outputs)``.
+
+    Returns:
+      float32 ``(capacity,)``.
+    """
+    return _mapped(_call("sample", _f32(capacity)))(x, y, *lists)
+
+
+def reslot(
+    index: jax.Array, masks: jax.Array, keep: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """New slots for new masks, as :func:`granet_jax.compact.layouts.reslot`, of one layer."""
+    num = index.shape[0]
+    shapes = [_i32(num), jax.ShapeDtypeStruct((num,), bool), _i32(1)]
+    index, stays, outgrown = _mapped(_call("reslot", shapes))(index, masks, keep)
+    return index, stays, outgrown[0]
+
+
+def lists(layout: Layout) -> Layout:
+    """A layout with its lists made from its index."""
+    inputs, outputs = sides(layout)
+    num = layout.capacity
+    shapes = [_i32(-(-inputs // _TILE) * outputs + 1), _i32(num), _i32(num)]
+    shapes += [_i32(-(-outputs // _TILE) * inputs + 1), _i32(num), _i32(num)]
+    attributes = {"inputs": np.int64(inputs), "outputs": np.int64(outputs)}
+    make = _mapped(functools.partial(_call("lists", shapes), **attributes))
+    for _ in layout.stack[1:]:
+        make = jax.vmap(make)
+    parts = (jax.vmap(make) if layout.stack else make)(layout.index)
+    return layout._replace(by_output=Lists(*parts[:3]), by_input=Lists(*parts[3:]))
+
+
+def _mapped(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Under ``vmap``, one call after the other."""
+    mapped = jax.custom_batching.custom_vmap(f)
+
+    @mapped.def_vmap
+    def rule(size: int, in_batched: Any, *args: Any) -> Any:
+        outs = _one_by_one(mapped, in_batched, args)
+        return outs, jax.tree.map(lambda _: True, outs)
+
+    return mapped
+
+
+def _one_by_one(f: Callable[..., Any], in_batched: Any, args: Any) -> Any:
+    flat, tree = jax.tree.flatten(tuple(args))
+    batched = jax.tree.leaves(tuple(in_batched))
+
+    def call(mine: list[jax.Array]) -> Any:
+        rest = iter(mine)
+        each = [next(rest) if b else x for x, b in zip(flat, batched, strict=True)]
+        return f(*jax.tree.unflatten(tree, each))
+
+    return jax.lax.map(call, [x for x, b in zip(flat, batched, strict=True) if b])
+
+
+def _call(name: str, shapes: Any) -> Callable[..., Any]:
+    return jax.ffi.ffi_call(_target(name), shapes)
+
+
+def _target(name: str) -> str:
+    return f"granet_jax_{name}"
+
+
+def _f32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _i32(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -1,0 +1,262 @@
+"""Dense trees to slots and back."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from granet_jax import trees
+from granet_jax.compact import layouts as _layouts
+from granet_jax.compact import native
+from granet_jax.compact.layouts import Layout, Layouts
+from granet_jax.masks import check_dense, check_masks, is_known
+from granet_jax.types import PyTree
+
+
+def pack(
+    params: PyTree,
+    masks: PyTree,
+    prunable: trees.Rules = (),
+    *,
+    capacity: Mapping[str, int] | None = None,
+    num_inputs: Mapping[str, int] | None = None,
+    kernels: bool | None = None,
+) -> tuple[PyTree, Layouts]:
+    """Puts the live weights of each prunable leaf into slots, in the order of their index.
+
+    Args:
+      params: tree of dense arrays.
+      masks: bool tree, total; its leaves find their parameters by path.
+      prunable: the path rules that the method was given.
+      capacity: slots of a layer of each leaf, by path; None = the live weights of its fullest
+        layer. Under ``jit`` masks are not known, so that it has to be given, see
+        :func:`capacities`.
+      num_inputs: by path, how many leading axes of a layer products sum over, where these are not
+        all but the last; see :func:`granet_jax.compact.num_inputs`.
+      kernels: whether lists are made for the native kernels; None = where these run.
+
+    Returns:
+      ``(values, layouts)``: a tree shaped like ``params``, its prunable leaves vectors of slots
+      ``(*stack, capacity)`` and the others copied; and by path of each prunable leaf its
+      :class:`granet_jax.compact.Layout`.
+
+    Raises:
+      ValueError: masks of another tree, or masks that are off in a leaf that is not prunable; a
+        capacity below the live weights; a layer of 2^31 weights or more.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"bias": jnp.ones(2), "kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
+      >>> masks = {"bias": jnp.ones(2, bool), "kernel": jnp.array([[False, True], [True, False]])}
+      >>> values, layouts = pack(params, masks)
+      >>> values["kernel"].tolist(), layouts["kernel"].index.tolist()
+      ([2.0, 3.0], [1, 2])
+    """
+    leaves = trees.describe(params, prunable)
+    masks = check_masks(masks, params)
+    check_dense(masks, leaves)
+    live = trees.paths(masks)
+    if capacity is None:
+        capacity = capacities(masks, leaves)
+    layouts: dict[str, Layout] = {}
+    for leaf in leaves:
+        if leaf.prunable:
+            num = (num_inputs or {}).get(leaf.path, len(leaf.layer_shape) - 1)
+            layouts[leaf.path] = _lay_out(live[leaf.path], leaf, capacity[leaf.path], num, kernels)
+    return to_slots(params, layouts), layouts
+
+
+def capacities(masks: PyTree, leaves: tuple[trees.Leaf, ...]) -> dict[str, int]:
+    """The live weights of the fullest layer of each prunable leaf, at least 1, by path.
+
+    Args:
+      masks: bool tree, not traced.
+      leaves: from :func:`granet_jax.trees.describe`.
+
+    Raises:
+      ValueError: the masks are traced.
+    """
+    found = trees.paths(masks)
+    if not all(is_known(x) for x in found.values()):
+        raise ValueError(
+            "How many slots there are follows from masks, which are traced here. Give the capacity "
+            "of each leaf by path, from masks made outside of jit: "
+            "compact.capacities(masks, granet_jax.trees.describe(params, prunable))."
+        )
+    return {
+        x.path: max(1, int(jnp.sum(found[x.path].reshape(x.num_layers, -1), axis=1).max()))
+        for x in leaves
+        if x.prunable
+    }
+
+
+def to_slots(tree: PyTree, layouts: Layouts, params: PyTree | None = None) -> PyTree:
+    """The dense leaves of a tree as slots; the others are copied.
+
+    Args:
+      tree: dense, shaped like params; or whatever holds such trees, as the state of an optimizer
+        does, and then ``params`` tells which leaves belong to which parameter.
+      layouts: by path.
+      params: dense arrays or ``ShapeDtypeStruct``s; None = ``tree`` is shaped like it.
+    """
+    return _map(lambda x, layout: _layouts.slots(x, layout), tree, layouts, params, copy=True)
+
+
+def unpack(tree: PyTree, layouts: Layouts, values: PyTree | None = None) -> PyTree:
+    """The dense tree of slots; zeros where no weight is live. Undoes :func:`to_slots`.
+
+    Args:
+      tree: shaped like ``values``; or whatever holds such trees, as the state of an optimizer does
+        (its moments become dense), and then ``values`` tells which leaves are slots.
+      layouts: by path.
+      values: the tree of slots; None = ``tree`` is shaped like it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.array([[0.0, 2.0], [3.0, 0.0]])}
+      >>> values, layouts = pack(params, {"kernel": params["kernel"] != 0})
+      >>> unpack(values, layouts)["kernel"].tolist()
+      [[0.0, 2.0], [3.0, 0.0]]
+    """
+    return _map(lambda x, layout: _layouts.dense(x, layout), tree, layouts, values)
+
+
+def masks(values: PyTree, layouts: Layouts) -> PyTree:
+    """The dense masks, a bool tree of the params' shapes; all True in leaves that stay dense."""
+
+    def mask(path: str, x: jax.Array) -> jax.Array:
+        if path not in layouts:
+            return jnp.ones_like(x, dtype=bool)
+        return _layouts.dense(_layouts.live(layouts[path]), layouts[path])
+
+    return map_by_path(mask, values)
+
+
+def abstract_params(values: PyTree, layouts: Layouts) -> PyTree:
+    """Shapes and dtypes of the dense parameters."""
+
+    def shape(path: str, x: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(layouts[path].shape if path in layouts else x.shape, x.dtype)
+
+    return map_by_path(shape, values)
+
+
+def reslot(layout: Layout, mask: jax.Array, keep: jax.Array) -> tuple[Layout, jax.Array, jax.Array]:
+    """Slots for a new mask.
+
+    Weights in ``keep`` keep their slots; those in ``mask`` alone take the slots that are then free,
+    in the order of their index; the slots left over are dead.
+
+    Args:
+      layout: of the leaf.
+      mask: bool, dense.
+      keep: bool, dense; a part of ``mask``, and of the weights that have slots.
+
+    Returns:
+      The new layout; bool ``(*stack, capacity)``, the slots whose weight stayed; int32, how many
+      weights found no slot (and so are off).
+    """
+    index = layout.index.reshape(-1, layout.capacity)
+    dense = (x.reshape(len(index), layout.layer_size) for x in (mask, keep))
+    kernels = layout.by_output is not None
+    one = native.reslot if kernels else _reslot
+    if len(index) == 1:  # not in a loop of one trip
+        new, stays, outgrown = one(index[0], *(x[0] for x in dense))
+    else:
+        new, stays, outgrown = jax.vmap(one)(index, *dense)
+    layout = layout._replace(index=new.reshape(layout.index.shape))
+    layout = native.lists(layout) if kernels else layout
+    return layout, stays.reshape(layout.index.shape), jnp.sum(outgrown)
+
+
+def _reslot(
+    index: jax.Array, mask: jax.Array, keep: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    size = mask.shape[0]
+    stays = keep.at[index].get(mode="fill", fill_value=False)
+    grown = mask & ~keep
+    (places,) = jnp.nonzero(grown, size=len(index), fill_value=size)
+    free = jnp.cumsum(~stays, dtype=jnp.int32) - 1
+    new = jnp.where(stays, index, places.astype(jnp.int32).at[free].get(mode="clip"))
+    num_free = jnp.sum(~stays, dtype=jnp.int32)
+    return new, stays, jnp.maximum(jnp.sum(grown, dtype=jnp.int32) - num_free, 0)
+
+
+def _lay_out(
+    mask: jax.Array, leaf: trees.Leaf, capacity: int, num_inputs: int, kernels: bool | None
+) -> Layout:
+    size = math.prod(leaf.layer_shape)
+    if size >= 2**31:
+        raise ValueError(
+            f"{leaf.path} has layers of {size} weights; slots tell their places in int32. Split "
+            "the leaf, or keep it dense by a rule."
+        )
+    if not 0 <= num_inputs <= len(leaf.layer_shape):
+        raise ValueError(
+            f"num_inputs={num_inputs} of {leaf.path}: its layers {leaf.layer_shape} have not so "
+            "many axes."
+        )
+    stack, shape = leaf.shape[: leaf.stack_axes], leaf.layer_shape
+    sizes = _layouts.written(stack, shape[:num_inputs], shape[num_inputs:])
+    dead = jnp.full((*stack, capacity), size, jnp.int32)
+    layout = Layout(dead, None, None, sizes)
+    layout, _, outgrown = reslot(layout, mask, jnp.zeros_like(mask))
+    if is_known(outgrown) and int(outgrown):
+        raise ValueError(
+            f"The capacity of {leaf.path} is {capacity}, but {int(outgrown)} more of its weights "
+            "are live. Give it the live weights of its fullest layer."
+        )
+    return native.lists(layout) if native.available() and kernels is not False else layout
+
+
+def map_by_path(f: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
+    """``f(path, leaf)`` for each leaf."""
+    new = [f(path, x) for path, x in trees.paths(tree).items()]
+    return jax.tree.unflatten(jax.tree.structure(tree), new)
+
+
+def _map(
+    f: Callable[[jax.Array, Layout], jax.Array],
+    tree: PyTree,
+    layouts: Layouts,
+    like: PyTree | None,
+    copy: bool = False,
+) -> PyTree:
+    """``f(leaf, layout)`` for the leaves that have one."""
+    same = jnp.copy if copy else lambda x: x
+
+    def leaf(path: str, x: Any) -> Any:
+        return f(x, layouts[path]) if path in layouts else same(x)
+
+    if like is None:
+        if odd := layouts.keys() - trees.paths(tree).keys():
+            raise ValueError(
+                f"The layouts are of another tree, which has {', '.join(sorted(odd))}."
+            )
+        return map_by_path(leaf, tree)
+    return map_mirrors(leaf, tree, like, same)
+
+
+def map_mirrors(
+    f: Callable[[str, Any], Any], tree: PyTree, like: PyTree, rest: Callable[[Any], Any]
+) -> PyTree:
+    """``f(path, leaf)`` for the leaves of a tree that mirror one of another; ``rest`` of others.
+
+    Layouts are left as they are.
+    """
+    path_of = dict(zip(trees.by_path(like), trees.paths(like), strict=True))
+
+    def leaf(x: Any, owner: trees.Owner | None) -> Any:
+        return f(path_of[owner.names], x) if owner is not None and owner.same_shape else rest(x)
+
+    def is_layout(x: Any) -> bool:
+        return isinstance(x, Layout)
+
+    return jax.tree.map(
+        lambda old, new: old if is_layout(old) else new,
+        tree,
+        trees.map_with_owner(leaf, tree, like),
+        is_leaf=is_layout,
+    )

@@ -1,0 +1,86 @@
+"""Matrix products with live weights: ``x @ w``, ``y @ w.T`` and the gradient of the slots.
+
+Each is linear in each of its two arguments, and the derivatives of one are the other two; so they
+can be differentiated any number of times.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from granet_jax.compact import layouts, native
+from granet_jax.compact.layouts import Layout
+
+
+class How(NamedTuple):
+    """How a product is done."""
+
+    native: bool  # by the kernels for live weights alone; else with the dense weights, made for it
+    dtype: Any  # of the result
+    precision: Any = None  # of a dense product
+
+
+def multiply(how: How, values: jax.Array, layout: Layout, x: jax.Array) -> jax.Array:
+    """``x (n, inputs) @ w (inputs, outputs)``; the layout is that of one layer, without a stack."""
+    return _multiply(how, False, values, layout, x)
+
+
+def multiply_transposed(how: How, values: jax.Array, layout: Layout, y: jax.Array) -> jax.Array:
+    """``y (n, outputs) @ w.T (outputs, inputs)``."""
+    return _multiply(how, True, values, layout, y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _multiply(
+    how: How, transposed: bool, values: jax.Array, layout: Layout, x: jax.Array
+) -> jax.Array:
+    if how.native:
+        lists = layout.by_input if transposed else layout.by_output
+        assert lists is not None  # native products are for layouts that have them
+        num_outputs = layouts.sides(layout)[0 if transposed else 1]
+        f32 = (z.astype(jnp.float32) for z in (x, values))
+        return native.multiply(lists, num_outputs, *f32).astype(how.dtype)
+    w = layouts.dense(values, layout).reshape(layouts.sides(layout))
+    w = w.T if transposed else w
+    return jnp.dot(x, w, precision=how.precision, preferred_element_type=how.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sample(how: How, layout: Layout, x: jax.Array, y: jax.Array) -> jax.Array:
+    """``(x.T @ y)`` in the places of the slots, for ``x (n, inputs)``, ``y (n, outputs)``."""
+    if how.native:
+        assert layout.by_output is not None
+        f32 = (z.astype(jnp.float32) for z in (x, y))
+        return native.sample(layout.by_output, layout.capacity, *f32).astype(how.dtype)
+    w = jnp.dot(x.T, y, precision=how.precision, preferred_element_type=how.dtype)
+    return layouts.slots(w, layout)
+
+
+def _multiply_forward(how: How, transposed: bool, *args: Any) -> Any:
+    return _multiply(how, transposed, *args), args
+
+
+def _multiply_backward(how: How, transposed: bool, args: Any, y: jax.Array) -> Any:
+    values, layout, x = args
+    if not how.native:  # the dense weights are made anew, lest those of all layers be kept
+        values = jax.lax.optimization_barrier(values)
+    inputs, outputs = (y, x) if transposed else (x, y)
+    of_values = _sample(how._replace(dtype=values.dtype), layout, inputs, outputs)
+    of_x = _multiply(how._replace(dtype=x.dtype), not transposed, values, layout, y)
+    return of_values, None, of_x
+
+
+def _sample_forward(how: How, *args: Any) -> Any:
+    return _sample(how, *args), args
+
+
+def _sample_backward(how: How, args: Any, values: jax.Array) -> Any:
+    layout, x, y = args
+    of_x = _multiply(how._replace(dtype=x.dtype), True, values, layout, y)
+    return None, of_x, _multiply(how._replace(dtype=y.dtype), False, values, layout, x)
+
+
+_multiply.defvjp(_multiply_forward, _multiply_backward)
+_sample.defvjp(_sample_forward, _sample_backward)

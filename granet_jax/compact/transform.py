@@ -1,0 +1,470 @@
+"""``compact.sparsify``: any elementwise optax optimizer, training live weights alone."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from granet_jax import jaxprs, moments, trees
+from granet_jax import transform as masked
+from granet_jax.checkpoint import exportable
+from granet_jax.compact import layouts as _layouts
+from granet_jax.compact import native, packing
+from granet_jax.compact.layouts import Layout, Layouts, Lists
+from granet_jax.types import Method, PyTree
+
+
+class CompactState(NamedTuple):
+    """State of :func:`sparsify`: plain arrays, for any kind of file."""
+
+    mask_step: jax.Array  # int32 scalar, updates done
+    method: Any  # the method's state, but for its masks, which follow from the layouts
+    inner: Any  # the wrapped optimizer's state, on slots
+    layouts: dict[str, Layout]  # by path
+    outgrown: jax.Array  # int32 scalar, weights that were to grow and found no slot, so far
+    mistimed: jax.Array  # int32 scalar, steps whose event= was not what the method's schedule says
+    written_by: dict[str, None]  # {name of the method: None}
+
+
+for _kind in (CompactState, Layout, Lists):
+    exportable(_kind)
+
+
+def sparsify(
+    inner: optax.GradientTransformation,
+    method: Method,
+    prunable: trees.Rules = (),
+    *,
+    capacity: Mapping[str, int] | None = None,
+    num_inputs: Mapping[str, int] | None = None,
+    kernels: bool | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that it trains live weights alone, as ``method`` says.
+
+    The counterpart of :func:`granet_jax.sparsify`, on slots: given the same dense gradients at
+    events, both choose the same masks, and both do the same to each live weight. ``init`` takes the
+    *dense* parameters; all else, slots::
+
+        state = tx.init(params)
+        layouts = compact.get_layouts(state)
+        values = compact.to_slots(params, layouts)
+        loss, grads = jax.value_and_grad(compact.sparse(loss_fn))(values, layouts, batch)
+        updates, state = tx.update(grads, state, values, dense_grads=thunk)
+        values = optax.apply_updates(values, updates)
+
+    At an event masks and weights are made dense for that moment and the method decides. Weights in
+    its ``keep`` keep their slots, values and moments to the bit. Weights that are grown take the
+    slots of those dropped, in the order of their index, at exactly 0 and with the moments of the
+    start. Slots left over are dead.
+
+    ``update`` takes, besides what ``inner`` takes:
+
+    * ``dense_grads``: a function without arguments that returns the gradients of this batch for
+      the dense parameters (``lambda: jax.grad(loss_fn)(compact.unpack(values, layouts), batch)``).
+      It is traced within the event's branch alone. Methods that do not grow by gradients need none.
+    * ``event``: None = the step decides, in one program. True and False are for loops that ask
+      ``method.is_update_step(step)`` themselves and compile two programs: the one without an event
+      needs none of an event's memory, and is faster.
+
+    ``optax.MultiSteps`` and ``optax.apply_if_finite`` stand outside, clipping inside, as always;
+    what a wrapper's ``init`` copied from the dense parameters becomes slots by
+    ``compact.to_slots(state, layouts, params)``.
+
+    Args:
+      inner: an optax transformation that treats all weights alike.
+      method: what :func:`granet_jax.granet` and its kin return.
+      prunable: the path rules that the method was given.
+      capacity: slots of a layer of each leaf, by path, see :func:`granet_jax.compact.pack`. Needed
+        where ``init`` runs under ``jit``.
+      num_inputs: see :func:`granet_jax.compact.pack`.
+      kernels: whether lists for the native kernels are kept; None = where these run.
+
+    Returns:
+      A ``GradientTransformationExtraArgs`` whose state is :class:`CompactState`.
+
+    Raises:
+      TypeError: ``inner`` or ``method`` is something else.
+      ValueError: in ``init``, a method that keeps dense averages (``snfs``), or an optimizer that
+        looks at the shapes of parameters (muon, adafactor, a decay for matrices alone); in
+        ``update``, without ``values``, with a state of another method or model, or without
+        ``dense_grads`` where the method grows by them.
+
+    Note:
+      Norms over a leaf (LAMB, clipping) are those of its live weights, as they are under masks.
+      Means over a leaf (``clip_by_block_rms``) divide by slots, not by all weights.
+      An optimizer that draws noise draws it for slots.
+
+    Example:
+      >>> import granet_jax as gj, jax, jax.numpy as jnp, optax
+      >>> params = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+      >>> method = gj.static(sparsity=0.75, key=jax.random.key(0))
+      >>> tx = gj.compact.sparsify(optax.adam(1e-3), method)
+      >>> state = tx.init(params)
+      >>> values = gj.compact.to_slots(params, gj.compact.get_layouts(state))
+      >>> updates, state = tx.update(values, state, values)
+      >>> {name: x.shape for name, x in optax.apply_updates(values, updates).items()}
+      {'bias': (4,), 'kernel': (4,)}
+    """
+    masked.sparsify(inner, method)  # raises where one is something else
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: PyTree) -> CompactState:
+        method_state = method.init(params)
+        _check_method(method, method_state, params)
+        values, layouts = packing.pack(
+            params,
+            method_state[0],
+            prunable,
+            capacity=capacity,
+            num_inputs=num_inputs,
+            kernels=kernels,
+        )
+        inner_state = inner.init(values)
+        moments.check_maskable(inner_state, values)
+        _check_elementwise(inner, params, values)
+        step, mistimed = (jnp.zeros([], jnp.int32) for _ in range(2))
+        outgrown = _num_left_out(method_state[0], layouts)
+        without = _with_masks(method_state, ())
+        return CompactState(
+            step, without, inner_state, dict(layouts), outgrown, mistimed, {method.name: None}
+        )
+
+    def update(
+        grads: PyTree,
+        state: CompactState,
+        values: PyTree | None = None,
+        *,
+        dense_grads: Callable[[], PyTree] | None = None,
+        event: bool | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, CompactState]:
+        _check_update(grads, state, values, method)
+        initial = inner.init(jax.tree.map(jnp.zeros_like, values))
+        moments.check_same_optimizer(state.inner, initial, values)
+        step = optax.safe_increment(state.mask_step)
+        is_event = jnp.asarray(method.is_update_step(step))
+        live = _live(values, state.layouts)
+
+        def change(carry: Any, live: PyTree) -> tuple[Any, PyTree]:
+            method_state, layouts, inner_state, outgrown = carry
+            live_grads = masked.where(live, grads)
+            provisional, _ = inner.update(live_grads, inner_state, values, **extra_args)
+            after = masked.where(live, optax.apply_updates(values, provisional))
+            of_batch = _dense_gradients(dense_grads, method, method_state, values, layouts)
+            # Dense weights are made when the gradients are there, in the memory that these needed.
+            after, of_batch = jax.lax.optimization_barrier((after, of_batch))
+            weights = packing.unpack(after, layouts)
+            whole = _with_masks(method_state, packing.masks(values, layouts))
+            whole, keep = method.update(whole, weights, of_batch, step)
+            new_layouts, stays, more = _reslot(live, layouts, whole[0], keep)
+            mirrored = moments.mirrors(inner.init, initial, values)
+            inner_state = moments.reset(inner_state, initial, mirrored, stays)
+            return (_with_masks(whole, ()), new_layouts, inner_state, outgrown + more), stays
+
+        carry = state.method, state.layouts, state.inner, state.outgrown
+        if event is None:
+            carry, stays = masked.do_if(is_event, change, (carry, live))
+        else:
+            carry, stays = change(carry, live) if event else (carry, live)
+        method_state, layouts, inner_state, outgrown = carry
+        kept_grads, kept = (_apart(masked.where(stays, x), layouts, step) for x in (grads, values))
+        updates, inner_state = inner.update(kept_grads, inner_state, kept, **extra_args)
+        updates = _apart(jax.tree.map(masked.to_zero, stays, updates, values), layouts, step)
+        wrong = jnp.zeros_like(is_event) if event is None else is_event != event
+        mistimed = state.mistimed + wrong.astype(jnp.int32)
+        return updates, CompactState(
+            step, method_state, inner_state, layouts, outgrown, mistimed, state.written_by
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def get_state(opt_state: Any) -> CompactState:
+    """The :class:`CompactState` inside an optimizer state, however deep it is nested.
+
+    Raises:
+      ValueError: there is none, or more than one.
+    """
+    states = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_compact) if _is_compact(x)]
+    if len(states) != 1:
+        raise ValueError(
+            f"Expected one state of compact.sparsify in the optimizer state, found {len(states)} "
+            f"in a {type(opt_state).__name__}. Pass the state that tx.init returned."
+        )
+    return states[0]
+
+
+def get_layouts(opt_state: Any) -> dict[str, Layout]:
+    """The layouts inside an optimizer state, by path of the leaves that are compact."""
+    return get_state(opt_state).layouts
+
+
+def check(opt_state: Any) -> None:
+    """Raises where a run has not done what its method asked for; to be called outside of ``jit``.
+
+    Raises:
+      ValueError: weights that were to grow found no slot (a method that moves weights between
+        layers needs a larger ``capacity``), or ``update`` was told ``event=`` at other steps than
+        the method's.
+    """
+    state = get_state(opt_state)
+    if int(jnp.max(state.outgrown)):
+        raise ValueError(
+            f"{int(jnp.max(state.outgrown))} weights that were to grow found no slot and stayed "
+            "off. Give compact.sparsify a larger capacity."
+        )
+    if int(jnp.max(state.mistimed)):
+        raise ValueError(
+            f"update was told event= at {int(jnp.max(state.mistimed))} steps at which the method "
+            "says otherwise. Ask method.is_update_step(step), where the first update is step 1."
+        )
+
+
+def shrink(
+    tree: PyTree, opt_state: Any, values: PyTree, capacity: Mapping[str, int] | None = None
+) -> PyTree:
+    """Repacks to fewer slots, between compilations: as many as the fullest layer has live weights.
+
+    Live weights keep their order, values and moments. For methods that prune as they go (GraNet,
+    GMP); a step that is compiled for the old capacity is compiled anew.
+
+    Args:
+      tree: what is to be repacked: ``(values, opt_state)``, or all that training keeps.
+      opt_state: tells the slots that are dead; with concrete arrays.
+      values: the tree of slots.
+      capacity: slots of a layer by path, at least :func:`num_live`; None = that.
+
+    Returns:
+      ``tree`` with smaller leaves where these are slots.
+
+    Example:
+      >>> import granet_jax as gj, jax, jax.numpy as jnp, optax
+      >>> params = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}
+      >>> tx = gj.compact.sparsify(optax.sgd(0.1), gj.magnitude(sparsity=0.75, at=1))
+      >>> state = tx.init(params)
+      >>> values = gj.compact.to_slots(params, gj.compact.get_layouts(state))
+      >>> updates, state = tx.update(jax.tree.map(jnp.zeros_like, values), state, values)
+      >>> values = optax.apply_updates(values, updates)
+      >>> values, state = gj.compact.shrink((values, state), state, values)
+      >>> values["kernel"].tolist()
+      [7.0, 8.0]
+    """
+    layouts = get_layouts(opt_state)
+    if capacity is None:
+        capacity = {path: num_live(x) for path, x in layouts.items()}
+    orders = {path: _order(x, capacity.get(path)) for path, x in layouts.items()}
+
+    def take(x: jax.Array, order: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, order, axis=-1)
+
+    def relay(node: Any) -> Any:
+        if not _is_compact(node):
+            return node
+        smaller = {}
+        for path, layout in node.layouts.items():
+            new = layout._replace(index=take(layout.index, orders[path]))
+            smaller[path] = native.lists(new) if layout.by_output is not None else new
+        return node._replace(layouts=smaller)
+
+    tree = packing.map_mirrors(
+        lambda path, x: take(x, orders[path]) if path in orders else x, tree, values, lambda x: x
+    )
+    return jax.tree.map(relay, tree, is_leaf=_is_compact)
+
+
+def num_live(layout: Layout) -> int:
+    """The live weights of the fullest layer of a leaf, at least 1."""
+    return max(1, int(jnp.sum(_layouts.live(layout), axis=-1).max()))
+
+
+def _order(layout: Layout, capacity: int | None) -> jax.Array:
+    """The slots to keep: the live ones in order, then dead ones."""
+    return jnp.argsort(~_layouts.live(layout), axis=-1, stable=True)[..., :capacity]
+
+
+def _is_compact(x: Any) -> bool:
+    return isinstance(x, CompactState)
+
+
+def _num_left_out(masks: PyTree, layouts: Layouts) -> jax.Array:
+    """How many live weights have no slot; none, where the capacity is not too small."""
+    found = trees.paths(masks)
+    each = [
+        jnp.sum(found[path], dtype=jnp.int32) - jnp.sum(_layouts.live(x), dtype=jnp.int32)
+        for path, x in layouts.items()
+    ]
+    return sum(each, start=jnp.zeros([], jnp.int32))
+
+
+def _live(values: PyTree, layouts: Layouts) -> PyTree:
+    """Which slots hold a weight; all True in leaves that are dense."""
+
+    def live(path: str, x: jax.Array) -> jax.Array:
+        return _layouts.live(layouts[path]) if path in layouts else jnp.ones_like(x, dtype=bool)
+
+    return packing.map_by_path(live, values)
+
+
+def _apart(tree: PyTree, layouts: Layouts, step: jax.Array) -> PyTree:
+    """The same bits, made so that arithmetic on dense leaves is not contracted with other.
+
+    Under :func:`granet_jax.sparsify` masks keep the compiler from that, and rounding would differ.
+    """
+    zero = jnp.minimum(step, 1) - 1  # steps begin at 1, which the compiler does not know
+
+    def apart(path: str, x: jax.Array) -> jax.Array:
+        if path in layouts or x.dtype != jnp.float32:
+            return x
+        bits = jax.lax.bitcast_convert_type(x, jnp.int32) ^ zero
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    return packing.map_by_path(apart, tree)
+
+
+def _reslot(
+    live: PyTree, layouts: Layouts, masks: PyTree, keep: PyTree
+) -> tuple[dict[str, Layout], PyTree, jax.Array]:
+    """New layouts, which slots' weights stayed, and how many weights found no slot."""
+    masks, kept, new, outgrown = trees.paths(masks), trees.paths(keep), {}, jnp.zeros([], jnp.int32)
+    stays = dict(trees.paths(live))
+    for path, layout in layouts.items():
+        new[path], stays[path], more = packing.reslot(layout, masks[path], kept[path])
+        outgrown += more
+    return new, packing.map_by_path(lambda path, _: stays[path], live), outgrown
+
+
+def _with_masks(method_state: Any, masks: PyTree) -> Any:
+    """A method's state with other masks, its first field."""
+    if hasattr(method_state, "_replace"):
+        return method_state._replace(**{method_state._fields[0]: masks})
+    return (masks, *method_state[1:])
+
+
+def _dense_gradients(
+    thunk: Callable[[], PyTree] | None,
+    method: Method,
+    method_state: Any,
+    values: PyTree,
+    layouts: Layouts,
+) -> PyTree:
+    if thunk is not None:
+        return thunk()
+    params = packing.abstract_params(values, layouts)
+    if _reads_gradients(method, method_state, params):
+        raise ValueError(
+            f"The method {method.name} grows weights by gradients, which slots have not. Give "
+            "update a function that computes the dense ones, used at events alone: dense_grads="
+            "lambda: jax.grad(loss_fn)(compact.unpack(values, layouts), batch)."
+        )
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
+
+
+def _reads_gradients(method: Method, method_state: Any, params: PyTree) -> bool:
+    """Whether what the method does depends on gradients, told by its trace."""
+    masks = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, bool), params)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    rest, params = _shapes(method_state), _shapes(params)
+    closed = jax.make_jaxpr(lambda g, s, p, t: method.update(s, p, g, t))(
+        params, _with_masks(rest, masks), params, step
+    )
+    jaxpr = jaxprs.opened(closed)
+    grads = set(map(id, jaxpr.invars[: len(jax.tree.leaves(params))]))
+    return any(id(x) in grads for eqn in jaxpr.eqns for x in eqn.invars)
+
+
+def _check_method(method: Method, method_state: Any, params: PyTree) -> None:
+    """Refuses methods that keep dense floats."""
+    rest = _with_masks(method_state, ())
+    owners = trees.owners(rest, params)
+    dense = [
+        "/".join(trees.names(path))
+        for path, x in jax.tree_util.tree_leaves_with_path(rest)
+        if owners[path] is not None and jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
+    if method.observe is not None or dense:
+        raise ValueError(
+            f"The method {method.name} keeps an average of dense gradients"
+            f"{', ' + ', '.join(dense[:3]) if dense else ''}, which is as large as the dense "
+            "weights and needs dense gradients at every step. Use granet_jax.sparsify, or a method "
+            "that looks at gradients at events alone (rigl, granet)."
+        )
+
+
+# What shapes alone bring about.
+_SHAPES = frozenset({"reshape", "squeeze", "broadcast_in_dim", "expand_dims", "transpose"})
+
+
+def _check_elementwise(inner: Any, params: PyTree, values: PyTree) -> None:
+    """Refuses an optimizer that does something else to slots than to dense parameters."""
+
+    def what_it_does(tree: PyTree) -> Any:
+        tree = _shapes(tree)
+        state = jax.eval_shape(inner.init, tree)
+        trace = jax.make_jaxpr(lambda g, s, p: inner.update(g, s, p))(tree, state, tree)
+        owners = trees.owners(state, tree)
+        kept = {path: x is not None and x.same_shape for path, x in owners.items()}
+        return Counter(name for name in _names(trace) if name not in _SHAPES), kept
+
+    try:
+        of_params = what_it_does(params)
+    except Exception:  # an optimizer that is told more than gradients: nothing is known
+        return
+    of_slots = what_it_does(values)
+    if of_params == of_slots:
+        return
+    odd = sorted(of_params[0].items() ^ of_slots[0].items())
+    told = ", ".join(sorted({name for name, _ in odd})) or "the shapes of its state"
+    raise ValueError(
+        "This optimizer treats slots, which are vectors, in another way than the dense parameters: "
+        f"{told} differ. It looks at their shapes, as muon, adafactor and a weight decay for "
+        "matrices alone (mask=lambda p: p.ndim > 1) do. Choose leaves by path instead, or use "
+        "granet_jax.sparsify."
+    )
+
+
+def _names(jaxpr: Any) -> Iterator[str]:
+    """The primitives of all equations, inner ones, too."""
+    for eqn in jaxprs.opened(jaxpr).eqns:
+        yield eqn.primitive.name
+        for inner in jaxprs.inner(eqn):
+            yield from _names(inner)
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _check_update(grads: PyTree, state: Any, values: PyTree | None, method: Method) -> None:
+    """Refuses arguments that do not belong together."""
+    if values is None:
+        raise ValueError("compact.sparsify needs the slots: call tx.update(grads, state, values).")
+    if not _is_compact(state):
+        raise ValueError(
+            f"compact.sparsify expects its own state, got a {type(state).__name__}. A state of "
+            "granet_jax.sparsify does not become one; a file that is read without an example is "
+            "put right by granet_jax.check_restored(restored, example)."
+        )
+    if state.written_by.keys() != {method.name}:
+        raise ValueError(
+            f"The state was written by the method {', '.join(state.written_by)}, this one is "
+            f"{method.name}."
+        )
+    found = trees.paths(values)
+    for path, layout in state.layouts.items():
+        if path not in found or found[path].shape != layout.index.shape:
+            got = found[path].shape if path in found else "nothing"
+            raise ValueError(
+                f"The layout of {path} has slots {layout.index.shape}, but values have {got}. "
+                "tx.init takes dense parameters; update takes slots, "
+                "compact.to_slots(params, compact.get_layouts(state))."
+            )
+    pairs = zip(found, jax.tree.leaves(values), jax.tree.leaves(grads), strict=True)
+    for path, x, g in pairs:
+        if jnp.shape(g) != jnp.shape(x):
+            raise ValueError(
+                f"The gradient of {path} has shape {jnp.shape(g)}, its slots {jnp.shape(x)}. "
+                "Differentiate compact.sparse(loss_fn) by its values."
+            )
