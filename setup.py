@@ -10,11 +10,11 @@ from setuptools.errors import CompileError
 
 
 class BuildKernels(build_ext):
-    """A library that ctypes loads, no module of Python's."""
+    """A library that ctypes loads; its name tells Python that it is no module."""
 
     def get_ext_filename(self, fullname):
         *folders, name = fullname.split(".")
-        return str(pathlib.Path(*folders, f"lib{name}.so"))
+        return str(pathlib.Path(*folders, f"{name}.kernels"))
 
     def get_export_symbols(self, ext):
         return []

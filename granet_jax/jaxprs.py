@@ -120,6 +120,29 @@ def as_function(jaxpr: Any) -> Callable[..., list[Any]]:
     return jaxpr_as_fun(jaxpr)
 
 
+def reads(jaxpr: Any) -> list[bool]:
+    """Which inputs the outputs of a jaxpr depend on; all inputs of a loop count as read.
+
+    Example:
+      >>> import jax
+      >>> reads(jax.make_jaxpr(lambda x, y: (y * 2, x + 1)[1])(1.0, 2.0))
+      [True, False]
+    """
+    jaxpr = opened(jaxpr)
+    needed = set(map(id, jaxpr.outvars))
+    for eqn in reversed(jaxpr.eqns):
+        if not any(id(x) in needed for x in eqn.outvars):
+            continue
+        bodies = [reads(x) for x in inner(eqn)]
+        read = [True] * len(eqn.invars)
+        if name(eqn) == "cond":
+            read = [True, *map(any, zip(*bodies, strict=True))]
+        elif called(eqn) is not None:
+            (read,) = bodies
+        needed.update(id(x) for x, is_read in zip(eqn.invars, read, strict=True) if is_read)
+    return [id(x) in needed for x in jaxpr.invars]
+
+
 def function_of(jaxpr: Any, eqn: Any, read: list[int]) -> Callable[..., list[Any]]:
     """One equation of a jaxpr as a function of its inputs that returns the results in ``read``.
 

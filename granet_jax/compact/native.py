@@ -16,7 +16,7 @@ import numpy as np
 
 from granet_jax.compact.layouts import Layout, Lists, sides
 
-_FILE = pathlib.Path(__file__).with_name("libnative.so")  # setup.py builds it
+_FILE = pathlib.Path(__file__).with_name("native.kernels")  # setup.py builds it
 _KERNELS = ("multiply", "sample", "reslot", "lists")
 _TILE = 512  # kTile of native.cc
 

@@ -370,9 +370,7 @@ def _reads_gradients(method: Method, method_state: Any, params: PyTree) -> bool:
     closed = jax.make_jaxpr(lambda g, s, p, t: method.update(s, p, g, t))(
         params, _with_masks(rest, masks), params, step
     )
-    jaxpr = jaxprs.opened(closed)
-    grads = set(map(id, jaxpr.invars[: len(jax.tree.leaves(params))]))
-    return any(id(x) in grads for eqn in jaxpr.eqns for x in eqn.invars)
+    return any(jaxprs.reads(closed)[: len(jax.tree.leaves(params))])
 
 
 def _check_method(method: Method, method_state: Any, params: PyTree) -> None:
