@@ -18,7 +18,7 @@ ORDER = [
     *("sortable", "blocks", "selection", "structures", "masks", "composition"),
     *("methods", "moments", "transform", "metrics", "report", "products", "flops", "sharding"),
     "checkpoint",
-    *("kernels", "export", "compact"),
+    *("kernels", "compact", "export"),
     *("reparam", "testing"),
 ]
 # Never import methods.

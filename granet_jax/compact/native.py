@@ -33,8 +33,8 @@ def available() -> bool:
     try:
         library = ctypes.CDLL(str(_FILE))
         for name in _KERNELS:
-            target = jax.ffi.pycapsule(getattr(library, f"granet_jax_{name}"))
-            jax.ffi.register_ffi_target(_target(name), target, platform="cpu")
+            capsule = jax.ffi.pycapsule(getattr(library, f"granet_jax_{name}"))
+            jax.ffi.register_ffi_target(target(name), capsule, platform="cpu")
     except Exception as error:
         warnings.warn(
             f"The kernels for live weights cannot be used ({error}); products fall back to dense "
@@ -139,10 +139,11 @@ def _one_by_one(f: Callable[..., Any], in_batched: Any, args: Any) -> Any:
 
 
 def _call(name: str, shapes: Any) -> Callable[..., Any]:
-    return jax.ffi.ffi_call(_target(name), shapes)
+    return jax.ffi.ffi_call(target(name), shapes)
 
 
-def _target(name: str) -> str:
+def target(name: str) -> str:
+    """The name by which XLA knows a kernel."""
     return f"granet_jax_{name}"
 
 

@@ -1,8 +1,9 @@
 """Sparse execution: products with pruned weights that are faster than dense ones, where they are.
 
 :func:`compile` traces a model, finds the matrix products and convolutions whose weights are known,
-and does each in the way that was fastest when it tried them on this machine: dense, as a sparse
-matrix (BCSR, for which XLA:CPU has a kernel of its own), or by gathering the inputs of each output.
+and does each in the way that was fastest when it tried them on this machine: dense, by the kernel
+for live weights of :mod:`granet_jax.compact`, as a sparse matrix (BCSR, for which XLA:CPU has a
+kernel of its own), or by gathering the inputs of each output.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from granet_jax import report
+from granet_jax.compact import layouts, native
 from granet_jax.export.graph import Known, Program, Step, flatten
 from granet_jax.masks import apply_masks
 from granet_jax.types import PyTree
@@ -55,7 +57,7 @@ def compile(
     params: PyTree,
     masks: PyTree | None,
     *example: Any,
-    ways: Sequence[str] = ("bcsr", "bcsr2", "bcsr4", "gather"),
+    ways: Sequence[str] = ("native", "bcsr", "bcsr2", "bcsr4", "gather"),
 ) -> SparseApply:
     """A model's inference, each of its products done in the fastest way.
 
@@ -67,8 +69,9 @@ def compile(
       params: the trained parameters, and whatever else ``apply_fn`` takes as its first argument.
       masks: bool tree; its leaves find their parameters by path. None = zeros count as pruned.
       *example: inputs of the shapes and dtypes to compile for; their values do not matter.
-      ways: what to try besides the dense product: "bcsr"; "bcsr2" and "bcsr4", the same in two and
-        four tiles of the inputs, where these are large; "gather".
+      ways: what to try besides the dense product: "native", where the kernels are built; "bcsr";
+        "bcsr2" and "bcsr4", the same in two and four tiles of the inputs, where these are large;
+        "gather".
 
     Returns:
       A function of the inputs. Its outputs are those of ``apply_fn`` but for the order in which
@@ -181,6 +184,7 @@ def serialize(sparse_apply: SparseApply, *example: Any) -> bytes:
 
 def deserialize(data: bytes) -> Callable[..., Any]:
     """The function that :func:`serialize` wrote; of inputs of the same shapes and dtypes."""
+    native.available()  # tells XLA of the kernels
     return jax.export.deserialize(bytearray(data)).call
 
 
@@ -319,6 +323,26 @@ class _Ready(NamedTuple):
     run: Callable[[Any, jax.Array], list[jax.Array]]  # (arrays, x) -> [output]
 
 
+def _native(product: _Product) -> _Ready | None:
+    """The kernel for live weights."""
+    if not native.available() or product.weights.dtype != np.float32:
+        return None
+    num_inputs, num_outputs = product.weights.shape
+    index = np.flatnonzero(product.weights)
+    values = product.weights.reshape(-1)[index]
+    if not index.size:  # XLA knows what to do with nothing
+        return None
+    sizes = layouts.written((), (num_inputs,), (num_outputs,))
+    layout = native.lists(layouts.Layout(jnp.asarray(index, jnp.int32), None, None, sizes))
+    assert layout.by_output is not None
+
+    def run(parts: Any, x: jax.Array) -> list[jax.Array]:
+        rows = product.to_rows(x).astype(jnp.float32)
+        return [product.from_rows(native.multiply(parts[0], num_outputs, rows, parts[1]))]
+
+    return _Ready((layout.by_output, jnp.asarray(values)), run)
+
+
 def _bcsr(product: _Product, num_tiles: int = 1) -> _Ready | None:
     """A sparse matrix times a dense one: a kernel of XLA:CPU; on a GPU cuSPARSE.
 
@@ -394,6 +418,7 @@ def _gather(product: _Product) -> _Ready | None:
 _SMALLEST_TILE = 2**16  # entries, 256 KiB: fits in any core's second cache
 _LARGEST_GATHER = 2**26  # entries; more of them are never fast
 _WAYS: dict[str, Callable[[_Product], _Ready | None]] = {
+    "native": _native,
     "bcsr": _bcsr,
     "bcsr2": functools.partial(_bcsr, num_tiles=2),
     "bcsr4": functools.partial(_bcsr, num_tiles=4),
@@ -454,6 +479,7 @@ def _shape_of(product: _Product) -> jax.ShapeDtypeStruct:
 
 
 def _custom_calls() -> list[Any]:
-    """Calls of XLA's own sparse kernels, whose names are not promised to stay."""
+    """Calls of our kernel and of XLA's own sparse ones, whose names are not promised to stay."""
     check = jax.export.DisabledSafetyCheck.custom_call
-    return [check(name) for name in ("cpu_csr_sparse_dense_ffi", "cusparse_csr_matmat_ffi")]
+    names = "cpu_csr_sparse_dense_ffi", "cusparse_csr_matmat_ffi", native.target("multiply")
+    return [check(name) for name in names]
