@@ -92,6 +92,7 @@ class Trainer(NamedTuple):
     init: Callable[[], State]
     chunk: Any  # (state, text) -> (state, Log); eval_every steps, the state is donated
     step: Any  # jitted: (state, text, event) -> (state, Log), one step, the state is donated
+    loss: Callable[[Any, jax.Array], jax.Array]  # (dense weights, windows) -> nats
     evaluate: Callable[[State, jax.Array], float]  # (state, windows) -> bits per byte
     place: Callable[[np.ndarray], jax.Array]  # a copy on each device
 
@@ -238,6 +239,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
         jax.jit(init, out_shardings=shardings),
         looped if family.two_programs else compiled(scanned),
         step,
+        lambda params, windows: loss_fn(params, windows, {})[0],
         evaluate,
         lambda x: jax.make_array_from_process_local_data(everywhere, x, x.shape),
     )
@@ -280,6 +282,14 @@ def _make_method(config: Config, key: jax.Array) -> gj.Method:
     return method
 
 
+def inner_optimizer(config: Config) -> optax.GradientTransformation:
+    """What trains dense weights, and live ones."""
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(learning_rate(config), b2=0.95, weight_decay=0.1, mask=_matrices),
+    )
+
+
 def _rules(config: Config) -> gj.trees.Rules:
     structure = methods.parse_structure(config.structure, config.sparsity)
     return (("^blocks/", gj.Stacked(1, structure)),)
@@ -288,10 +298,7 @@ def _rules(config: Config) -> gj.trees.Rules:
 def _make_optimizer(
     config: Config, method: gj.Method, slots: weights.Slots | None
 ) -> optax.GradientTransformation:
-    inner = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(learning_rate(config), b2=0.95, weight_decay=0.1, mask=_matrices),
-    )
+    inner = inner_optimizer(config)
     return slots.sparsify(inner, method) if slots else gj.sparsify(inner, method)
 
 

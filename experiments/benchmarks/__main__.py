@@ -17,6 +17,7 @@ from rich.console import Console
 from experiments import output, settings
 from experiments.benchmarks import (
     bandwidth,
+    compact,
     compile_time,
     inference,
     input,
@@ -38,6 +39,7 @@ BENCHMARKS = {
     "input": input.tables,
     "inference": inference.tables_of,
     "kernels": kernels.tables,
+    "compact": compact.tables,
 }
 
 flags.DEFINE_string("out", "docs/benchmarks.md", "the file to write; figures come beside it")

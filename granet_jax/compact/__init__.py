@@ -19,6 +19,7 @@ from granet_jax.compact.packing import masks as masks
 from granet_jax.compact.packing import pack as pack
 from granet_jax.compact.packing import to_slots as to_slots
 from granet_jax.compact.packing import unpack as unpack
+from granet_jax.compact.trace import num_inputs as num_inputs
 from granet_jax.compact.trace import sparse as sparse
 from granet_jax.compact.trace import table as table
 from granet_jax.compact.transform import CompactState as CompactState

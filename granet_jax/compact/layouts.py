@@ -6,7 +6,7 @@ in no list. Slots keep their weight for life, so that moments and gradients are 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -87,19 +87,22 @@ def written(*sizes: tuple[int, ...]) -> dict[str, None]:
 
 def dense(values: jax.Array, layout: Layout) -> jax.Array:
     """The dense leaf of some slots; zeros where no weight is live."""
-    rows = values.reshape(-1, layout.capacity)
-    flat = jnp.zeros((len(rows), layout.layer_size), values.dtype)
-    index = layout.index.reshape(rows.shape)
-    scatter = jax.vmap(lambda x, i, v: x.at[i].set(v, mode="drop", unique_indices=True))
-    return scatter(flat, index, rows).reshape(layout.shape)
+
+    def scatter(index: jax.Array, values: jax.Array) -> jax.Array:
+        flat = jnp.zeros(layout.layer_size, values.dtype)
+        return flat.at[index].set(values, mode="drop", unique_indices=True)
+
+    return _by_layer(scatter, layout, layout.index, values).reshape(layout.shape)
 
 
 def slots(leaf: jax.Array, layout: Layout) -> jax.Array:
     """The slots of a dense leaf; 0, or False, in those that are dead."""
-    index = layout.index.reshape(-1, layout.capacity)
-    flat = leaf.reshape(len(index), layout.layer_size)
-    gather = jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))
-    return gather(flat, index).reshape(layout.index.shape)
+
+    def gather(index: jax.Array, flat: jax.Array) -> jax.Array:
+        return flat.at[index].get(mode="fill", fill_value=0)
+
+    flat = leaf.reshape(*layout.stack, layout.layer_size)
+    return _by_layer(gather, layout, layout.index, flat)
 
 
 def live(layout: Layout) -> jax.Array:
@@ -110,3 +113,9 @@ def live(layout: Layout) -> jax.Array:
 def sides(layout: Layout) -> tuple[int, int]:
     """How many inputs and outputs a layer has, as a matrix."""
     return math.prod(layout.inputs), math.prod(layout.outputs)
+
+
+def _by_layer(f: Callable[..., jax.Array], layout: Layout, *arrays: jax.Array) -> jax.Array:
+    for _ in layout.stack:
+        f = jax.vmap(f)
+    return f(*arrays)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from granet_jax import jaxprs, report, trees
 from granet_jax.compact import products, views
-from granet_jax.compact.layouts import Layout, Layouts
+from granet_jax.compact.layouts import Layout, Layouts, written
 from granet_jax.compact.views import View
 from granet_jax.types import PyTree
 
@@ -37,6 +37,7 @@ class _Walk(NamedTuple):
 
     native: bool | None
     uses: dict[tuple[Any, ...], _Use]  # by place in the trace: bodies of loops are walked again
+    cuts: dict[str, int]  # by path, how many axes the first product sums over
     within: tuple[int, ...] = ()
 
     def inside(self, eqn: Any) -> "_Walk":
@@ -77,7 +78,7 @@ def sparse(fn: Callable[..., Any], *, native: bool | None = None) -> Callable[..
 
     @functools.wraps(fn)
     def on_slots(values: PyTree, layouts: Layouts, *args: Any, **kwargs: Any) -> Any:
-        return _on_slots(_Walk(native, {}), fn, values, layouts, args, kwargs)
+        return _on_slots(_Walk(native, {}, {}), fn, values, layouts, args, kwargs)
 
     return on_slots
 
@@ -107,7 +108,7 @@ def table(
       w     (5, 3) x (3, 2)   0.3333  dense          no kernel
       w                       0.3333  unpacked: abs  no product
     """
-    walk = _Walk(native, {})
+    walk = _Walk(native, {}, {})
     flat, tree = jax.tree.flatten((values, layouts, args, kwargs))
 
     def function(arrays: list[Any]) -> Any:
@@ -123,6 +124,52 @@ def table(
             uses = uses or [_Use(path, "", "not read", "")]
             rows += [(path, use.product, density, use.way, use.why) for use in uses]
     return report.aligned(rows, left=(0, 1, 3, 4))
+
+
+def num_inputs(
+    fn: Callable[..., Any], params: PyTree, *args: Any, prunable: trees.Rules = (), **kwargs: Any
+) -> dict[str, int]:
+    """How many leading axes of a layer the products of ``fn`` sum over, by path of the leaf.
+
+    For kernels of more than two axes, such as those of attention, ``(in, heads, dim)``: the lists
+    of a layout are made for one way to see a leaf as a matrix. Leaves that no product reads whole
+    are left out. Nothing is computed.
+
+    Args:
+      fn: ``(params, *args) -> anything``.
+      params: dense, arrays or ``ShapeDtypeStruct``s.
+      *args: the same.
+      prunable: path rules.
+      **kwargs: as ``args``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"query": jnp.ones((8, 2, 4)), "out": jnp.ones((2, 4, 8))}
+      >>> def apply_fn(params, x):
+      ...     y = jnp.einsum("bi,ihd->bhd", x, params["query"])
+      ...     return jnp.einsum("bhd,hdo->bo", y, params["out"])
+      >>> num_inputs(apply_fn, params, jnp.ones((3, 8)))
+      {'query': 1, 'out': 2}
+    """
+    layouts, leaves = {}, []
+    for leaf, x in zip(trees.describe(params, prunable), jax.tree.leaves(params), strict=True):
+        stack, shape = leaf.shape[: leaf.stack_axes], leaf.layer_shape
+        if leaf.prunable:
+            index: Any = jax.ShapeDtypeStruct((*stack, 1), jnp.int32)
+            layouts[leaf.path] = Layout(index, None, None, written(stack, shape[:-1], shape[-1:]))
+            leaves.append(jax.ShapeDtypeStruct((*stack, 1), x.dtype))
+        else:
+            leaves.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
+    walk = _Walk(False, {}, {})
+    values = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    jax.eval_shape(
+        lambda values, layouts, args, kwargs: _on_slots(walk, fn, values, layouts, args, kwargs),
+        values,
+        layouts,
+        args,
+        kwargs,
+    )
+    return walk.cuts
 
 
 def _on_slots(
@@ -256,6 +303,8 @@ def _dot_general(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
         return "no floats"
     if eqn.params.get("out_sharding") is not None:
         return "sharded"
+    if (cut := views.cut(view, dot)) is not None:
+        walk.cuts.setdefault(view.path, cut)
     if obstacle := views.obstacle(view, dot):
         return obstacle
     rows = math.prod(n for j, n in enumerate(x.shape) if j not in (*dot.x_sums, *dot.x_batch))

@@ -144,6 +144,21 @@ def obstacle(view: View, dot: Dot) -> str:
     return "sums over other axes" if is_transposed(view, dot) is None else ""
 
 
+def cut(view: View, dot: Dot) -> int | None:
+    """How many leading axes of a layer are the inputs, for this product to be one; None = none."""
+    shape = view.layout.layer_shape
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    summed = [part for i in dot.sums for part in view.axes[i]]
+    size, least = math.prod(n for _, n in summed), min((s for s, _ in summed), default=0)
+    if not summed or max(s * n for s, n in summed) > view.layout.layer_size:
+        return None
+    if size * least == view.layout.layer_size:  # the leading axes
+        return sum(stride >= least for stride in strides) if least in strides else None
+    if least == 1 and max(s * n for s, n in summed) == size and size in strides:  # the last ones
+        return sum(stride >= size for stride in strides)
+    return None
+
+
 def is_transposed(view: View, dot: Dot) -> bool | None:
     """Whether a product sums over all outputs of the leaf; False = all inputs; None = neither."""
     inputs, outputs = layouts.sides(view.layout)

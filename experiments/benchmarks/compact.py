@@ -1,0 +1,320 @@
+"""Training with live weights alone, against plain dense and masked training."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import granet_jax as gj
+from experiments import lm_training
+from experiments.benchmarks import timing
+from experiments.benchmarks.tables import Table
+
+EVERY = 100  # steps between mask updates
+LAYERS = 3
+INNERS = {"SGD, momentum": optax.sgd(0.01, momentum=0.9), "AdamW": optax.adamw(1e-3)}
+CASES = [  # width, batch, optimizer, sparsities
+    (2048, 128, "SGD, momentum", (0.8, 0.9, 0.95, 0.98)),
+    (2048, 128, "AdamW", (0.9, 0.95)),
+    (2048, 16, "SGD, momentum", (0.9, 0.95)),
+    (2048, 512, "SGD, momentum", (0.9, 0.95)),
+    (512, 128, "SGD, momentum", (0.9, 0.95)),
+]
+QUICK = [(16, 4, "AdamW", (0.75,))]
+
+
+class Run(NamedTuple):
+    """One way to train: calls that go on from each other, and what its programs need."""
+
+    step: Callable[[], Any]  # ordinary steps
+    event: Callable[[], Any] | None  # one with a mask update
+    state_bytes: int  # parameters, state of the optimizer, layouts
+    temporaries: int  # of an ordinary step
+    compile_seconds: float  # of all programs
+
+
+def tables(quick: bool) -> list[Table]:
+    """Steps, memory, products, the language model."""
+    runs = [row for case in (QUICK if quick else CASES) for row in _case(*case, quick=quick)]
+    return [_speed(runs), _memory(runs), _products(quick), _language_model(quick)]
+
+
+class Row(NamedTuple):
+    """What was measured of one sparsity."""
+
+    name: str
+    times: dict[str, timing.Measured]
+    runs: dict[str, Run]
+    steps: int  # in a call
+    share_of_peak: float
+
+
+def _case(width: int, batch: int, optimizer: str, sparsities: Any, quick: bool) -> list[Row]:
+    steps, rounds = (1, 2) if quick else (4, 9)
+    peak = jnp.ones((width, width))
+    multiply = jax.jit(lambda x: x @ x)
+    found = []
+    for sparsity in sparsities:
+        method = gj.rigl(
+            sparsity=sparsity, update_every=EVERY, total_steps=10**6, key=jax.random.key(1)
+        )
+        make = functools.partial(_run, width, batch, INNERS[optimizer], method, steps)
+        runs = {kind: make(kind) for kind in ("dense", "masked", "compact")}
+        calls: dict[str, Callable[[], Any]] = {kind: run.step for kind, run in runs.items()}
+        event = runs["compact"].event
+        assert event is not None
+        calls |= {"event": event, "peak": lambda: multiply(peak)}
+        times = timing.in_turns(calls, rounds)
+        # Three products of each layer, but for the first layer's gradient of its inputs.
+        flops = 2 * batch * width**2 * (3 * LAYERS - 1) * (1 - sparsity)
+        rate = flops / (times["compact"].median / steps)
+        name = f"{width} wide, batch {batch}, {optimizer}, {100 * sparsity:g} %"
+        share = rate / (2 * width**3 / times["peak"].median)
+        found.append(Row(name, times, runs, steps, share))
+    return found
+
+
+def _loss(params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
+    for i in range(LAYERS):
+        layer = params[f"layer{i}"]
+        x = x @ layer["kernel"] + layer["bias"][None]
+        x = jax.nn.relu(x) if i < LAYERS - 1 else x
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(x, labels))
+
+
+def _params(width: int) -> Any:
+    draw = jax.nn.initializers.lecun_normal()
+    keys = jax.random.split(jax.random.key(0), LAYERS)
+    return {
+        f"layer{i}": {"kernel": draw(key, (width, width)), "bias": jnp.zeros(width)}
+        for i, key in enumerate(keys)
+    }
+
+
+def _run(width: int, batch: int, inner: Any, method: gj.Method, steps: int, kind: str) -> Run:
+    params = _params(width)
+    x = jax.random.normal(jax.random.key(2), (batch, width))
+    labels = jax.random.randint(jax.random.key(3), (batch,), 0, width)
+    tx = {"dense": inner, "masked": gj.sparsify(inner, method)}.get(kind)
+    if tx is None:
+        tx = gj.compact.sparsify(inner, method)
+        state = tx.init(params)
+        carry = gj.compact.to_slots(params, gj.compact.get_layouts(state)), state
+        one = functools.partial(_compact_step, tx)
+    else:
+        carry = params, tx.init(params)
+        one = functools.partial(_dense_step, tx)
+    jitted = jax.jit(one, donate_argnums=(0, 1), static_argnums=4)
+    started = time.perf_counter()
+    events = [False, True] if kind == "compact" else [False]
+    ordinary, *_ = [jitted.lower(*carry, x, labels, event).compile() for event in events]
+    seconds = time.perf_counter() - started
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(carry))
+    planned: Any = ordinary.memory_analysis()
+
+    def run(num: int, event: bool) -> Any:
+        nonlocal carry
+        for _ in range(num):
+            carry = jitted(*carry, x, labels, event)
+        return carry
+
+    return Run(
+        functools.partial(run, steps, False),
+        functools.partial(run, 1, True) if kind == "compact" else None,
+        size,
+        planned.temp_size_in_bytes,
+        seconds,
+    )
+
+
+def _dense_step(tx: Any, params: Any, state: Any, x: Any, labels: Any, event: bool) -> Any:
+    grads = jax.grad(_loss)(params, x, labels)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def _compact_step(tx: Any, values: Any, state: Any, x: Any, labels: Any, event: bool) -> Any:
+    layouts = gj.compact.get_layouts(state)
+    dense = None
+    if event:
+        dense = jax.grad(_loss)(gj.compact.unpack(values, layouts), x, labels)
+        grads = gj.compact.to_slots(dense, layouts)
+    else:
+        grads = jax.grad(gj.compact.sparse(_loss))(values, layouts, x, labels)
+    updates, state = tx.update(grads, state, values, dense_grads=lambda: dense, event=event)
+    return optax.apply_updates(values, updates), state
+
+
+def _speed(runs: list[Row]) -> Table:
+    rows = []
+    for row in runs:
+        dense, masked, compact, event, _ = row.times.values()
+        ordinary = timing.ratios(dense, compact)
+        seconds = (EVERY - 1) * compact.median / row.steps + event.median
+        rows.append(
+            {
+                "perceptron": row.name,
+                "dense (ms)": timing.ms(dense.median / row.steps),
+                "masked / dense": f"{masked.median / dense.median:.2f}",
+                "compact (ms)": timing.ms(compact.median / row.steps),
+                "times faster": f"{dense.median / compact.median:.2f}",
+                "quartiles": timing.quartiles(ordinary),
+                "event (dense steps)": f"{event.median * row.steps / dense.median:.2f}",
+                f"times faster, an event every {EVERY}": (
+                    f"{EVERY * dense.median / row.steps / seconds:.2f}"
+                ),
+                "share of the peak": f"{100 * row.share_of_peak:.0f} %",
+            }
+        )
+    note = (
+        f"Whole steps of {LAYERS} layers (forward pass, both gradients, optimizer), RigL, donated. "
+        "Dense is the inner optimizer on dense arrays. The peak is that of a dense product of two "
+        "square matrices as wide; the share counts multiplications with live weights alone."
+    )
+    return Table("Training with live weights alone", rows, note)
+
+
+def _memory(runs: list[Row]) -> Table:
+    rows = []
+    for row in runs:
+        dense, masked, compact = (row.runs[kind] for kind in ("dense", "masked", "compact"))
+        rows.append(
+            {
+                "perceptron": row.name,
+                "dense (MB)": f"{dense.state_bytes / 1e6:.1f}",
+                "masked (MB)": f"{masked.state_bytes / 1e6:.1f}",
+                "compact (MB)": f"{compact.state_bytes / 1e6:.1f}",
+                "compact / dense": f"{100 * compact.state_bytes / dense.state_bytes:.1f} %",
+                "temporaries, dense": f"{dense.temporaries / 1e6:.1f}",
+                "temporaries, compact": f"{compact.temporaries / 1e6:.1f}",
+                "compiled in, dense (s)": f"{dense.compile_seconds:.2f}",
+                "compact, both programs (s)": f"{compact.compile_seconds:.2f}",
+            }
+        )
+    note = (
+        "Parameters, state of the optimizer and layouts, as they lie between steps; temporaries of "
+        "the ordinary step, as XLA plans them."
+    )
+    return Table("Memory of training with live weights alone", rows, note)
+
+
+def _products(quick: bool) -> Table:
+    width, batches, rounds = (16, (4,), 2) if quick else (2048, (16, 128, 512), 15)
+    rows = []
+    for batch in batches:
+        x = jax.random.normal(jax.random.key(0), (batch, width))
+        kernel = _params(width)["layer0"]["kernel"]
+        dense = {
+            "x @ w": jax.jit(lambda x, w: x @ w),
+            "y @ w.T": jax.jit(lambda y, w: y @ w.T),
+            "x.T @ y": jax.jit(lambda x, _: x.T @ x),
+        }
+        for sparsity in (0.75,) if quick else (0.7, 0.75, 0.8, 0.9, 0.95, 0.98):
+            masks = gj.static(sparsity=sparsity, key=jax.random.key(1)).init({"w": kernel}).masks
+            values, layouts = gj.compact.pack({"w": kernel}, masks)
+            faster = {}
+            for name, product in dense.items():
+                sparse = jax.jit(_sparse(name))
+                calls = {
+                    "dense": functools.partial(product, x, kernel),
+                    "sparse": functools.partial(sparse, values, layouts, x),
+                }
+                times = timing.in_turns(calls, rounds)
+                faster[name] = f"{times['dense'].median / times['sparse'].median:.2f}"
+            rows.append({"batch, sparsity": f"{batch}, {100 * sparsity:g} %", **faster})
+    note = f"One layer {width} x {width}: times faster than the dense product."
+    return Table("Products with live weights", rows, note)
+
+
+def _sparse(name: str) -> Callable[..., Any]:
+    def forward(values: Any, layouts: Any, x: jax.Array) -> jax.Array:
+        product: jax.Array = gj.compact.sparse(_product, native=True)(values, layouts, x)
+        return product
+
+    def of_values(values: Any, layouts: Any, x: jax.Array) -> Any:
+        return jax.vjp(lambda values: forward(values, layouts, x), values)[1](x)
+
+    def transposed(values: Any, layouts: Any, y: jax.Array) -> Any:
+        return gj.compact.sparse(_transposed, native=True)(values, layouts, y)
+
+    return {"x @ w": forward, "y @ w.T": transposed, "x.T @ y": of_values}[name]
+
+
+def _product(params: Any, x: jax.Array) -> jax.Array:
+    return x @ params["w"]
+
+
+def _transposed(params: Any, y: jax.Array) -> jax.Array:
+    return y @ params["w"].T
+
+
+def _language_model(quick: bool) -> Table:
+    size, rounds = ("1m", 1) if quick else ("10m", 5)
+    mesh = lm_training.make_mesh()
+    text = jnp.asarray(np.random.default_rng(0).integers(97, 122, 100_000, dtype=np.uint8))
+    rows: list[dict[str, str]] = []
+    for sparsity in (0.9,) if quick else (0.9, 0.95):
+        config = lm_training.Config(method="rigl", size=size, sparsity=sparsity)
+        if quick:
+            config = config._replace(context=8, batch_size=2)
+        states: dict[str, Any] = {}
+        calls = {
+            "dense": _plain_lm(config, states, mesh, text),
+            "masked": _sparse_lm("masked", config, states, mesh, text),
+            "compact": _sparse_lm("compact", config._replace(compact=True), states, mesh, text),
+        }
+        times = timing.in_turns(calls, rounds)
+        for name, m in times.items():
+            bytes_held = sum(x.nbytes for x in jax.tree.leaves(states[name]))
+            rows.append(
+                {
+                    "step": f"{name}, {100 * sparsity:g} %",
+                    "ms": timing.ms(m.median),
+                    "times faster than dense": f"{times['dense'].median / m.median:.2f}",
+                    "quartiles": timing.quartiles(timing.ratios(times["dense"], m)),
+                    "parameters and state (MB)": f"{bytes_held / 1e6:.0f}",
+                }
+            )
+    note = (
+        f"--size={size}: whole steps without an event; dense is plain AdamW with clipping. In the "
+        "masked program the event is inside."
+    )
+    return Table("Language model with live weights alone", rows, note)
+
+
+def _plain_lm(config: Any, states: dict[str, Any], mesh: Any, text: jax.Array) -> Any:
+    trainer = lm_training.make_trainer(config._replace(method="dense"), mesh)
+    tx = lm_training.inner_optimizer(config)
+    params = trainer.init().params
+    states["dense"] = params, tx.init(params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Any, state: Any, key: jax.Array) -> Any:
+        windows = lm_training.draw_windows(key, text, config.batch_size, config.context + 1)
+        grads = jax.grad(trainer.loss)(params, windows)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def run() -> Any:
+        states["dense"] = step(*states["dense"], jax.random.key(1))
+        return states["dense"]
+
+    return run
+
+
+def _sparse_lm(name: str, config: Any, states: dict[str, Any], mesh: Any, text: jax.Array) -> Any:
+    trainer = lm_training.make_trainer(config, mesh)
+    state = trainer.init()
+
+    def run() -> Any:
+        nonlocal state
+        state, log = trainer.step(state, text, False if trainer.family.two_programs else None)
+        states[name] = state.params, state.opt_state
+        return log
+
+    return run
