@@ -151,24 +151,16 @@ def num_inputs(
       >>> num_inputs(apply_fn, params, jnp.ones((3, 8)))
       {'query': 1, 'out': 2}
     """
-    layouts, leaves = {}, []
+    walk, layouts, values = _Walk(False, {}, {}), {}, []
     for leaf, x in zip(trees.describe(params, prunable), jax.tree.leaves(params), strict=True):
         stack, shape = leaf.shape[: leaf.stack_axes], leaf.layer_shape
+        slots: Any = jax.ShapeDtypeStruct((*stack, 1), jnp.int32)
         if leaf.prunable:
-            index: Any = jax.ShapeDtypeStruct((*stack, 1), jnp.int32)
-            layouts[leaf.path] = Layout(index, None, None, written(stack, shape[:-1], shape[-1:]))
-            leaves.append(jax.ShapeDtypeStruct((*stack, 1), x.dtype))
-        else:
-            leaves.append(jax.ShapeDtypeStruct(x.shape, x.dtype))
-    walk = _Walk(False, {}, {})
-    values = jax.tree.unflatten(jax.tree.structure(params), leaves)
-    jax.eval_shape(
-        lambda values, layouts, args, kwargs: _on_slots(walk, fn, values, layouts, args, kwargs),
-        values,
-        layouts,
-        args,
-        kwargs,
-    )
+            layouts[leaf.path] = Layout(slots, None, None, written(stack, shape[:-1], shape[-1:]))
+        shape = slots.shape if leaf.prunable else x.shape
+        values.append(jax.ShapeDtypeStruct(shape, x.dtype))
+    given = jax.tree.unflatten(jax.tree.structure(params), values), layouts, args, kwargs
+    jax.eval_shape(functools.partial(_on_slots, walk, fn), *given)
     return walk.cuts
 
 
