@@ -145,7 +145,7 @@ def make_trainer(config: Config, mesh: Mesh) -> Trainer:
     costs = gj.flops.count(lambda p, x: counted.apply({"params": p}, x), abstract_params, window)
     # The methods' keys are in the state; the one given here is not used again.
     method = _make_method(config, jax.random.key(0))
-    slots = weights.slots(config, method, abstract_params, _rules(config))
+    slots = weights.slots(config, method, abstract_params, _rules(config), mesh.size)
     update = _make_optimizer(config, method, slots).update
     family = weights.masked(method) if slots is None else weights.live(method)
 

@@ -121,7 +121,7 @@ def make_trainer(
         return params, variables
 
     abstract_params, abstract_rest = jax.eval_shape(init_model, jax.random.key(0))
-    slots = weights.slots(config, method, abstract_params, config.prunable)
+    slots = weights.slots(config, method, abstract_params, config.prunable, jax.device_count())
     update = optimizers.make_optimizer(config, steps_per_epoch, method, slots).update
     family = optimizers.family_of(method, config, slots)
     costs = gj.flops.count(

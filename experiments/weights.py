@@ -134,18 +134,20 @@ class Slots(NamedTuple):
 
     prunable: gj.trees.Rules
     capacity: dict[str, int]  # slots of a layer of each leaf, at the start
+    kernels: bool | None  # see gj.compact.pack; False on several devices, for XLA divides no kernel
 
     def sparsify(
         self, inner: optax.GradientTransformation, method: gj.Method
     ) -> optax.GradientTransformation:
-        """The optimizer on slots; on several devices products are dense, for XLA to divide."""
-        kernels = None if jax.device_count() == 1 else False
+        """The optimizer on slots."""
         return gj.compact.sparsify(
-            inner, method, self.prunable, capacity=self.capacity, kernels=kernels
+            inner, method, self.prunable, capacity=self.capacity, kernels=self.kernels
         )
 
 
-def slots(config: Any, method: Any, params: Any, prunable: gj.trees.Rules) -> Slots | None:
+def slots(
+    config: Any, method: Any, params: Any, prunable: gj.trees.Rules, num_devices: int
+) -> Slots | None:
     """What ``--compact`` asks for; None where it is not given, or nothing is sparse.
 
     Args:
@@ -153,6 +155,7 @@ def slots(config: Any, method: Any, params: Any, prunable: gj.trees.Rules) -> Sl
       method: made of them.
       params: abstract, dense.
       prunable: path rules.
+      num_devices: over which the work is divided.
 
     Raises:
       ValueError: the method or another flag does not go with it.
@@ -169,7 +172,8 @@ def slots(config: Any, method: Any, params: Any, prunable: gj.trees.Rules) -> Sl
         raise ValueError("--compact and --block_kernel are two ways to do the same products.")
     else:
         masks = method.init(params)[0]
-        return Slots(prunable, gj.compact.capacities(masks, gj.trees.describe(params, prunable)))
+        capacity = gj.compact.capacities(masks, gj.trees.describe(params, prunable))
+        return Slots(prunable, capacity, None if num_devices == 1 else False)
     raise ValueError(f"--compact: {config.method} {why}. Leave the flag out.")
 
 

@@ -1,0 +1,138 @@
+"""``--compact``: runs with live weights alone do as masked ones do, and go on to the same bits."""
+
+import dataclasses
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+
+import granet_jax as gj
+from experiments import files, lm_plan, lm_run, lm_training, run, training, weights
+from experiments.models import transformer
+from experiments.run import digest
+from tests.lm_test import CONFIG, TINY, data, mesh_of, numbers  # noqa: F401
+from tests.run_test import OwnNet, own_data, own_settings
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    monkeypatch.setitem(transformer.SIZES, "tiny", TINY)
+    monkeypatch.setattr(lm_training, "VALIDATION_WINDOWS", 4)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["rigl", "granet"])
+def test_images_go_on_to_the_same_bits(method, tmp_path):
+    """GraNet starts dense: its slots are repacked on the way, and a checkpoint has fewer."""
+    config = own_settings(
+        method=method, sparsity=0.75, chunk_steps=3, epochs=5, prune_until=0.4, compact=True
+    )
+    dataset = own_data(80)  # 5 steps an epoch
+    straight = run.run(config, dataset, tmp_path / "a", OwnNet(8), checkpoint_seconds=0)
+    for epoch in (1, 3):
+
+        def stop(record, epoch=epoch):
+            if record["epoch"] == epoch:
+                raise Stop
+
+        with pytest.raises(Stop):
+            run.run(config, dataset, tmp_path / "b", OwnNet(8), checkpoint_seconds=0, show=stop)
+    resumed = run.run(config, dataset, tmp_path / "b", OwnNet(8), checkpoint_seconds=0)
+    chex.assert_trees_all_equal(resumed.state.params, straight.state.params)
+    chex.assert_trees_all_equal(resumed.masks, straight.masks)
+    assert [r["loss"] for r in resumed.history] == [r["loss"] for r in straight.history]
+    leaves = gj.trees.describe(straight.weights)
+    kept = {x.path: 0 for x in leaves if x.prunable}
+    for path, layout in gj.compact.get_layouts(resumed.state.opt_state).items():
+        kept[path] = layout.capacity
+        live = int(gj.trees.paths(straight.masks)[path].sum())
+        assert live <= layout.capacity <= live / 0.8 + 1
+    total = gj.trees.num_prunable(leaves)
+    assert straight.history[-1]["live"] == round(total * 0.25)
+    assert gj.check_sparse(straight.weights, _masked_state(straight)) == 0
+
+
+def _masked_state(result):
+    method = gj.static(masks=result.masks)
+    return gj.sparsify(optax.sgd(0.1), method).init(result.weights)
+
+
+@pytest.mark.parametrize("method", ["rigl", "set", "gmp", "static", "granet_st"])
+def test_images_do_as_masked_ones(method):
+    config = own_settings(method=method, sparsity=0.75, epochs=4, update_every=4)
+    states = {}
+    for compact in (False, True):
+        chosen = dataclasses.replace(config, compact=compact)
+        trainer = training.make_trainer(chosen, own_data(80), OwnNet(8))
+        state, losses = trainer.run(trainer.init(0), None, 8)
+        states[compact] = state, losses
+        masks = trainer.family.masks(state.params, state.opt_state)
+        dense = trainer.family.weights(state.params, state.opt_state)
+        states[compact] = losses, masks, dense
+    np.testing.assert_allclose(*(states[x][0] for x in (False, True)), rtol=1e-4)
+    chex.assert_trees_all_equal(*(states[x][1] for x in (False, True)))
+    chex.assert_trees_all_close(*(states[x][2] for x in (False, True)), atol=1e-4)
+
+
+def test_text_goes_on_to_the_same_bits_and_masks_are_those_of_masked_training(tmp_path, data):  # noqa: F811
+    config = CONFIG._replace(method="rigl", compact=True)
+    trainer = lm_training.make_trainer(config, mesh_of(1, 1, 1))
+    straight = lm_run.run(trainer, data, tmp_path / "straight")
+    lm_run.run(trainer, data, tmp_path / "stopped", checkpoint_seconds=0, stop_at=4)
+    resumed = lm_run.run(trainer, data, tmp_path / "stopped")
+    assert digest(resumed.masks) == digest(straight.masks)
+    assert digest(resumed.state.params) == digest(straight.state.params)
+    assert numbers(resumed.history) == numbers(straight.history)
+    assert len(files.read_history(tmp_path / "stopped")) == 4
+    plain = lm_training.make_trainer(config._replace(compact=False), mesh_of(1, 1, 1))
+    masked = lm_run.run(plain, data, tmp_path / "masked")
+    assert digest(masked.masks) == digest(straight.masks)
+    np.testing.assert_allclose(masked.history[-1]["loss"], straight.history[-1]["loss"], rtol=1e-4)
+    assert masked.history[-1]["live"] == straight.history[-1]["live"]
+
+
+def test_slots_on_a_mesh_are_those_of_one_device(tmp_path, data):  # noqa: F811
+    config = CONFIG._replace(method="set", compact=True, bytes=4 * 4 * 8)
+    plain = lm_training.make_trainer(config, mesh_of(1, 1, 1))
+    trainer = lm_training.make_trainer(config, mesh_of(2, 2, 1))
+    state = trainer.init()
+    for tree in (state.params, state.opt_state.inner[1][0].mu):
+        slots = tree["blocks"]["query"]["kernel"]  # of two layers, one on each of the two
+        assert slots.addressable_shards[0].data.shape == (1, slots.shape[1])
+    on_mesh = lm_run.run(trainer, data, tmp_path / "mesh")
+    on_one = lm_run.run(plain, data, tmp_path / "one")
+    assert digest(on_mesh.masks) == digest(on_one.masks)
+    np.testing.assert_allclose(on_mesh.history[-1]["loss"], on_one.history[-1]["loss"], rtol=1e-4)
+    assert lm_plan.plan(trainer).memory["arguments"] > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "snfs"}, "--compact: snfs needs dense gradients at every step"),
+        ({"method": "dst"}, "--compact: dst trains dense weights"),
+        ({"method": "snip"}, "--compact: snip looks at data before"),
+        (
+            {"structure": "block:2x2", "block_kernel": True, "method": "granet_uniform"},
+            "two ways to do the same",
+        ),
+    ],
+)
+def test_what_does_not_go_with_it(change, message):
+    config = own_settings(compact=True, **{"method": "rigl", **change})
+    with pytest.raises(ValueError, match=message):
+        training.make_trainer(config, own_data(), OwnNet(8))
+
+
+def test_events_of_a_chunk():
+    family = weights.live(
+        gj.rigl(sparsity=0.5, update_every=3, total_steps=8, key=jax.random.key(0))
+    )
+    assert weights.events(family, 2, 5) == [True, False, False, True, False]
+    never = weights.live(gj.static(sparsity=0.5, key=jax.random.key(0)))
+    assert weights.events(never, 0, 2) == [False, False]
