@@ -11,7 +11,7 @@ import optax
 import granet_jax as gj
 from experiments import methods
 
-_SHRINK_AT = 0.8  # slots are repacked where at most this share of them is live
+_SHRINK_AT = 0.7  # slots are repacked where at most this share is needed: steps compile anew
 
 
 class Family(NamedTuple):
@@ -191,7 +191,9 @@ def shrunk(state: Any) -> Any:
     """
     layouts = gj.compact.get_layouts(state.opt_state)
     wanted = {path: gj.compact.num_live(x) for path, x in layouts.items()}
-    if all(wanted[path] > _SHRINK_AT * x.capacity for path, x in layouts.items()):
+    layers = {path: x.index.size // x.capacity for path, x in layouts.items()}
+    needed = sum(layers[path] * wanted[path] for path in layouts)
+    if needed > _SHRINK_AT * sum(x.index.size for x in layouts.values()):
         return state
     return gj.compact.shrink(state, state.opt_state, state.params, wanted)
 
