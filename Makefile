@@ -5,7 +5,7 @@ NEWEST_PYTHON ?= python3.13
 VENV := .venv
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
-SETUP := setup.py setup.cfg pyproject.toml constraints.txt constraints-oldest.txt
+SETUP := setup.py granet_jax/compact/native.cc setup.cfg pyproject.toml constraints.txt constraints-oldest.txt
 
 .PHONY: demo test test-all test-oldest test-newest lint benchmark clean
 

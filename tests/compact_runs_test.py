@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +81,29 @@ def test_images_do_as_masked_ones(method):
     np.testing.assert_allclose(*(states[x][0] for x in (False, True)), rtol=1e-4)
     chex.assert_trees_all_equal(*(states[x][1] for x in (False, True)))
     chex.assert_trees_all_close(*(states[x][2] for x in (False, True)), atol=1e-4)
+
+
+class ConvNet(nn.Module):
+    """What is no product, and more than weights: convolutions, batch norm, dropout."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(not train)(nn.Conv(4, (3, 3), strides=2)(x))
+        x = nn.Dropout(0.5, deterministic=not train)(nn.relu(x).reshape(len(x), -1))
+        return nn.Dense(3)(x)
+
+
+def test_convolutions_norms_and_dropout():
+    config = own_settings(method="rigl", sparsity=0.75)
+    losses = []
+    for compact in (False, True):
+        chosen = dataclasses.replace(config, compact=compact)
+        trainer = training.make_trainer(chosen, own_data(), ConvNet())
+        state, each = trainer.run(trainer.init(0), None, 4)
+        assert state.model_state["batch_stats"]["BatchNorm_0"]["mean"].any()
+        losses.append((each, trainer.evaluate(state)["test"]))
+    np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-4)
+    assert losses[0][1] == losses[1][1]
 
 
 def test_text_goes_on_to_the_same_bits_and_masks_are_those_of_masked_training(tmp_path, data):  # noqa: F811

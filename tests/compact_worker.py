@@ -79,7 +79,10 @@ def lies(layout):
         "largest end": ((ends.at[-1].set(2**31 - 1), places, slots), beyond),
         "first end": ((ends.at[0].set(-1), places, slots), beyond),
         "negative end": ((ends.at[1].set(-5), places, slots), "that end before they begin"),
-        "falling end": ((ends.at[1].set(ends[-1] + 1), places, slots), "that end before they begin"),
+        "falling end": (
+            (ends.at[1].set(ends[-1] + 1), places, slots),
+            "that end before they begin",
+        ),
         "fewer ends": ((ends[:-1], places, slots), "of a layer of another shape"),
         "more ends": ((jnp.pad(ends, (0, 1)), places, slots), "of a layer of another shape"),
         "fewer slots": ((ends, places, slots[:-1]), "of two lengths"),

@@ -5,6 +5,7 @@ They run on CPU, on XLA's own threads, with the same bits for any number of them
 
 import ctypes
 import functools
+import logging
 import pathlib
 import warnings
 from collections.abc import Callable
@@ -25,10 +26,18 @@ _TILE = 512  # kTile of native.cc
 def available() -> bool:
     """Whether the kernels run here: the default backend is a CPU, and they are built.
 
+    That they are not built is logged, once.
+
     Warns:
       UserWarning: they are built, but this JAX cannot load them.
     """
-    if jax.default_backend() != "cpu" or not _FILE.exists():
+    if jax.default_backend() != "cpu":
+        return False
+    if not _FILE.exists():
+        logging.getLogger(__name__).warning(
+            "The kernels for live weights are not built here: products are dense, which is slower. "
+            "pip builds them where there is a C++ compiler."
+        )
         return False
     try:
         library = ctypes.CDLL(str(_FILE))
