@@ -93,12 +93,12 @@ def sparsify(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> SparseState:
-        _check_params(params)
+        check_params(params)
         method_state = method.init(params)
         masks = method_state[0]
         inner_state = inner.init(_masked(params, masks))
         moments.check_maskable(inner_state, params)
-        _check_frozen(inner, inner_state, method, method_state, params)
+        check_frozen(inner, inner_state, method, method_state, params)
         keep = jax.tree.map(jnp.copy, masks)
         step = jnp.zeros([], jnp.int32)
         return SparseState(step, method_state, inner_state, keep, {method.name: None})
@@ -337,7 +337,7 @@ _PAIRS = {
 }
 
 
-def _check_params(params: PyTree) -> None:
+def check_params(params: PyTree) -> None:
     """Refuses parameters of which an optimizer has made pairs."""
 
     def pair(x: Any) -> bool:
@@ -348,7 +348,7 @@ def _check_params(params: PyTree) -> None:
             raise ValueError(f"sparsify got {type(x).__name__}: {_PAIRS[type(x).__name__]}.")
 
 
-def _check_frozen(
+def check_frozen(
     inner: optax.GradientTransformation, state: Any, method: Method, method_state: Any, params: Any
 ) -> None:
     """Refuses a method that prunes what the optimizer never updates."""

@@ -87,8 +87,9 @@ def sparsify(
 
     Raises:
       TypeError: ``inner`` or ``method`` is something else.
-      ValueError: in ``init``, a method that keeps dense averages (``snfs``), or an optimizer that
-        looks at the shapes of parameters (muon, adafactor, a decay for matrices alone); in
+      ValueError: in ``init``, as :func:`granet_jax.sparsify`; a method that keeps dense averages
+        (``snfs``); an optimizer that looks at the shapes of parameters (muon, adafactor, a decay
+        for matrices alone); in
         ``update``, without ``values``, with a state of another method or model, or without
         ``dense_grads`` where the method grows by them.
 
@@ -112,6 +113,7 @@ def sparsify(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> CompactState:
+        masked.check_params(params)
         method_state = method.init(params)
         _check_method(method, method_state, params)
         values, layouts = packing.pack(
@@ -125,6 +127,8 @@ def sparsify(
         inner_state = inner.init(values)
         moments.check_maskable(inner_state, values)
         _check_elementwise(inner, params, values)
+        dense_state = jax.eval_shape(inner.init, params)
+        masked.check_frozen(inner, dense_state, method, method_state, params)
         step, mistimed = (jnp.zeros([], jnp.int32) for _ in range(2))
         outgrown = _num_left_out(method_state[0], layouts)
         without = _with_masks(method_state, ())
@@ -459,10 +463,11 @@ def _check_update(grads: PyTree, state: Any, values: PyTree | None, method: Meth
                 "tx.init takes dense parameters; update takes slots, "
                 "compact.to_slots(params, compact.get_layouts(state))."
             )
-    pairs = zip(found, jax.tree.leaves(values), jax.tree.leaves(grads), strict=True)
-    for path, x, g in pairs:
-        if jnp.shape(g) != jnp.shape(x):
+    given = trees.paths(grads)
+    for path in found.keys() | given.keys():
+        shapes = [jnp.shape(x[path]) if path in x else "none" for x in (given, found)]
+        if shapes[0] != shapes[1]:
             raise ValueError(
-                f"The gradient of {path} has shape {jnp.shape(g)}, its slots {jnp.shape(x)}. "
+                f"The gradient of {path} has shape {shapes[0]}, its slots {shapes[1]}. "
                 "Differentiate compact.sparse(loss_fn) by its values."
             )
