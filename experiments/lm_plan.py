@@ -37,6 +37,7 @@ class Plan(NamedTuple):
     memory: dict[str, int]
     collectives: list[Collective]
     seconds: float  # that compiling took
+    step: str  # what is in the program
     compiled: Any  # as Trainer.chunk
 
 
@@ -46,9 +47,11 @@ def plan(trainer: Trainer) -> Plan:
         (TEXT_BYTES,), jnp.uint8, sharding=trainer.abstract_state.step.sharding
     )
     started = time.perf_counter()
-    if trainer.family.two_programs:  # the step of nearly all: without an event
+    if trainer.family.two_programs:
+        step = "but for mask updates, which are a program of their own"
         lowered = trainer.step.lower(trainer.abstract_state, text, False)
     else:
+        step = "mask updates included"
         lowered = trainer.chunk.lower(trainer.abstract_state, text)
     compiled = lowered.compile()
     seconds = time.perf_counter() - started
@@ -75,6 +78,7 @@ def plan(trainer: Trainer) -> Plan:
         memory,
         collectives(compiled.as_text()),
         seconds,
+        step,
         compiled,
     )
 
@@ -117,4 +121,4 @@ def show(console: Console, planned: Plan) -> None:
                 }
             )
     if rows:
-        output.print_table(console, "collectives of a step, mask updates included", rows)
+        output.print_table(console, f"collectives of a step, {planned.step}", rows)

@@ -15,6 +15,7 @@ import pytest
 import granet_jax as gj
 from experiments.benchmarks import weights
 from granet_jax import export
+from granet_jax.compact import native
 from granet_jax.export import sparse
 
 KEY = jax.random.key(0)
@@ -260,6 +261,8 @@ def conv_net(sparsity=0.8):
 
 def forced(monkeypatch, way):
     """Takes one way wherever it can be taken, however long it takes."""
+    if way == "native" and not native.available():
+        pytest.skip("the kernels are not built")
 
     def fastest(product, step, ways):
         ready, choice = measured(product, step, ways)
@@ -273,7 +276,7 @@ def forced(monkeypatch, way):
     monkeypatch.setattr(sparse, "_is_faster", lambda a, b, example: True)
 
 
-@pytest.mark.parametrize("way", ["bcsr", "gather"])
+@pytest.mark.parametrize("way", ["native", "bcsr", "gather"])
 def test_each_way_gives_the_outputs_of_the_dense_model(way, monkeypatch):
     forced(monkeypatch, way)
     apply_fn, params, masks, x = conv_net()
@@ -285,7 +288,7 @@ def test_each_way_gives_the_outputs_of_the_dense_model(way, monkeypatch):
     chex.assert_trees_all_close(jax.jit(sparse_apply)(x), wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("way", ["bcsr", "bcsr4", "gather"])
+@pytest.mark.parametrize("way", ["native", "bcsr", "bcsr4", "gather"])
 @pytest.mark.parametrize(
     "spec", ["bi,io->bo", "io,bi->bo", "oi,bi->ob", "bci,iho->bcho", "i,io->o"]
 )
@@ -333,7 +336,12 @@ def test_small_inputs_are_not_cut_into_tiles():
     params = {"kernel": jnp.eye(8)}
     sparse_apply = export.compile(lambda p, x: x @ p["kernel"], params, None, jnp.ones((4, 8)))
     (choice,) = sparse_apply.choices
-    assert list(choice.milliseconds) == ["dense", "bcsr", "gather"]
+    assert list(choice.milliseconds) == [
+        "dense",
+        *(["native"] if native.available() else []),
+        "bcsr",
+        "gather",
+    ]
 
 
 def test_what_does_not_depend_on_inputs_is_computed_once():
@@ -386,10 +394,11 @@ def test_inputs_of_other_shapes_and_unknown_ways_are_refused():
         export.compile(lambda params, x: x, params, None, jnp.ones(3), ways=["magic"])
 
 
-def test_serialized_models_give_the_same_outputs(monkeypatch):
+@pytest.mark.parametrize("way", ["native", "bcsr"])
+def test_serialized_models_give_the_same_outputs(way, monkeypatch):
     pytest.importorskip("flatbuffers")
-    forced(monkeypatch, "bcsr")
+    forced(monkeypatch, way)
     apply_fn, params, masks, x = conv_net()
-    sparse_apply = export.compile(apply_fn, params, masks, x, ways=["bcsr"])
+    sparse_apply = export.compile(apply_fn, params, masks, x, ways=[way])
     data = export.serialize(sparse_apply, x)
     chex.assert_trees_all_close(export.deserialize(data)(x), sparse_apply(x), **CLOSE)
