@@ -406,6 +406,7 @@ using Bools = ffi::Buffer<ffi::PRED, 1>;
 ffi::Error Reslot(Int32s index, Bools masks, Bools keep, ffi::Result<Int32s> new_index,
                   ffi::Result<Bools> stays, ffi::Result<Int32s> num_outgrown) {
   const int64_t size = masks.dimensions()[0], capacity = index.dimensions()[0];
+  if (size == 0 || keep.dimensions()[0] != size) return Invalid("granet_jax: masks of no layer");
   const bool *mask = masks.typed_data(), *kept = keep.typed_data();
   const int32_t* place = index.typed_data();
   // Chance decides which weights these are, so there is nothing to predict: few branches.
@@ -493,10 +494,10 @@ std::vector<Live> Sorted(const Int32s& index, int64_t inputs, int64_t outputs) {
   return weights;
 }
 
-ffi::Error MakeLists(ffi::ThreadPool pool, Int32s index, int64_t inputs, int64_t outputs, ffi::Result<Int32s> out_ends,
-                     ffi::Result<Int32s> out_places, ffi::Result<Int32s> out_slots,
-                     ffi::Result<Int32s> in_ends, ffi::Result<Int32s> in_places,
-                     ffi::Result<Int32s> in_slots) {
+ffi::Error MakeLists(ffi::ThreadPool pool, Int32s index, int64_t inputs, int64_t outputs,
+                     ffi::Result<Int32s> out_ends, ffi::Result<Int32s> out_places,
+                     ffi::Result<Int32s> out_slots, ffi::Result<Int32s> in_ends,
+                     ffi::Result<Int32s> in_places, ffi::Result<Int32s> in_slots) {
   if (out_ends->dimensions()[0] != Tiles(inputs) * outputs + 1 ||
       in_ends->dimensions()[0] != Tiles(outputs) * inputs + 1)
     return Invalid("granet_jax: lists of a layer of another shape");

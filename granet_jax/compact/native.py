@@ -78,8 +78,9 @@ def multiply(lists: Lists, num_outputs: int, x: jax.Array, values: jax.Array) ->
         lists, x, values = args
         if any(jax.tree.leaves((in_batched[0], in_batched[2]))):
             return _one_by_one(product, in_batched, args), True
-        y = product(lists, x.reshape(-1, x.shape[-1]), values)
-        return y.reshape(size, -1, num_outputs), True
+        rows = x.shape[1]
+        y = product(lists, x.reshape(size * rows, x.shape[2]), values)
+        return y.reshape(size, rows, num_outputs), True
 
     return product(lists, x, values)
 
@@ -148,6 +149,11 @@ def _one_by_one(f: Callable[..., Any], in_batched: Any, args: Any) -> Any:
 
 
 def _call(name: str, shapes: Any) -> Callable[..., Any]:
+    if not available():  # asked anew, for layouts may come from a file: XLA knows no kernels then
+        raise RuntimeError(
+            "These layouts have lists for the native kernels, which do not run here. Leave the "
+            "lists out: layout._replace(by_output=None, by_input=None)."
+        )
     return jax.ffi.ffi_call(target(name), shapes)
 
 

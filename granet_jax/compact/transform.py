@@ -88,14 +88,13 @@ def sparsify(
     Raises:
       TypeError: ``inner`` or ``method`` is something else.
       ValueError: in ``init``, as :func:`granet_jax.sparsify`; a method that keeps dense averages
-        (``snfs``); an optimizer that looks at the shapes of parameters (muon, adafactor, a decay
-        for matrices alone); in
+        (``snfs``); an optimizer that looks at the shapes of parameters (muon, adafactor, means over
+        a leaf, a decay for matrices alone); in
         ``update``, without ``values``, with a state of another method or model, or without
         ``dense_grads`` where the method grows by them.
 
     Note:
       Norms over a leaf (LAMB, clipping) are those of its live weights, as they are under masks.
-      Means over a leaf (``clip_by_block_rms``) divide by slots, not by all weights.
       An optimizer that draws noise draws it for slots.
 
     Example:
@@ -139,12 +138,13 @@ def sparsify(
     def update(
         grads: PyTree,
         state: CompactState,
-        values: PyTree | None = None,
+        params: PyTree | None = None,
         *,
         dense_grads: Callable[[], PyTree] | None = None,
         event: bool | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, CompactState]:
+        values = params  # which optax's wrappers call by this name
         _check_update(grads, state, values, method)
         initial = inner.init(jax.tree.map(jnp.zeros_like, values))
         moments.check_same_optimizer(state.inner, initial, values)
@@ -408,7 +408,7 @@ def _check_elementwise(inner: Any, params: PyTree, values: PyTree) -> None:
         trace = jax.make_jaxpr(lambda g, s, p: inner.update(g, s, p))(tree, state, tree)
         owners = trees.owners(state, tree)
         kept = {path: x is not None and x.same_shape for path, x in owners.items()}
-        return Counter(name for name in _names(trace) if name not in _SHAPES), kept
+        return Counter(op for op in _operations(trace) if op[0] not in _SHAPES), kept
 
     try:
         of_params = what_it_does(params)
@@ -417,22 +417,23 @@ def _check_elementwise(inner: Any, params: PyTree, values: PyTree) -> None:
     of_slots = what_it_does(values)
     if of_params == of_slots:
         return
-    odd = sorted(of_params[0].items() ^ of_slots[0].items())
-    told = ", ".join(sorted({name for name, _ in odd})) or "the shapes of its state"
+    odd = (of_params[0] - of_slots[0]) + (of_slots[0] - of_params[0])
+    told = ", ".join(sorted({" ".join(op) for op in odd})[:3]) or "the shapes of its state"
     raise ValueError(
         "This optimizer treats slots, which are vectors, in another way than the dense parameters: "
-        f"{told} differ. It looks at their shapes, as muon, adafactor and a weight decay for "
-        "matrices alone (mask=lambda p: p.ndim > 1) do. Choose leaves by path instead, or use "
-        "granet_jax.sparsify."
+        f"{told} differ. It looks at their shapes, as muon, adafactor, means over a leaf and a "
+        "weight decay for matrices alone (mask=lambda p: p.ndim > 1) do. Choose leaves by path "
+        "instead, or use granet_jax.sparsify."
     )
 
 
-def _names(jaxpr: Any) -> Iterator[str]:
-    """The primitives of all equations, inner ones, too."""
+def _operations(jaxpr: Any) -> Iterator[tuple[str, ...]]:
+    """What all equations do, inner ones, too: the primitive and the numbers in it."""
     for eqn in jaxprs.opened(jaxpr).eqns:
-        yield eqn.primitive.name
+        numbers = (str(x.val) for x in eqn.invars if isinstance(x, jaxprs.Literal))
+        yield eqn.primitive.name, *numbers
         for inner in jaxprs.inner(eqn):
-            yield from _names(inner)
+            yield from _operations(inner)
 
 
 def _shapes(tree: PyTree) -> PyTree:
@@ -464,7 +465,7 @@ def _check_update(grads: PyTree, state: Any, values: PyTree | None, method: Meth
                 "compact.to_slots(params, compact.get_layouts(state))."
             )
     given = trees.paths(grads)
-    for path in found.keys() | given.keys():
+    for path in sorted(found.keys() | given.keys()):
         shapes = [jnp.shape(x[path]) if path in x else "none" for x in (given, found)]
         if shapes[0] != shapes[1]:
             raise ValueError(
