@@ -31,11 +31,21 @@ QUICK = [(16, 4, "AdamW", (0.75,))]
 class Run(NamedTuple):
     """One way to train: calls that go on from each other, and what its programs need."""
 
-    step: Callable[[], Any] | None  # ordinary steps; None = measured, and its memory given back
-    event: Callable[[], Any] | None  # one with a mask update
+    step: Callable[[], Any]  # ordinary steps
+    event: Callable[[], Any]  # one with a mask update
     state_bytes: int  # parameters, state of the optimizer, layouts
     temporaries: int  # of an ordinary step
     compile_seconds: float  # of all programs
+
+
+class Row(NamedTuple):
+    """What was measured of one sparsity."""
+
+    name: str
+    times: dict[str, timing.Measured]
+    needs: dict[str, Run]
+    steps: int  # in a call
+    share_of_peak: float
 
 
 def tables(quick: bool) -> list[Table]:
@@ -44,38 +54,28 @@ def tables(quick: bool) -> list[Table]:
     return [_speed(runs), _memory(runs), _products(quick), _language_model(quick)]
 
 
-class Row(NamedTuple):
-    """What was measured of one sparsity."""
-
-    name: str
-    times: dict[str, timing.Measured]
-    runs: dict[str, Run]
-    steps: int  # in a call
-    share_of_peak: float
-
-
 def _case(width: int, batch: int, optimizer: str, sparsities: Any, quick: bool) -> list[Row]:
     steps, rounds = (1, 2) if quick else (4, 7)
-    peak = jnp.ones((width, width))
     multiply = jax.jit(lambda x: x @ x)
+    make = functools.partial(_run, width, batch, INNERS[optimizer], steps)
+    runs = {"dense": make("dense", 0.0), "masked": make("masked", sparsities[0])}
+    runs |= {str(sparsity): make("compact", sparsity) for sparsity in sparsities}
+    calls = {name: run.step for name, run in runs.items()}
+    calls |= {f"event {sparsity}": runs[str(sparsity)].event for sparsity in sparsities}
+    peak = jnp.ones((width, width))
+    times = timing.in_turns(calls | {"peak": lambda: multiply(peak)}, rounds)
     found = []
     for sparsity in sparsities:
-        method = gj.rigl(
-            sparsity=sparsity, update_every=EVERY, total_steps=10**6, key=jax.random.key(1)
-        )
-        make = functools.partial(_run, width, batch, INNERS[optimizer], method, steps)
-        runs = {kind: make(kind) for kind in ("dense", "masked", "compact")}
-        calls: dict[str, Any] = {kind: run.step for kind, run in runs.items()}
-        calls |= {"event": runs["compact"].event, "peak": lambda: multiply(peak)}
-        times = timing.in_turns(calls, rounds)
-        times = {name: m._replace(result=None) for name, m in times.items()}
-        runs = {kind: run._replace(step=None, event=None) for kind, run in runs.items()}
+        of_row = {"compact": str(sparsity), "event": f"event {sparsity}"}
+        of_row = {name: name for name in ("dense", "masked")} | of_row
+        measured = {name: times[key] for name, key in of_row.items()}
         # Three products of each layer, but for the first layer's gradient of its inputs.
         flops = 2 * batch * width**2 * (3 * LAYERS - 1) * (1 - sparsity)
-        rate = flops / (times["compact"].median / steps)
+        rate = flops / (measured["compact"].median / steps)
         name = f"{width} wide, batch {batch}, {optimizer}, {100 * sparsity:g} %"
         share = rate / (2 * width**3 / times["peak"].median)
-        found.append(Row(name, times, runs, steps, share))
+        needs = {kind: runs[key] for kind, key in of_row.items() if kind != "event"}
+        found.append(Row(name, measured, needs, steps, share))
     return found
 
 
@@ -96,36 +96,38 @@ def _params(width: int) -> Any:
     }
 
 
-def _run(width: int, batch: int, inner: Any, method: gj.Method, steps: int, kind: str) -> Run:
+def _run(width: int, batch: int, inner: Any, steps: int, kind: str, sparsity: float) -> Run:
     params = _params(width)
     x = jax.random.normal(jax.random.key(2), (batch, width))
     labels = jax.random.randint(jax.random.key(3), (batch,), 0, width)
-    tx = {"dense": inner, "masked": gj.sparsify(inner, method)}.get(kind)
-    if tx is None:
+    method = gj.rigl(
+        sparsity=sparsity, update_every=EVERY, total_steps=10**6, key=jax.random.key(1)
+    )
+    if kind == "compact":
         tx = gj.compact.sparsify(inner, method)
         state = tx.init(params)
         carry = gj.compact.to_slots(params, gj.compact.get_layouts(state)), state
         one = functools.partial(_compact_step, tx)
     else:
+        tx = inner if kind == "dense" else gj.sparsify(inner, method)
         carry = params, tx.init(params)
         one = functools.partial(_dense_step, tx)
     jitted = jax.jit(one, donate_argnums=(0, 1), static_argnums=4)
     started = time.perf_counter()
-    events = [False, True] if kind == "compact" else [False]
-    ordinary, *_ = [jitted.lower(*carry, x, labels, event).compile() for event in events]
+    events = (False, True) if kind == "compact" else (False,)
+    programs = [jitted.lower(*carry, x, labels, event).compile() for event in events]
     seconds = time.perf_counter() - started
+    planned: Any = programs[0].memory_analysis()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(carry))
-    planned: Any = ordinary.memory_analysis()
 
-    def run(num: int, event: bool) -> Any:
+    def run(num: int, program: Any) -> Any:
         nonlocal carry
         for _ in range(num):
-            carry = jitted(*carry, x, labels, event)
-        return carry
+            carry = program(*carry, x, labels)
 
     return Run(
-        functools.partial(run, steps, False),
-        functools.partial(run, 1, True) if kind == "compact" else None,
+        lambda: (run(steps, programs[0]), jax.block_until_ready(carry))[0],
+        lambda: (run(1, programs[-1]), jax.block_until_ready(carry))[0],
         size,
         planned.temp_size_in_bytes,
         seconds,
@@ -153,7 +155,7 @@ def _compact_step(tx: Any, values: Any, state: Any, x: Any, labels: Any, event: 
 def _speed(runs: list[Row]) -> Table:
     rows = []
     for row in runs:
-        dense, masked, compact, event, _ = row.times.values()
+        dense, masked, compact, event = row.times.values()
         ordinary = timing.ratios(dense, compact)
         seconds = (EVERY - 1) * compact.median / row.steps + event.median
         rows.append(
@@ -182,7 +184,7 @@ def _speed(runs: list[Row]) -> Table:
 def _memory(runs: list[Row]) -> Table:
     rows = []
     for row in runs:
-        dense, masked, compact = (row.runs[kind] for kind in ("dense", "masked", "compact"))
+        dense, masked, compact = row.needs.values()
         rows.append(
             {
                 "perceptron": row.name,

@@ -12,7 +12,7 @@ from granet_jax.compact import layouts as _layouts
 from granet_jax.compact import native
 from granet_jax.compact.layouts import Layout, Layouts
 from granet_jax.masks import check_dense, check_masks, is_known
-from granet_jax.types import PyTree
+from granet_jax.types import MaskState, PyTree
 
 
 def pack(
@@ -44,7 +44,7 @@ def pack(
 
     Raises:
       ValueError: masks of another tree, or masks that are off in a leaf that is not prunable; a
-        capacity below the live weights; a layer of 2^31 weights or more.
+        capacity below the live weights, or none; a layer of 2^31 weights or more.
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,6 +60,8 @@ def pack(
     live = trees.paths(masks)
     if capacity is None:
         capacity = capacities(masks, leaves)
+    if lacking := {x.path for x in leaves if x.prunable} - capacity.keys():
+        raise ValueError(f"Give the capacity of {', '.join(sorted(lacking))}, too.")
     layouts: dict[str, Layout] = {}
     for leaf in leaves:
         if leaf.prunable:
@@ -168,7 +170,7 @@ def reslot(layout: Layout, mask: jax.Array, keep: jax.Array) -> tuple[Layout, ja
         new, stays, outgrown = jax.vmap(one)(index, *dense)
     layout = layout._replace(index=new.reshape(layout.index.shape))
     layout = native.lists(layout) if kernels else layout
-    return layout, stays.reshape(layout.index.shape), jnp.sum(outgrown)
+    return layout, stays.reshape(layout.index.shape), jnp.sum(outgrown, dtype=jnp.int32)
 
 
 def _reslot(
@@ -244,19 +246,19 @@ def map_mirrors(
 ) -> PyTree:
     """``f(path, leaf)`` for the leaves of a tree that mirror one of another; ``rest`` of others.
 
-    Layouts are left as they are.
+    Layouts are left as they are, and so is what a method keeps, which is dense.
     """
     path_of = dict(zip(trees.by_path(like), trees.paths(like), strict=True))
 
     def leaf(x: Any, owner: trees.Owner | None) -> Any:
         return f(path_of[owner.names], x) if owner is not None and owner.same_shape else rest(x)
 
-    def is_layout(x: Any) -> bool:
-        return isinstance(x, Layout)
+    def is_left(x: Any) -> bool:
+        return isinstance(x, Layout | MaskState)
 
     return jax.tree.map(
-        lambda old, new: old if is_layout(old) else new,
+        lambda old, new: old if is_left(old) else new,
         tree,
         trees.map_with_owner(leaf, tree, like),
-        is_leaf=is_layout,
+        is_leaf=is_left,
     )

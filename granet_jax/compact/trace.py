@@ -20,7 +20,7 @@ from granet_jax.compact.layouts import Layout, Layouts, written
 from granet_jax.compact.views import View
 from granet_jax.types import PyTree
 
-MOST_DENSE = 0.25  # of a layer's weights may be live; beyond that dense products are faster
+MOST_DENSE = 0.4  # of a layer's weights may be live; beyond that it is faster to unpack them
 
 
 class _Use(NamedTuple):
@@ -62,7 +62,7 @@ def sparse(fn: Callable[..., Any], *, native: bool | None = None) -> Callable[..
     Args:
       fn: any function of a tree of params. What it reads is an array of the dense shape.
       native: None = products are done by the kernels for live weights where the layout has lists
-        for these, and at most a quarter of the weights is live; True = wherever it has lists;
+        for these, and at most 40 % of the weights are live; True = wherever it has lists;
         False = never.
 
     Example: two weights of six are live, and one slot is dead.

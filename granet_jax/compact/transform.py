@@ -430,7 +430,9 @@ def _check_elementwise(inner: Any, params: PyTree, values: PyTree) -> None:
 def _operations(jaxpr: Any) -> Iterator[tuple[str, ...]]:
     """What all equations do, inner ones, too: the primitive and the numbers in it."""
     for eqn in jaxprs.opened(jaxpr).eqns:
-        numbers = (str(x.val) for x in eqn.invars if isinstance(x, jaxprs.Literal))
+        numbers = [str(x.val) for x in eqn.invars if isinstance(x, jaxprs.Literal)]
+        if len(eqn.params.get("axes", ())) not in (0, getattr(eqn.invars[0].aval, "ndim", 0)):
+            numbers.append("over some axes")
         yield eqn.primitive.name, *numbers
         for inner in jaxprs.inner(eqn):
             yield from _operations(inner)
