@@ -105,7 +105,7 @@ def live(method: gj.Method) -> Family:
         layouts = gj.compact.get_layouts(state)
 
         def dense() -> Any:
-            return jax.value_and_grad(f, has_aux=True)(gj.compact.unpack(held, layouts), *args)
+            return gj.compact.value_and_dense_grad(f, has_aux=True)(held, layouts, *args)
 
         if event:
             value, grads = dense()

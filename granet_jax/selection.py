@@ -381,7 +381,7 @@ def _sample(
 
     def draw(x: jax.Array, of: blocks.Rows) -> jax.Array:
         first = np.flatnonzero(of.start == 0)
-        if len(first) == len(of.layer):  # whole layers: a slice is faster
+        if np.all(sizes[of.layer] == x.shape[1]):  # whole layers: a slice is faster
             y = x[:, :: int(strides[of.layer[0]])]
             return jnp.pad(y, ((0, 0), (0, drawn.max() - y.shape[1])))
         steps = strides[of.layer[first], None] * np.arange(drawn.max())

@@ -156,6 +156,38 @@ def test_what_does_not_go_with_it(change, message):
         training.make_trainer(config, own_data(), OwnNet(8))
 
 
+def test_dense_gradients_are_those_of_dense_parameters():
+    """Through products in both directions, a stack, another use, and what is no product."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "bias": jnp.ones(6),
+        "kernel": jax.random.normal(keys[0], (5, 6)),
+        "number": jnp.int32(2),
+        "stack": jax.random.normal(keys[1], (3, 6, 6)),
+    }
+    rules = [("^stack", gj.Stacked(1))]
+    masks = gj.random_masks(keys[2], params, 0.5, prunable=rules)
+    values, layouts = gj.compact.pack(params, masks, rules)
+
+    def loss_fn(params, x):
+        y = jax.lax.scan(
+            lambda y, w: (jnp.tanh(y @ w), None), x @ params["kernel"], params["stack"]
+        )[0]
+        y = (y + params["bias"][None]) @ params["kernel"].T * params["number"]
+        return jnp.sum(y**2) + jnp.sum(params["stack"] ** 2), y
+
+    x = jax.random.normal(keys[3], (7, 5))
+    given = gj.apply_masks(params, masks)
+    wanted = jax.value_and_grad(loss_fn, has_aux=True, allow_int=True)(given, x)
+    value, grads = jax.jit(gj.compact.value_and_dense_grad(loss_fn, has_aux=True))(
+        values, layouts, x
+    )
+    chex.assert_trees_all_close(value, wanted[0], rtol=1e-5)
+    for name in ("bias", "kernel", "stack"):
+        np.testing.assert_allclose(grads[name], wanted[1][name], rtol=1e-4, atol=1e-4)
+    assert int(grads["number"]) == 0
+
+
 def test_events_of_a_chunk():
     family = weights.live(
         gj.rigl(sparsity=0.5, update_every=3, total_steps=8, key=jax.random.key(0))

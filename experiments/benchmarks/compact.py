@@ -144,7 +144,7 @@ def _compact_step(tx: Any, values: Any, state: Any, x: Any, labels: Any, event: 
     layouts = gj.compact.get_layouts(state)
     dense = None
     if event:
-        dense = jax.grad(_loss)(gj.compact.unpack(values, layouts), x, labels)
+        _, dense = gj.compact.value_and_dense_grad(_loss)(values, layouts, x, labels)
         grads = gj.compact.to_slots(dense, layouts)
     else:
         grads = jax.grad(gj.compact.sparse(_loss))(values, layouts, x, labels)

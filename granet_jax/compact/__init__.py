@@ -8,9 +8,11 @@ The way of the data, which is also the order of the files::
     products   x @ w, y @ w.T and the gradient of the slots
     views      stand-ins for dense arrays in a trace
     trace      sparse(fn): the products of any function over live weights
+    gradients  of all weights, computed with live ones
     transform  sparsify: any method around any elementwise optimizer
 """
 
+from granet_jax.compact.gradients import value_and_dense_grad as value_and_dense_grad
 from granet_jax.compact.layouts import Layout as Layout
 from granet_jax.compact.layouts import Lists as Lists
 from granet_jax.compact.packing import abstract_params as abstract_params

@@ -33,6 +33,32 @@ def multiply_transposed(how: How, values: jax.Array, layout: Layout, y: jax.Arra
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def multiply_and_sample_all(
+    how: How, transposed: bool, values: jax.Array, layout: Layout, zeros: jax.Array, x: jax.Array
+) -> jax.Array:
+    """The product with ``w + zeros``; the gradient of ``zeros (inputs * outputs,)`` is dense."""
+    return _multiply(how, transposed, values, layout, x)
+
+
+def _all_forward(how: How, transposed: bool, *args: Any) -> Any:
+    values, layout, _, x = args
+    return _multiply(how, transposed, values, layout, x), (values, layout, x)
+
+
+def _all_backward(how: How, transposed: bool, args: Any, y: jax.Array) -> Any:
+    values, layout, x = args
+    inputs, outputs = (y, x) if transposed else (x, y)
+    of_all = jnp.dot(
+        inputs.T, outputs, precision=how.precision, preferred_element_type=values.dtype
+    )
+    of_x = _multiply(how._replace(dtype=x.dtype), not transposed, values, layout, y)
+    return layouts.slots(of_all, layout), None, of_all.reshape(-1), of_x
+
+
+multiply_and_sample_all.defvjp(_all_forward, _all_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _multiply(
     how: How, transposed: bool, values: jax.Array, layout: Layout, x: jax.Array
 ) -> jax.Array:

@@ -32,15 +32,16 @@ class _Use(NamedTuple):
     why: str
 
 
-class _Walk(NamedTuple):
+class Walk(NamedTuple):
     """What holds for a whole walk, and where it is."""
 
     native: bool | None
     uses: dict[tuple[Any, ...], _Use]  # by place in the trace: bodies of loops are walked again
     cuts: dict[str, int]  # by path, how many axes the first product sums over
+    zeros: dict[str, Any]  # by path, what stands for dense leaves, see :class:`View`
     within: tuple[int, ...] = ()
 
-    def inside(self, eqn: Any) -> "_Walk":
+    def inside(self, eqn: Any) -> "Walk":
         return self._replace(within=(*self.within, id(eqn)))
 
     def dense(self, place: Any, name: str, given: Sequence[Any], why: str) -> list[Any]:
@@ -77,10 +78,10 @@ def sparse(fn: Callable[..., Any], *, native: bool | None = None) -> Callable[..
     """
 
     @functools.wraps(fn)
-    def on_slots(values: PyTree, layouts: Layouts, *args: Any, **kwargs: Any) -> Any:
-        return _on_slots(_Walk(native, {}, {}), fn, values, layouts, args, kwargs)
+    def of_slots(values: PyTree, layouts: Layouts, *args: Any, **kwargs: Any) -> Any:
+        return on_slots(Walk(native, {}, {}, {}), fn, values, layouts, args, kwargs)
 
-    return on_slots
+    return of_slots
 
 
 def table(
@@ -108,12 +109,12 @@ def table(
       w     (5, 3) x (3, 2)   0.3333  dense          no kernel
       w                       0.3333  unpacked: abs  no product
     """
-    walk = _Walk(native, {}, {})
+    walk = Walk(native, {}, {}, {})
     flat, tree = jax.tree.flatten((values, layouts, args, kwargs))
 
     def function(arrays: list[Any]) -> Any:
         values, layouts, args, kwargs = jax.tree.unflatten(tree, _merged(flat, arrays))
-        return _on_slots(walk, fn, values, layouts, args, kwargs)
+        return on_slots(walk, fn, values, layouts, args, kwargs)
 
     jax.eval_shape(function, _arrays(flat))
     rows = [("leaf", "product", "density", "way", "why")]
@@ -151,7 +152,7 @@ def num_inputs(
       >>> num_inputs(apply_fn, params, jnp.ones((3, 8)))
       {'query': 1, 'out': 2}
     """
-    walk, layouts, values = _Walk(False, {}, {}), {}, []
+    walk, layouts, values = Walk(False, {}, {}, {}), {}, []
     for leaf, x in zip(trees.describe(params, prunable), jax.tree.leaves(params), strict=True):
         stack, shape = leaf.shape[: leaf.stack_axes], leaf.layer_shape
         slots: Any = jax.ShapeDtypeStruct((*stack, 1), jnp.int32)
@@ -160,25 +161,26 @@ def num_inputs(
         shape = slots.shape if leaf.prunable else x.shape
         values.append(jax.ShapeDtypeStruct(shape, x.dtype))
     given = jax.tree.unflatten(jax.tree.structure(params), values), layouts, args, kwargs
-    jax.eval_shape(functools.partial(_on_slots, walk, fn), *given)
+    jax.eval_shape(functools.partial(on_slots, walk, fn), *given)
     return walk.cuts
 
 
-def _on_slots(
-    walk: _Walk,
+def on_slots(
+    walk: Walk,
     fn: Callable[..., Any],
     values: PyTree,
     layouts: Layouts,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
+    """What :func:`sparse` does, as a walk says; ``values`` hold slots where there is a layout."""
     found = trees.paths(values)
     _check(found, layouts)
     flat, tree = jax.tree.flatten((values, args, kwargs))
     given = list(flat)
     for i, (path, leaf) in enumerate(found.items()):
         if path in layouts:
-            given[i] = View.of_leaf(path, jnp.asarray(leaf), layouts[path])
+            given[i] = View.of_leaf(path, jnp.asarray(leaf), layouts[path], walk.zeros.get(path))
             flat[i] = jax.ShapeDtypeStruct(layouts[path].shape, leaf.dtype)
 
     def function(*arrays: Any) -> Any:
@@ -224,7 +226,7 @@ def _density(layout: Layout) -> float:
     return layout.capacity / max(layout.layer_size, 1)
 
 
-def _run(walk: _Walk, jaxpr: Any, given: Sequence[Any]) -> list[Any]:
+def _run(walk: Walk, jaxpr: Any, given: Sequence[Any]) -> list[Any]:
     """The outputs of a jaxpr, with or without constants. Views may come in and out."""
     opened = jaxprs.opened(jaxpr)
     env = dict(zip(opened.constvars, jaxprs.consts(jaxpr), strict=True))
@@ -250,13 +252,13 @@ def _run(walk: _Walk, jaxpr: Any, given: Sequence[Any]) -> list[Any]:
     return [value(x) for x in opened.outvars]
 
 
-def _inside(walk: _Walk, eqn: Any, jaxpr: Any, given: Sequence[Any]) -> list[Any]:
+def _inside(walk: Walk, eqn: Any, jaxpr: Any, given: Sequence[Any]) -> list[Any]:
     """The outputs of a jaxpr of an equation, all of them dense."""
     walk, place = walk.inside(eqn), id(jaxprs.opened(jaxpr))  # a conditional has several
     return walk.dense(place, jaxprs.name(eqn), _run(walk, jaxpr, given), "returned")
 
 
-def _equation(walk: _Walk, jaxpr: Any, eqn: Any, given: list[Any], read: list[int]) -> list[Any]:
+def _equation(walk: Walk, jaxpr: Any, eqn: Any, given: list[Any], read: list[int]) -> list[Any]:
     """The results of an equation that are read."""
     if any(isinstance(x, View) for x in given):
         name = jaxprs.name(eqn)
@@ -270,15 +272,15 @@ def _equation(walk: _Walk, jaxpr: Any, eqn: Any, given: list[Any], read: list[in
 # Rules for equations that are given views: the results; or why it has to see them unpacked.
 
 
-def _no_product(walk: _Walk, eqn: Any, given: list[Any]) -> str:
+def _no_product(walk: Walk, eqn: Any, given: list[Any]) -> str:
     return "no product"
 
 
-def _own_derivative(walk: _Walk, eqn: Any, given: list[Any]) -> str:
+def _own_derivative(walk: Walk, eqn: Any, given: list[Any]) -> str:
     return "its own derivative"
 
 
-def _dot_general(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
+def _dot_general(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     if all(isinstance(x, View) for x in given):
         side = max((0, 1), key=lambda i: math.prod(given[i].shape))
         (x,) = walk.dense((id(eqn), 1 - side), "dot_general", [given[1 - side]], "of two leaves")
@@ -310,7 +312,7 @@ def _dot_general(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
 _OF_DOT = ("dimension_numbers", "precision")
 
 
-def _is_native(walk: _Walk, view: View, x: Any) -> tuple[bool, str]:
+def _is_native(walk: Walk, view: View, x: Any) -> tuple[bool, str]:
     """Whether the kernels do a product; why not."""
     if walk.native is False:
         return False, "native=False"
@@ -324,36 +326,34 @@ def _is_native(walk: _Walk, view: View, x: Any) -> tuple[bool, str]:
     return True, ""
 
 
-def _of_slots(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
+def _of_slots(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     """Done to the slots: zeros stay zeros, and a second operand is a single number."""
     if len(given) == 2 and jaxprs.name(eqn) == "mul" and isinstance(given[1], View):
         given = given[::-1]
     view, *numbers = given
     if not isinstance(view, View) or any(isinstance(x, View) or jnp.shape(x) for x in numbers):
         return "no product"
-    return [view.with_values(eqn.primitive.bind(view.values, *numbers, **eqn.params))]
+    return [view.map(lambda x: eqn.primitive.bind(x, *numbers, **eqn.params))]
 
 
-def _barrier(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
-    arrays = jax.lax.optimization_barrier([x.values if isinstance(x, View) else x for x in given])
-    pairs = zip(given, arrays, strict=True)
-    return [x.with_values(array) if isinstance(x, View) else array for x, array in pairs]
+def _barrier(walk: Walk, eqn: Any, given: list[Any]) -> Any:
+    return list(jax.lax.optimization_barrier(tuple(given)))
 
 
-def _cast(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
-    return [given[0].with_values(given[0].values.astype(eqn.params["new_dtype"]))]
+def _cast(walk: Walk, eqn: Any, given: list[Any]) -> Any:
+    return [given[0].map(lambda x: x.astype(eqn.params["new_dtype"]))]
 
 
-def _transpose(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
+def _transpose(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     return [given[0].with_axes([given[0].axes[i] for i in eqn.params["permutation"]])]
 
 
-def _reshape(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
+def _reshape(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     view = given[0].reshaped(eqn.outvars[0].aval.shape)
     return [view] if view else "other axes"
 
 
-def _broadcast(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
+def _broadcast(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     """Only new axes of size 1 are noted down."""
     shape, places = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     if math.prod(shape) != math.prod(given[0].shape):
@@ -362,12 +362,12 @@ def _broadcast(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
     return [given[0].with_axes([axes.get(i, ()) for i in range(len(shape))])]
 
 
-def _squeeze(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
+def _squeeze(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     gone = eqn.params["dimensions"]
     return [given[0].with_axes([x for i, x in enumerate(given[0].axes) if i not in gone])]
 
 
-def _slice(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
+def _slice(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     params = eqn.params
     steps = params["strides"] or (1,) * len(params["start_indices"])
     bounds = zip(params["start_indices"], params["limit_indices"], steps, strict=True)
@@ -379,7 +379,7 @@ def _sliced(start: int, stop: int, step: int, array: Any, axis: int) -> Any:
     return jax.lax.slice_in_dim(array, start, stop, step, axis)
 
 
-def _dynamic_slice(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
+def _dynamic_slice(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     view, *starts = given
     sizes = eqn.params["slice_sizes"]
     each = [functools.partial(_sliced_at, *bound) for bound in zip(starts, sizes, strict=True)]
@@ -400,7 +400,7 @@ def _cut(view: View, each: Sequence[Callable[..., Any]], shape: Sequence[int]) -
     return [view]
 
 
-def _unstack(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
+def _unstack(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     view, axis = given[0], eqn.params["axis"]
     if not view.stacks(axis):
         return "cuts a layer"
@@ -408,11 +408,11 @@ def _unstack(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
     return [view.without(axis, jax.tree.map(lambda a, i=i: a[i], every)) for i in layers]
 
 
-def _call(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
+def _call(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     return _run(walk.inside(eqn), jaxprs.called(eqn), given)
 
 
-def _checkpoint(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
+def _checkpoint(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     """Made anew, so that no more is kept for the gradient than before."""
     prevent_cse = eqn.params["prevent_cse"]
     if eqn.params["differentiated"] and prevent_cse:  # part of a gradient, to be computed again
@@ -425,16 +425,16 @@ def _checkpoint(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
     return again(*given)
 
 
-def _cond(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
+def _cond(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     branches = [functools.partial(_branch, walk, eqn, x) for x in eqn.params["branches"]]
     return jax.lax.switch(given[0], branches, *given[1:])
 
 
-def _branch(walk: _Walk, eqn: Any, jaxpr: Any, *given: Any) -> list[Any]:
+def _branch(walk: Walk, eqn: Any, jaxpr: Any, *given: Any) -> list[Any]:
     return _inside(walk, eqn, jaxpr, given)
 
 
-def _while(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
+def _while(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     parts = jaxprs.while_loop(eqn)
     n, m = parts.num_test, parts.num_test + parts.num_body
     carry = walk.dense(id(eqn), "while", given[m:], "carried")
@@ -448,7 +448,7 @@ def _while(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
     return jax.lax.while_loop(test, body, carry)
 
 
-def _scan(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
+def _scan(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     parts = jaxprs.scan(eqn)
     n, m = parts.num_consts, parts.num_consts + parts.num_carry
     carry = walk.dense(id(eqn), "scan", given[n:m], "carried")
@@ -474,7 +474,7 @@ def _scan(walk: _Walk, eqn: Any, given: list[Any]) -> Any:
     return [*carry, *ys]
 
 
-_Rule = Callable[[_Walk, Any, list[Any]], Any]
+_Rule = Callable[[Walk, Any, list[Any]], Any]
 _RULES: dict[str, _Rule] = {
     "dot_general": _dot_general,
     "convert_element_type": _cast,

@@ -63,8 +63,8 @@ def sparsify(
     ``update`` takes, besides what ``inner`` takes:
 
     * ``dense_grads``: a function without arguments that returns the gradients of this batch for
-      the dense parameters (``lambda: jax.grad(loss_fn)(compact.unpack(values, layouts), batch)``).
-      It is traced within the event's branch alone. Methods that do not grow by gradients need none.
+      the dense parameters, best by :func:`granet_jax.compact.value_and_dense_grad`. It is traced
+      within the event's branch alone. Methods that do not grow by gradients need none.
     * ``event``: None = the step decides, in one program. True and False are for loops that ask
       ``method.is_update_step(step)`` themselves and compile two programs: the one without an event
       needs none of an event's memory, and is faster.
@@ -361,7 +361,7 @@ def _dense_gradients(
         raise ValueError(
             f"The method {method.name} grows weights by gradients, which slots have not. Give "
             "update a function that computes the dense ones, used at events alone: dense_grads="
-            "lambda: jax.grad(loss_fn)(compact.unpack(values, layouts), batch)."
+            "lambda: compact.value_and_dense_grad(loss_fn)(values, layouts, batch)[1]."
         )
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
 

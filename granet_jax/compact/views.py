@@ -16,6 +16,7 @@ from granet_jax.compact.layouts import Layout
 
 _Part: TypeAlias = tuple[int, int]  # of an axis of a leaf: its stride in the leaf, its size
 _Axes: TypeAlias = tuple[tuple[_Part, ...], ...]
+_Arrays: TypeAlias = tuple[Any, Layout, Any]
 
 
 @jax.tree_util.register_pytree_node_class
@@ -25,28 +26,32 @@ class View:
     Each axis of a view runs along some axes of the leaf, or parts of them, in row-major order; an
     axis of size 1 along none. The stride tells which part of the leaf it is, and whether it stacks
     layers. The arrays have an axis for each of the parts that do, those of largest stride first.
+
+    Where dense gradients are asked for, ``zeros`` stand for the whole leaf ``(*stack, size)``: they
+    are added to it, at no cost, so that their gradient is that of all its weights.
     """
 
-    def __init__(self, values: Any, layout: Layout, path: str, axes: _Axes) -> None:
-        self.values, self.layout, self.path, self.axes = values, layout, path, axes
+    def __init__(self, values: Any, layout: Layout, zeros: Any, path: str, axes: _Axes) -> None:
+        self.values, self.layout, self.zeros = values, layout, zeros
+        self.path, self.axes = path, axes
 
-    def tree_flatten(self) -> tuple[tuple[Any, Layout], tuple[str, _Axes]]:
+    def tree_flatten(self) -> tuple[_Arrays, tuple[str, _Axes]]:
         """The arrays, and what is static."""
-        return (self.values, self.layout), (self.path, self.axes)
+        return (self.values, self.layout, self.zeros), (self.path, self.axes)
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[str, _Axes], arrays: tuple[Any, Layout]) -> "View":
+    def tree_unflatten(cls, static: tuple[str, _Axes], arrays: _Arrays) -> "View":
         """The view of other arrays of the same shapes."""
         return cls(*arrays, *static)
 
     @classmethod
-    def of_leaf(cls, path: str, values: Any, layout: Layout) -> "View":
+    def of_leaf(cls, path: str, values: Any, layout: Layout, zeros: Any = None) -> "View":
         """The whole leaf, as it lies."""
         shape = layout.shape
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
         axes = [((s, n),) if n != 1 else () for s, n in zip(strides, shape, strict=True)]
         num, stack = len(layout.stack), tuple(n for n in layout.stack if n != 1)
-        arrays = jax.tree.map(lambda a: a.reshape(stack + a.shape[num:]), (values, layout))
+        arrays = jax.tree.map(lambda a: a.reshape(stack + a.shape[num:]), (values, layout, zeros))
         return cls.tree_unflatten((path, ()), arrays).with_axes(axes)
 
     @property
@@ -56,15 +61,16 @@ class View:
 
     def with_axes(self, axes: Sequence[tuple[_Part, ...]], arrays: Any = None) -> "View":
         """The view with other axes, and other arrays if the layers are not the same."""
-        values, layout = arrays or (self.values, self.layout)
+        values, layout, zeros = arrays or (self.values, self.layout, self.zeros)
         parts = _in_leaf(part for axis in axes for part in axis)
         stack = tuple(n for stride, n in parts if stride >= layout.layer_size)
         sizes = layouts.written(stack, layout.inputs, layout.outputs)
-        return View(values, layout._replace(sizes=sizes), self.path, tuple(axes))
+        return View(values, layout._replace(sizes=sizes), zeros, self.path, tuple(axes))
 
-    def with_values(self, values: jax.Array) -> "View":
-        """The view of other values."""
-        return View(values, self.layout, self.path, self.axes)
+    def map(self, f: Callable[[Any], Any]) -> "View":
+        """The view of ``f`` of the values; it has to be linear."""
+        zeros = None if self.zeros is None else f(self.zeros)
+        return View(f(self.values), self.layout, zeros, self.path, self.axes)
 
     def stacks(self, i: int) -> bool:
         """Whether an axis runs along one axis of layers, and nothing else."""
@@ -109,12 +115,14 @@ class View:
         """The dense array."""
         parts = [part for axis in self.axes for part in axis]
         dense = layouts.dense(self.values, self.layout)
+        if self.zeros is not None:
+            dense += self.zeros.reshape(dense.shape)
         return _from_leaf(dense.reshape([n for _, n in _in_leaf(parts)]), parts).reshape(self.shape)
 
     def _each(self, i: int, f: Callable[[Any, int], Any]) -> Any:
         parts = _in_leaf(part for axis in self.axes for part in axis)
         axis = parts.index(self.axes[i][0])  # layers have the largest strides
-        return jax.tree.map(lambda a: f(a, axis), (self.values, self.layout))
+        return jax.tree.map(lambda a: f(a, axis), (self.values, self.layout, self.zeros))
 
 
 class Dot(NamedTuple):
@@ -199,8 +207,13 @@ def _of_layer(view: View, x: Any, dot: Dot, free: list[int]) -> Any:
     x = x.transpose(*x_free, *dot.x_sums).reshape(rows, *(n for _, n in summed))
     x = x.transpose(0, *(1 + summed.index(part) for part in _in_leaf(summed)))
     x = x.reshape(rows, math.prod(n for _, n in summed))
-    multiply = products.multiply_transposed if is_transposed(view, dot) else products.multiply
-    y = multiply(dot.how, view.values, view.layout, x)
+    transposed = bool(is_transposed(view, dot))
+    if view.zeros is None:
+        multiply = products.multiply_transposed if transposed else products.multiply
+        y = multiply(dot.how, view.values, view.layout, x)
+    else:
+        given = view.values, view.layout, view.zeros, x
+        y = products.multiply_and_sample_all(dot.how, transposed, *given)
     y = _from_leaf(y.reshape(rows, *(n for _, n in _in_leaf(kept))), kept)
     y = y.reshape(*sizes, *(view.shape[i] for i in free))
     last = list(range(-len(sizes), 0))
