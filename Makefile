@@ -19,14 +19,15 @@ test-all: lint  ## also the full product of methods, optimizers and wrappers
 	$(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 tests = $(patsubst %,tests/%_test.py,$(1))
-LIBRARY := selection trees distributions schedules masks reference errors rules flops products pitfalls
+LIBRARY := selection trees distributions schedules masks reference errors rules flops products pitfalls \
+	compact_native compact_trace
 
 test-oldest: $(OLDEST)/.installed  ## the library on the oldest supported JAX
 	$(OLDEST)/bin/python -m pytest -n 2 -m "not full" $(call tests,$(LIBRARY))
 
 test-newest: $(NEWEST)/.installed  ## the library and the language model on the newest JAX
 	$(NEWEST)/bin/python -m pytest -n 2 -m "not full" $(call tests,$(LIBRARY) \
-		house acceptance optimizers x64 structures compact export kernels models lm)
+		house acceptance optimizers x64 structures compact compact_states export kernels models lm)
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check
