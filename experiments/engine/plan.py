@@ -5,15 +5,11 @@ import re
 import time
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from rich.console import Console
 
 import granet_jax as gj
-from experiments import lm_training, output
-from experiments.lm_training import Trainer
-
-TEXT_BYTES = 2**24  # that the plan reckons with; each device has a copy
+from experiments.engine import output
+from experiments.engine.training import Trainer
 
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "f64": 64, "s64": 64, "u64": 64}
@@ -38,22 +34,17 @@ class Plan(NamedTuple):
     collectives: list[Collective]
     seconds: float  # that compiling took
     step: str  # what is in the program
-    compiled: Any  # as Trainer.chunk
+    compiled: Any
 
 
 def plan(trainer: Trainer) -> Plan:
-    """Compiles the training step for the mesh without making a single array."""
-    text = jax.ShapeDtypeStruct(
-        (TEXT_BYTES,), jnp.uint8, sharding=trainer.abstract_state.step.sharding
-    )
+    """Compiles the training step for the mesh without making a single array.
+
+    Raises:
+      ValueError: the data are streamed.
+    """
     started = time.perf_counter()
-    if trainer.family.two_programs:
-        step = "but for mask updates, which are a program of their own"
-        lowered = trainer.step.lower(trainer.abstract_state, text, False)
-    else:
-        step = "mask updates included"
-        lowered = trainer.chunk.lower(trainer.abstract_state, text)
-    compiled = lowered.compile()
+    compiled = trainer.lower().compile()
     seconds = time.perf_counter() - started
     stats = compiled.memory_analysis()
     memory = {
@@ -67,12 +58,14 @@ def plan(trainer: Trainer) -> Plan:
         + stats.temp_size_in_bytes,
         "peak": stats.peak_memory_in_bytes,  # on CPU without the temporaries
     }
-    leaves = gj.trees.describe(trainer.abstract_params, lm_training.PRUNABLE)
-    mesh = " x ".join(f"{size} {name}" for name, size in trainer.mesh.shape.items())
-    config = trainer.config
+    setup, config = trainer.setup, trainer.settings
+    leaves = gj.trees.describe(setup.abstract_params, setup.rules)
+    mesh = " x ".join(f"{size} {name}" for name, size in setup.mesh.shape.items())
+    step = "mask updates included"
+    if trainer.family.two_programs:
+        step = "but for mask updates, which are a program of their own"
     return Plan(
-        f"{config.size}, {config.method}, {config.batch_size} x {config.context} bytes, "
-        f"{config.precision}{', remat' if config.remat else ''}; {mesh}",
+        f"{config.task}, {config.method}, batches of {config.batch_size}; {mesh}",
         sum(leaf.size for leaf in leaves),
         gj.trees.num_prunable(leaves),
         memory,

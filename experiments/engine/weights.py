@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 import granet_jax as gj
-from experiments import methods
+from experiments.engine import methods
 
 _SHRINK_AT = 0.7  # slots are repacked where at most this share is needed: steps compile anew
 

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from experiments import streams
-from experiments.streams import Batch, Stream
+from experiments.data import streams
+from experiments.data.streams import Batch, Stream
 
 DEFAULT_DATA_DIR = "~/tensorflow_datasets"  # that of TFDS
 
@@ -151,30 +151,6 @@ def sample(split: Batch | Stream, num: int, seed: int) -> Batch:
         )
     chosen = np.random.default_rng(seed).permutation(size(split))[:num]
     return Batch(np.asarray(split.images)[chosen], np.asarray(split.labels)[chosen])
-
-
-def host_batches(split: Batch | Stream, batch_size: int) -> Iterator[Batch]:
-    """Goes once through a split, in this process's share of equal batches.
-
-    Args:
-      split: what to go through.
-      batch_size: images in a batch, over all processes.
-
-    Yields:
-      Batches of ``batch_size / processes``; label -1 marks padding at the end.
-    """
-    if isinstance(split, Stream):
-        yield from streams.in_order(split, batch_size)
-        return
-    share = batch_size // jax.process_count()
-    for start in range(0, len(split.labels), batch_size):
-        first = start + share * jax.process_index()
-        images, labels = (array[first : first + share] for array in split)
-        missing = share - len(labels)
-        yield Batch(
-            np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)]),
-            np.pad(labels, (0, missing), constant_values=-1),
-        )
 
 
 def _hold_out(num: int, validation: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 import granet_jax as gj
-from experiments import files
+from experiments.engine.task import Told
 
 KEEP = 2  # newest, beside the best
 
@@ -18,9 +18,9 @@ KEEP = 2  # newest, beside the best
 def open_manager(folder: pathlib.Path) -> ocp.CheckpointManager:
     """Opens or makes a folder of checkpoints; what a killed run left half-written is ignored."""
 
-    def rank(metrics: dict[str, float]) -> float:
-        """First by fewer weights, then by accuracy in percent."""
-        return metrics["accuracy"] - 101.0 * metrics["live"]
+    def rank(metrics: dict[str, float]) -> Any:
+        """First by fewer weights, then by the score, which was an accuracy in runs of before."""
+        return -metrics["live"], metrics.get("score", metrics.get("accuracy", 0.0))
 
     policy = checkpoint_managers.AnyPreservationPolicy(
         [
@@ -46,6 +46,7 @@ def save(
     state: Any,
     notes: dict[str, Any],
     record: dict[str, float] | None,
+    told: Told | None = None,
 ) -> None:
     """Begins to write a checkpoint; the state may be donated at once.
 
@@ -54,16 +55,18 @@ def save(
       step: number of updates done.
       state: tree of arrays.
       notes: JSON, what else is needed to go on.
-      record: by which the best is kept, with live weights and accuracy; None within an epoch.
+      record: by which the best is kept, with live weights and metrics; None within an epoch.
+      told: of the task, which metric decides; with a record.
     """
     if step in manager.all_steps():
         return  # just written as the best
     manager.save(
         step,
         args=ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes)),
-        metrics=None
-        if record is None
-        else {"live": record["live"], "accuracy": record[files.selected_by(record)]},
+        metrics=None if record is None or told is None else {
+            "live": record["live"],
+            "score": told.score(record),
+        },
         force=True,
     )
 

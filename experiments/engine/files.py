@@ -1,7 +1,8 @@
-"""The files of a run, for programs: settings, what it ran on, and a line for each epoch."""
+"""The files of a run, for programs: settings, what it ran on, a line for each epoch, masks."""
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -13,10 +14,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-from experiments import distributed
+import granet_jax as gj
+from experiments.engine import distributed
+from experiments.engine.task import Told, told_from_json
 
 Record = dict[str, float]
+
+
+def digest(tree: Any) -> str:
+    """A sha256 over the bits of all arrays of a tree, in the order of its leaves."""
+    hashed = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        hashed.update(np.asarray(leaf).tobytes())
+    return hashed.hexdigest()
 
 
 @contextlib.contextmanager
@@ -98,8 +110,10 @@ def check_data(out_dir: pathlib.Path, facts: dict[str, Any]) -> None:
         )
 
 
-def write_about(out_dir: pathlib.Path, layers: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Notes how the run was called, each time, on what, and what its data and layers are."""
+def write_about(
+    out_dir: pathlib.Path, layers: list[dict[str, Any]], facts: dict[str, Any], told: Told
+) -> None:
+    """Notes how the run was called, each time, on what, and what task, data and layers are."""
     if jax.process_index() != 0:
         return
     devices = jax.devices()
@@ -109,7 +123,7 @@ def write_about(out_dir: pathlib.Path, layers: list[dict[str, Any]], facts: dict
         "jax": jax.__version__,
     }
     sessions = [*read_about(out_dir).get("sessions", []), session]
-    about = {"sessions": sessions, "data": facts, "layers": layers}
+    about = {"sessions": sessions, "task": told._asdict(), "data": facts, "layers": layers}
     _write(out_dir / "about.json", json.dumps(about, indent=2) + "\n")
 
 
@@ -156,16 +170,16 @@ def read_history(out_dir: pathlib.Path) -> list[Record]:
     return records
 
 
-def selected_by(record: Record) -> str:
-    """By which accuracy the best epoch is chosen: on the validation images, if any are held out."""
-    return "validation_accuracy" if "validation_accuracy" in record else "test_accuracy"
+def read_told(out_dir: pathlib.Path) -> Told:
+    """What the folder tells of the task."""
+    return told_from_json(read_about(out_dir), read_json(out_dir, "settings.json"))
 
 
-def best(history: list[Record]) -> Record:
+def best(history: list[Record], told: Told) -> Record:
     """The best epoch among those with no more weights than at the end; the latest of equals."""
     most = history[-1].get("live", math.inf)
     final = [record for record in history if record.get("live", math.inf) <= most]
-    return max(reversed(final), key=lambda record: record.get(selected_by(record), -math.inf))
+    return max(reversed(final), key=lambda r: np.nan_to_num(told.score(r), nan=-np.inf))
 
 
 def rewind(out_dir: pathlib.Path, step: int, steps_per_epoch: int) -> list[Record]:
@@ -197,3 +211,60 @@ def _write(path: pathlib.Path, text: str) -> None:
     new = path.with_suffix(".new")
     new.write_text(text)
     os.replace(new, path)
+
+
+def write_masks(out_dir: pathlib.Path, masks: Any) -> None:
+    """masks.npz: the bits of each mask by its path; a byte holds eight."""
+    if jax.process_index() == 0:
+        packed: dict[str, Any] = {k: np.packbits(x) for k, x in gj.trees.paths(masks).items()}
+        np.savez(out_dir / "masks.npz", **packed)
+
+
+def read_masks(out_dir: pathlib.Path, like: Any) -> Any:
+    """The masks of a finished run.
+
+    Args:
+      out_dir: its folder.
+      like: tree of arrays or ``ShapeDtypeStruct``s of the masks' shapes.
+
+    Raises:
+      ValueError: there are none, or they are of another network.
+    """
+    path = out_dir / "masks.npz"
+    if not path.exists():
+        raise ValueError(f"there is no {path}; name a run that has come to its end.")
+    with np.load(path) as packed:
+        held = {name: packed[name] for name in packed.files}
+    masks = []
+    for name, leaf in gj.trees.paths(like).items():
+        bits = held.get(name)
+        if bits is None or bits.size != -(-leaf.size // 8):
+            raise ValueError(f"{path} holds the masks of another network.")
+        masks.append(np.unpackbits(bits, count=leaf.size).reshape(leaf.shape).astype(bool))
+    return jax.tree.unflatten(jax.tree.structure(like), masks)
+
+
+def agreement(masks: Any, others: Any, prunable: gj.trees.Rules = ()) -> tuple[float, float]:
+    """Share of the live weights that are live in other masks too, and what chance would give.
+
+    By chance: masks with the same number of live weights in each layer, drawn without regard to
+    each other.
+
+    Example:
+      >>> import numpy as np
+      >>> a = {"kernel": np.array([[True, True], [False, False]])}
+      >>> b = {"kernel": np.array([[True, False], [True, False]])}
+      >>> agreement(a, b)
+      (0.5, 0.5)
+    """
+    floats = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), masks)
+    shared = expected = live = 0.0
+    leaves = gj.trees.describe(floats, prunable)
+    pairs = zip(leaves, jax.tree.leaves(masks), jax.tree.leaves(others), strict=True)
+    for leaf, mask, other in pairs:
+        if leaf.prunable:
+            mine, theirs = (x.reshape(leaf.num_layers, -1) for x in (mask, other))
+            shared += float((mine & theirs).sum())
+            expected += float((mine.sum(1) * theirs.mean(1)).sum())
+            live += float(mine.sum())
+    return shared / max(live, 1.0), expected / max(live, 1.0)

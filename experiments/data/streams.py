@@ -54,7 +54,7 @@ def shuffled(stream: Stream, batch_size: int, seed: int) -> grain.DatasetIterato
 
 
 def in_order(stream: Stream, batch_size: int) -> Iterator[Batch]:
-    """Goes once through a split for testing, see :func:`experiments.data.host_batches`."""
+    """Goes once through a split for testing, the last batch padded by labels of -1."""
     share = batch_size // jax.process_count()
     padding = -len(stream.indices) % batch_size
     indices = np.concatenate([stream.indices, np.full(padding, -1)])

@@ -123,10 +123,10 @@ class AtInit(NamedTuple):
     """What a method that prunes before training is shown."""
 
     params: Any
-    loss: Callable[..., Any]  # (params, batch, temperature=1) -> scalar; logits / temperature
-    apply: Callable[..., Any]  # (params, float images) -> logits
+    loss: Callable[..., Any]  # (params, batch, temperature=1) -> scalar; outputs / temperature
+    apply: Callable[..., Any] | None  # (params, inputs) -> outputs; None = the task tells none
     batches: list[Any]
-    image: jax.ShapeDtypeStruct  # one float image
+    example: Any  # abstract, one of the inputs
     sparsity: float
     prunable: gj.trees.Rules
 
@@ -230,8 +230,10 @@ def _grasp(start: AtInit) -> Any:
 
 
 def _synflow(start: AtInit) -> Any:
+    if start.apply is None:
+        raise ValueError("synflow sends ones through the network: the task lacks Task.forward.")
     return gj.at_init.synflow(
-        start.apply, start.params, start.image, sparsity=start.sparsity, prunable=start.prunable
+        start.apply, start.params, start.example, sparsity=start.sparsity, prunable=start.prunable
     )
 
 

@@ -8,23 +8,25 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments.files import Record
+from experiments.engine.files import Record
+from experiments.engine.training import Trainer
 
 
 @contextlib.contextmanager
 def progress(
-    console: Console, label: str, epochs: int, plain_every: int = 1
+    console: Console, label: str, trainer: Trainer, plain_every: int = 1
 ) -> Iterator[Callable[[Record], None]]:
     """Gives a function to call with each epoch's record.
 
     On a terminal it moves a bar; elsewhere it prints one plain line for every ``plain_every``-th
     epoch and for the last.
     """
+    epochs = trainer.length.epochs
     if not console.is_terminal:
 
         def print_line(record: Record) -> None:
             if record["epoch"] % plain_every == 0 or record["epoch"] == epochs:
-                print(f"{label}  {_line(record, epochs)}", flush=True)
+                print(f"{label}  {_line(record, trainer)}", flush=True)
 
         yield print_line
         return
@@ -32,15 +34,18 @@ def progress(
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(label, total=epochs)
         yield lambda record: bar.update(
-            task, completed=record["epoch"], description=f"{label}  {_line(record, epochs)}"
+            task, completed=record["epoch"], description=f"{label}  {_line(record, trainer)}"
         )
 
 
-def _line(record: Record, epochs: int) -> str:
+def _line(record: Record, trainer: Trainer) -> str:
+    told = trainer.told
+    metric = told.metrics[0]
     return (
-        f"epoch {record['epoch']:3.0f}/{epochs}  loss {record['loss']:.4f}  "
-        f"test {record['test_accuracy']:6.2f} %  sparsity {record['sparsity']:.4f}  "
-        f"{record['images_per_second']:,.0f} images/s"
+        f"epoch {record['epoch']:3.0f}/{trainer.length.epochs}  loss {record['loss']:.4f}  "
+        f"{metric.label(told.shown)} {record[told.key(told.shown)]:{metric.form}}  "
+        f"sparsity {record['sparsity']:.4f}  "
+        f"{record[f'{told.unit}_per_second']:,.0f} {told.unit}/s"
     )
 
 

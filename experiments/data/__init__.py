@@ -1,0 +1,1 @@
+"""What there is to train on: images in memory or streamed, text; crops on the device."""
