@@ -1,19 +1,15 @@
 """Experiments with granet_jax: run ``python -m experiments.train --help``.
 
-In the order in which data flow::
+Programs stand at the top: train, compare, lm, lottery, plasticity, collapse, flops, report. They
+import from these, and these from those before them::
 
-    streams, data, augment   encoded images or arrays in memory; crops on the device
-    models, methods          what a flag names
-    settings                 one dataclass, and the flags made from it
-    optimizers, training     the compiled step on all devices
-    distributed              several processes
-    files, checkpoints       what a run leaves
-    report, run              its page; a run that goes on where it was stopped
-    train, compare           programs, with output for the terminal
-    lottery, plasticity      studies over many runs
-    collapse, flops          studies without training
-    text, lm_training, lm_run, lm_plan, lm    a language model on a mesh of devices
-    benchmarks               what sparsity costs: python -m experiments.benchmarks
+    data, models    what there is to train on, and networks
+    engine          trains any task by any method on any mesh of devices
+    tasks           what can be trained: a file each, or a file of yours
+    studies         what lottery and plasticity compute
+    benchmarks      what sparsity costs: python -m experiments.benchmarks
+
+CONTRIBUTING.md has every room, with a line each.
 """
 
 import logging

@@ -12,7 +12,7 @@ and methods or seeds can be added. With --plan nothing is trained, see experimen
 import dataclasses
 import pathlib
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from absl import app, flags
@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
     """What became of all runs."""
 
     folders: dict[str, list[pathlib.Path]]  # by method, of the runs that came to their end
-    told: list[str]  # of the masks, for each run
+    agreements: list[str]  # with the masks of --reference
     shortfalls: list[str]
     diverged: list[str]
 
@@ -130,18 +130,21 @@ def _run_all(console: Console, trainers: list[Trainer], out_dir: pathlib.Path) -
                 outcome.diverged.append(f"{label}: {error}")
                 continue
             outcome.folders.setdefault(name, []).append(folder)
-            told = f"{label}: sha256 of masks {files.digest(result.masks)[:16]}"
             if given.reference:
-                other = files.read_masks(pathlib.Path(given.reference) / folder.name, result.masks)
-                shared, chance = files.agreement(result.masks, other, trainer.setup.rules)
-                told += (
-                    f"; {100 * shared:.2f} % of the live weights are live in {given.reference} "
-                    f"too, {100 * chance:.2f} % by chance"
-                )
-            outcome.told.append(told)
+                outcome.agreements.append(f"{label}: {_agreement(this, folder.name, result.masks)}")
             if result.shortfall:
                 outcome.shortfalls.append(f"{label}: {result.shortfall}")
     return outcome
+
+
+def _agreement(trainer: Trainer, name: str, masks: Any) -> str:
+    reference = flags.FLAGS.reference
+    other = files.read_masks(pathlib.Path(reference) / name, masks)
+    shared, chance = files.agreement(masks, other, trainer.setup.rules)
+    return (
+        f"{100 * shared:.2f} % of the live weights are live in {reference} too, "
+        f"{100 * chance:.2f} % by chance"
+    )
 
 
 def _show(
@@ -155,7 +158,7 @@ def _show(
     rows = page.summary(histories, trainer.told)
     (out_dir / "table.txt").write_text(output.print_table(console, caption, rows))
     print(f"Mean and standard deviation over seeds. {page.selection(trainer.told)}")
-    for line in outcome.told:
+    for line in outcome.agreements:
         print(line)
     for shortfall in outcome.shortfalls:
         print(f"warning: {shortfall}")

@@ -12,6 +12,7 @@ import sys
 from absl import app
 
 from experiments import compare
+from experiments.compare import main
 
 
 def define_flags(argv: list[str]) -> None:
@@ -21,4 +22,4 @@ def define_flags(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     define_flags(sys.argv)
-    app.run(compare.main)
+    app.run(main)

@@ -13,21 +13,11 @@ import optax
 import pytest
 
 import granet_jax as gj
-from experiments import files, lm_plan, lm_run, lm_training, run, training, weights
-from experiments.models import transformer
-from experiments.run import digest
-from tests.lm_test import CONFIG, TINY, data, mesh_of, numbers  # noqa: F401
+from experiments.engine import files, plan, run, weights
+from experiments.engine.files import digest
+from tests import images, lm_test
+from tests.lm_test import _tiny, mesh_of, numbers, run_until  # noqa: F401
 from tests.run_test import OwnNet, own_data, own_settings
-
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch):
-    monkeypatch.setitem(transformer.SIZES, "tiny", TINY)
-    monkeypatch.setattr(lm_training, "VALIDATION_WINDOWS", 4)
-
-
-class Stop(Exception):
-    pass
 
 
 @pytest.mark.parametrize("method", ["rigl", "granet"])
@@ -36,17 +26,11 @@ def test_images_go_on_to_the_same_bits(method, tmp_path):
     config = own_settings(
         method=method, sparsity=0.75, chunk_steps=3, epochs=5, prune_until=0.4, compact=True
     )
-    dataset = own_data(80)  # 5 steps an epoch
-    straight = run.run(config, dataset, tmp_path / "a", OwnNet(8), checkpoint_seconds=0)
+    trainer = images.make_trainer(config, own_data(80), OwnNet(8))  # 5 steps an epoch
+    straight = run.run(trainer, tmp_path / "a", checkpoint_seconds=0)
     for epoch in (1, 3):
-
-        def stop(record, epoch=epoch):
-            if record["epoch"] == epoch:
-                raise Stop
-
-        with pytest.raises(Stop):
-            run.run(config, dataset, tmp_path / "b", OwnNet(8), checkpoint_seconds=0, show=stop)
-    resumed = run.run(config, dataset, tmp_path / "b", OwnNet(8), checkpoint_seconds=0)
+        run_until(epoch, trainer, tmp_path / "b")
+    resumed = run.run(trainer, tmp_path / "b", checkpoint_seconds=0)
     chex.assert_trees_all_equal(resumed.state.params, straight.state.params)
     chex.assert_trees_all_equal(resumed.masks, straight.masks)
     assert [r["loss"] for r in resumed.history] == [r["loss"] for r in straight.history]
@@ -72,7 +56,7 @@ def test_images_do_as_masked_ones(method):
     states = {}
     for compact in (False, True):
         chosen = dataclasses.replace(config, compact=compact)
-        trainer = training.make_trainer(chosen, own_data(80), OwnNet(8))
+        trainer = images.make_trainer(chosen, own_data(80), OwnNet(8))
         state, losses = trainer.run(trainer.init(0), None, 8)
         states[compact] = state, losses
         masks = trainer.family.masks(state.params, state.opt_state)
@@ -98,44 +82,41 @@ def test_convolutions_norms_and_dropout():
     losses = []
     for compact in (False, True):
         chosen = dataclasses.replace(config, compact=compact)
-        trainer = training.make_trainer(chosen, own_data(), ConvNet())
+        trainer = images.make_trainer(chosen, own_data(), ConvNet())
         state, each = trainer.run(trainer.init(0), None, 4)
         assert state.model_state["batch_stats"]["BatchNorm_0"]["mean"].any()
-        losses.append((each, trainer.evaluate(state)["test"]))
+        losses.append((each, trainer.evaluate(state)["test_accuracy"]))
     np.testing.assert_allclose(losses[0][0], losses[1][0], rtol=1e-4)
     assert losses[0][1] == losses[1][1]
 
 
-def test_text_goes_on_to_the_same_bits_and_masks_are_those_of_masked_training(tmp_path, data):  # noqa: F811
-    config = CONFIG._replace(method="rigl", compact=True)
-    trainer = lm_training.make_trainer(config, mesh_of(1, 1, 1))
-    straight = lm_run.run(trainer, data, tmp_path / "straight")
-    lm_run.run(trainer, data, tmp_path / "stopped", checkpoint_seconds=0, stop_at=4)
-    resumed = lm_run.run(trainer, data, tmp_path / "stopped")
+def test_text_goes_on_to_the_same_bits_and_masks_are_those_of_masked_training(tmp_path):
+    trainer = lm_test.make_trainer(method="rigl", compact=True)
+    straight = run.run(trainer, tmp_path / "straight")
+    run_until(3, trainer, tmp_path / "stopped")
+    resumed = run.run(trainer, tmp_path / "stopped")
     assert digest(resumed.masks) == digest(straight.masks)
     assert digest(resumed.state.params) == digest(straight.state.params)
     assert numbers(resumed.history) == numbers(straight.history)
     assert len(files.read_history(tmp_path / "stopped")) == 4
-    plain = lm_training.make_trainer(config._replace(compact=False), mesh_of(1, 1, 1))
-    masked = lm_run.run(plain, data, tmp_path / "masked")
+    masked = run.run(lm_test.make_trainer(method="rigl"), tmp_path / "masked")
     assert digest(masked.masks) == digest(straight.masks)
     np.testing.assert_allclose(masked.history[-1]["loss"], straight.history[-1]["loss"], rtol=1e-4)
     assert masked.history[-1]["live"] == straight.history[-1]["live"]
 
 
-def test_slots_on_a_mesh_are_those_of_one_device(tmp_path, data):  # noqa: F811
-    config = CONFIG._replace(method="set", compact=True, bytes=4 * 4 * 8)
-    plain = lm_training.make_trainer(config, mesh_of(1, 1, 1))
-    trainer = lm_training.make_trainer(config, mesh_of(2, 2, 1))
-    state = trainer.init()
+def test_slots_on_a_mesh_are_those_of_one_device(tmp_path):
+    changes = {"method": "set", "compact": True, "bytes": 4 * 4 * 8}
+    trainer = lm_test.make_trainer(mesh_of(2, 2, 1), **changes)
+    state = trainer.init(0)
     for tree in (state.params, state.opt_state.inner[1][0].mu):
         slots = tree["blocks"]["query"]["kernel"]  # of two layers, one on each of the two
         assert slots.addressable_shards[0].data.shape == (1, slots.shape[1])
-    on_mesh = lm_run.run(trainer, data, tmp_path / "mesh")
-    on_one = lm_run.run(plain, data, tmp_path / "one")
+    on_mesh = run.run(trainer, tmp_path / "mesh")
+    on_one = run.run(lm_test.make_trainer(**changes), tmp_path / "one")
     assert digest(on_mesh.masks) == digest(on_one.masks)
     np.testing.assert_allclose(on_mesh.history[-1]["loss"], on_one.history[-1]["loss"], rtol=1e-4)
-    assert lm_plan.plan(trainer).memory["arguments"] > 0
+    assert plan.plan(trainer).memory["arguments"] > 0
 
 
 @pytest.mark.parametrize(
@@ -153,7 +134,7 @@ def test_slots_on_a_mesh_are_those_of_one_device(tmp_path, data):  # noqa: F811
 def test_what_does_not_go_with_it(change, message):
     config = own_settings(compact=True, **{"method": "rigl", **change})
     with pytest.raises(ValueError, match=message):
-        training.make_trainer(config, own_data(), OwnNet(8))
+        images.make_trainer(config, own_data(), OwnNet(8))
 
 
 def test_dense_gradients_are_those_of_dense_parameters():
@@ -198,7 +179,7 @@ def test_events_of_a_chunk():
 
 
 def test_the_readme_trains_live_weights_alone(capsys):
-    readme = (pathlib.Path(run.__file__).parents[1] / "README.md").read_text()
+    readme = (pathlib.Path(run.__file__).parents[2] / "README.md").read_text()
     (block,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "to_slots" in b]
     keys = jax.random.split(jax.random.key(0), 3)
     kernel = jax.random.normal(keys[0], (40, 30))

@@ -6,9 +6,11 @@ import importlib
 import inspect
 import pathlib
 import pkgutil
+import re
 
 import pytest
 
+import experiments
 import granet_jax as gj
 
 ROOT = pathlib.Path(gj.__file__).parent
@@ -23,6 +25,18 @@ ORDER = [
 ]
 # Never import methods.
 SERVICES = ("metrics", "products", "flops", "report", "sharding", "checkpoint", "export", "testing")
+
+
+EXPERIMENTS = pathlib.Path(experiments.__file__).parent
+WINGS = ["data", "models", "engine", "tasks", "studies", "benchmarks"]  # then the programs
+ENGINE = [
+    *("task", "methods", "settings", "weights", "optimizers", "distributed", "mesh", "batches"),
+    *("files", "checkpoints", "training", "records", "page", "output", "run", "plan"),
+]
+ROOMS = {  # that import each other within a wing, in this order
+    "data": ["streams", "images", "text", "augment"],
+    "engine": ENGINE,
+}
 
 
 def imports(path):
@@ -80,5 +94,44 @@ def test_public_names_have_docstrings_and_functions_have_examples():
 
 
 def test_files_stay_small():
-    for path in ROOT.rglob("*.py"):
-        assert len(path.read_text().splitlines()) <= 500, f"{path} is over 500 lines"
+    for root, most in ((ROOT, 500), (EXPERIMENTS, 400)):
+        for path in root.rglob("*.py"):
+            assert len(path.read_text().splitlines()) <= most, f"{path} is over {most} lines"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(EXPERIMENTS.rglob("*.py")), ids=lambda p: str(p.relative_to(EXPERIMENTS))
+)
+def test_the_laboratory(path):
+    """Programs import studies, tasks and the engine, and never the other way round."""
+    text = path.read_text()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= 60, f"{node.name} has {lines} lines"
+    wing, *rest = path.relative_to(EXPERIMENTS).with_suffix("").parts
+    programs = sorted(p.stem for p in EXPERIMENTS.glob("*.py") if p.stem != "__init__")
+    order = [*WINGS, *programs]
+    for name in imports(path):
+        top, *inner = name.split(".")
+        if top != "experiments" or inner[0] not in order or wing == "__init__":
+            continue
+        if wing in programs:
+            assert inner[0] in WINGS or (wing, inner[0]) == ("lm", "compare")
+        elif inner[0] == wing:
+            rooms = ROOMS.get(wing, [])
+            if len(inner) > 1 and {inner[1], rest[0]} <= set(rooms):
+                assert rooms.index(inner[1]) < rooms.index(rest[0]), f"{path} imports {name}"
+        else:
+            assert order.index(inner[0]) < order.index(wing), f"{path} imports {name}"
+            assert {inner[0], wing} != {"engine", "data"} != {inner[0], "models"}
+
+
+def test_contributing_lists_the_rooms_of_the_laboratory():
+    told = (ROOT.parent / "CONTRIBUTING.md").read_text()
+    rooms = re.findall(r"^- `([\w/.]+)`", told[told.index("## The laboratory") :], re.M)
+    here = [p.relative_to(EXPERIMENTS) for p in EXPERIMENTS.rglob("*.py") if p.stem[0] != "_"]
+    wanted = [str(p) for p in here if p.parts[0] not in ("models", "benchmarks")]
+    assert sorted(rooms) == sorted([*wanted, "models/", "benchmarks/", "recipes/"])
+    inner = [name.removeprefix("engine/")[:-3] for name in rooms if name.startswith("engine/")]
+    assert inner == ENGINE

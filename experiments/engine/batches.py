@@ -62,23 +62,24 @@ def in_order(source: Memory | Streamed, batch_size: int) -> Iterator[tuple[Any, 
         yield jax.tree.map(lambda x, i=indices: np.asarray(x)[i], source.arrays), valid
 
 
-def sample(source: Source, num: int, seed: int, batch_size: int) -> list[Any]:
-    """Draws examples to train on at random, all different where they lie in memory.
-
-    Returns:
-      One batch of ``num``; of what is drawn, as many of the batch's size as hold as many.
-
-    Raises:
-      ValueError: examples are streamed, or fewer.
-    """
-    if isinstance(source, Drawn):
-        keys = jax.random.split(jax.random.key(seed), -(-num // batch_size))
-        return [source.draw(key, source.arrays) for key in keys]
-    if isinstance(source, Streamed) or num > size(source):
+def check_sample(source: Source, num: int) -> None:
+    """Raises a ValueError where :func:`sample` cannot draw: examples are streamed, or fewer."""
+    if isinstance(source, Streamed) or (isinstance(source, Memory) and num > size(source)):
         raise ValueError(
             f"{num} examples are to be drawn at once: from data in memory, with as many to train "
             "on at least."
         )
+
+
+def sample(source: Memory | Drawn, num: int, seed: int, batch_size: int) -> list[Any]:
+    """Draws examples to train on at random, all different where they lie in memory.
+
+    Returns:
+      One batch of ``num``; of what is drawn, as many of the batch's size as hold as many.
+    """
+    if isinstance(source, Drawn):
+        keys = jax.random.split(jax.random.key(seed), -(-num // batch_size))
+        return [source.draw(key, source.arrays) for key in keys]
     chosen = np.random.default_rng(seed).permutation(size(source))[:num]
     return [jax.tree.map(lambda x: np.asarray(x)[chosen], source.arrays)]
 

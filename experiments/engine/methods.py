@@ -124,7 +124,7 @@ class AtInit(NamedTuple):
 
     params: Any
     loss: Callable[..., Any]  # (params, batch, temperature=1) -> scalar; outputs / temperature
-    apply: Callable[..., Any] | None  # (params, inputs) -> outputs; None = the task tells none
+    apply: Callable[..., Any]  # (params, inputs) -> outputs
     batches: list[Any]
     example: Any  # abstract, one of the inputs
     sparsity: float
@@ -138,6 +138,7 @@ class Entry(NamedTuple):
     regeneration: Regeneration = Regeneration(0.0, 0.0, 1.0)
     dense_gradients: Callable[[int], float] = lambda update_every: 0.0  # share of steps with them
     at_init: Callable[[AtInit], Any] | None = None  # gives the masks of the start
+    needs_apply: bool = False  # at_init looks at AtInit.apply
 
 
 RIGL = Regeneration(0.3, 0.0, 0.75)  # the defaults of the library, told for reports
@@ -209,8 +210,8 @@ def _dynamic(
     return Entry(make, regeneration, dense_gradients)
 
 
-def _before_training(find: Callable[[AtInit], Any]) -> Entry:
-    return Entry(_dense, at_init=find)
+def _before_training(find: Callable[[AtInit], Any], needs_apply: bool = False) -> Entry:
+    return Entry(_dense, at_init=find, needs_apply=needs_apply)
 
 
 def _snip(start: AtInit) -> Any:
@@ -230,8 +231,6 @@ def _grasp(start: AtInit) -> Any:
 
 
 def _synflow(start: AtInit) -> Any:
-    if start.apply is None:
-        raise ValueError("synflow sends ones through the network: the task lacks Task.forward.")
     return gj.at_init.synflow(
         start.apply, start.params, start.example, sparsity=start.sparsity, prunable=start.prunable
     )
@@ -253,7 +252,7 @@ METHODS: dict[str, Entry] = {
     "static": Entry(_static),
     "snip": _before_training(_snip),
     "grasp": _before_training(_grasp),
-    "synflow": _before_training(_synflow),
+    "synflow": _before_training(_synflow, needs_apply=True),
     "magnitude_at_init": _before_training(_magnitude_at_init),
     "set": _dynamic(gj.set_, RIGL),
     "set_by_sign": _dynamic(functools.partial(gj.set_, by_sign=True), RIGL),

@@ -137,9 +137,9 @@ def define_flags(
     leave_out: tuple[str, ...] = (),
     flag_values: flags.FlagValues = flags.FLAGS,
 ) -> None:
-    """Defines one absl flag for each setting but the task."""
+    """Defines one absl flag for each setting that was made by :func:`flag`."""
     for field in dataclasses.fields(kind):
-        if field.name not in ("task", *leave_out):
+        if "help" in field.metadata and field.name not in leave_out:
             _define_flag(kind, field, {"flag_values": flag_values})
 
 
@@ -176,7 +176,7 @@ def from_flags(
     """
     values = dict(given)
     for field in dataclasses.fields(kind):
-        if field.name not in values:
+        if field.name not in values and "help" in field.metadata:
             value = flag_values[field.name].value
             values[field.name] = tuple(value) if isinstance(value, list) else value
     chosen = defaults(kind, values)

@@ -137,6 +137,7 @@ def set_up(config: Settings, task: Task, mesh: Mesh) -> Setup:
     optimizers.learning_rate(config, length)
     params, variables = jax.eval_shape(task.init, jax.random.key(0))
     _check_metrics(task, params, variables)
+    _check_at_init(task, config.method)
     dense = tuple((pattern, False) for pattern in config.dense_layers)
     rules = (*dense, *task.prunable(config.parsed_structure))
     forward, example = _counted(task)
@@ -182,7 +183,7 @@ def started(setup: Setup, state: State, seed: int) -> State:
         methods.AtInit(
             state.params,
             loss,
-            task.forward and (lambda params, x: forward(params, state.model_state, x)),
+            lambda params, x: forward(params, state.model_state, x),
             batches.sample(task.train, task.num_scored, seed, config.batch_size),
             example,
             config.sparsity,
@@ -304,6 +305,8 @@ def _counted(task: Task) -> tuple[Callable[..., Any], Any]:
 
 
 def _check_metrics(task: Task, params: Any, variables: Any) -> None:
+    if not task.held_out or not task.metrics:
+        raise ValueError("Task.held_out is empty, or Task.metrics: nothing would be evaluated.")
     for split, source in task.held_out.items():
         example = batches.abstract(source, 3)
         if example is None:
@@ -316,6 +319,15 @@ def _check_metrics(task: Task, params: Any, variables: Any) -> None:
                 f"Task.evaluate has to give a number for each example, of shape (3,) for 3 examples "
                 f"of {split}, as {', '.join(odd)}; it gives {shapes}."
             )
+
+
+def _check_at_init(task: Task, method: str) -> None:
+    entry = methods.METHODS[method]
+    if entry.at_init is None:
+        return
+    batches.check_sample(task.train, task.num_scored)
+    if entry.needs_apply and task.forward is None:
+        raise ValueError(f"{method} sends ones through the network: the task lacks Task.forward.")
 
 
 def _facts(task: Task) -> dict[str, Any]:
