@@ -145,7 +145,8 @@ def define_flags(
 
 def _define_flag(kind: type[Settings], field: dataclasses.Field[Any], to: dict[str, Any]) -> None:
     meta, default = field.metadata, _default(field)
-    text, bounds = meta["help"], {"lower_bound": meta.get("low"), "upper_bound": meta.get("high")}
+    text = meta["help"]
+    bounds: dict[str, Any] = {"lower_bound": meta.get("low"), "upper_bound": meta.get("high")}
     for values in kind.by_choice.values():
         if listed := [f"{v[field.name]} for {k}" for k, v in values.items() if field.name in v]:
             default, text = None, f"{text} (default: {', '.join(listed)})"
@@ -166,9 +167,7 @@ def _define_flag(kind: type[Settings], field: dataclasses.Field[Any], to: dict[s
 Kind = TypeVar("Kind", bound=Settings)
 
 
-def from_flags(
-    kind: type[Kind], flag_values: flags.FlagValues = flags.FLAGS, **given: Any
-) -> Kind:
+def from_flags(kind: type[Kind], flag_values: flags.FlagValues = flags.FLAGS, **given: Any) -> Kind:
     """Settings from the parsed flags; ``given`` stands in for flags left out.
 
     Raises:
