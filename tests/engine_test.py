@@ -1,13 +1,16 @@
 """The engine's own: parameters shared over a mesh, variables of any form, places of records."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 
 import granet_jax as gj
 from experiments.engine import mesh as meshes
-from experiments.engine import page, training
+from experiments.engine import page, settings, training
 from experiments.engine.task import ACCURACY, Told
 from experiments.tasks import images
 from tests.images import make_trainer
@@ -83,6 +86,19 @@ def test_variables_may_come_back_with_the_masks_of_a_kernel():
     trainer = training.make_trainer(config, returning)
     state, _ = jax.eval_shape(trainer.step, trainer.abstract_state, task.train.arrays)
     assert state.model_state == {}
+
+
+def test_settings_without_default_have_to_be_given():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Own(images.Settings):
+        dataset: str = "own"
+        model: str = "own"
+
+    values = flags.FlagValues()
+    settings.define_flags(Own, flag_values=values)
+    values(["train", "--epochs=2"])
+    with pytest.raises(ValueError, match="--batch_size, --update_every: to be given, for there is"):
+        settings.from_flags(Own, values)
 
 
 def test_a_record_without_the_metric_has_the_last_place():

@@ -1,9 +1,9 @@
 """The programs as a person runs them, on the data that ships with a dependency."""
 
 import dataclasses
+import importlib
 import json
 import re
-import runpy
 import subprocess
 import sys
 
@@ -33,15 +33,15 @@ def run(program, *flags, ok=True):
 
 
 def main_of(module, argv):
-    module["define_flags"](argv)
-    module["main"](flags.FLAGS(argv))
+    module.define_flags(argv)
+    module.main(flags.FLAGS(argv))
 
 
 def told_here(program, given, capsys):
     """What a program that ends early tells, in this process, where all has been imported."""
     known = set(flags.FLAGS)
     try:
-        module = runpy.run_module(f"experiments.{program}")
+        module = importlib.import_module(f"experiments.{program}")
         with pytest.raises((SystemExit, flags.Error)) as ended:
             main_of(module, [program, *given])
     finally:

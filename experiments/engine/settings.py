@@ -171,7 +171,7 @@ def from_flags(kind: type[Kind], flag_values: flags.FlagValues = flags.FLAGS, **
     """Settings from the parsed flags; ``given`` stands in for flags left out.
 
     Raises:
-      ValueError: a list of numbers holds something else.
+      ValueError: a list of numbers holds something else, or a setting without default is not given.
     """
     values = dict(given)
     for field in dataclasses.fields(kind):
@@ -180,6 +180,8 @@ def from_flags(kind: type[Kind], flag_values: flags.FlagValues = flags.FLAGS, **
             values[field.name] = tuple(value) if isinstance(value, list) else value
     chosen = defaults(kind, values)
     values = {k: chosen.get(k) if v is None else v for k, v in values.items()}
+    if missing := [k for k, v in values.items() if v is None]:
+        raise ValueError(f"--{', --'.join(missing)}: to be given, for there is no default.")
     try:
         values["drop_at"] = tuple(float(x) for x in values["drop_at"])
     except ValueError as error:
