@@ -178,9 +178,7 @@ def test_dropout_and_batch_norm_resume_within_an_epoch(tmp_path):
         train(tmp_path / "b", config, dataset, DropoutNormNet(), checkpoint_seconds=0, show=stop)
     resumed = train(tmp_path / "b", config, dataset, DropoutNormNet(), checkpoint_seconds=0)
     for tree in ("params", "model_state"):
-        assert digest(getattr(resumed.state, tree)) == digest(
-            getattr(straight.state, tree)
-        )
+        assert digest(getattr(resumed.state, tree)) == digest(getattr(straight.state, tree))
     assert [r["loss"] for r in resumed.history] == [r["loss"] for r in straight.history]
     assert [r["churn"] for r in resumed.history] == [r["churn"] for r in straight.history]
     assert straight.state.model_state["batch_stats"]["BatchNorm_0"]["mean"].any()
@@ -245,9 +243,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path):
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     bad = own_data()
     bad = bad._replace(mean=np.array([0.5, np.nan, 0.5], np.float32))
-    with pytest.raises(
-        Diverged, match=r"the loss is nan at step 1 \(epoch 1\). No checkpoint"
-    ):
+    with pytest.raises(Diverged, match=r"the loss is nan at step 1 \(epoch 1\). No checkpoint"):
         train(tmp_path / "early", own_settings(), bad, OwnNet(8))
     config = own_settings(learning_rate=1e12, warmup_epochs=1.5, epochs=2, chunk_steps=1)
     with pytest.raises(Diverged, match=r"at step \d+ .*last good checkpoint is of step \d"):
