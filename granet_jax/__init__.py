@@ -82,6 +82,7 @@ from granet_jax.transform import get_method_state as get_method_state
 from granet_jax.transform import set_masks as set_masks
 from granet_jax.transform import sparsify as sparsify
 from granet_jax.trees import Stacked as Stacked
+from granet_jax.types import Event as Event
 from granet_jax.types import MaskState as MaskState
 from granet_jax.types import Method as Method
 from granet_jax.types import SparseState as SparseState

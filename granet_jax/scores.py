@@ -1,14 +1,14 @@
 """Scores: how much each weight is worth keeping, or growing. All share one signature.
 
-Each function takes ``(params, grads, key)`` and returns a tree of real arrays of the params'
-shapes, larger = better; see :class:`granet_jax.types.ScoreFn`. Scores are float32 where parameters
+Each function takes an :class:`granet_jax.types.Event` and returns a tree of real arrays of the
+params' shapes, larger = better. Scores are float32 where parameters
 are narrower, because low-precision scores tie by the thousand (growing by bfloat16 gradients is
 known to ruin RigL and GraNet on transformers); of float64 and complex128 they are float64. Of
 complex numbers ``|.|`` is the modulus.
 
 Example:
   >>> import jax.numpy as jnp
-  >>> magnitude({"w": jnp.array([[-2.0, 1.0]])}, None, None)["w"].tolist()
+  >>> magnitude(Event({"w": jnp.array([[-2.0, 1.0]])}))["w"].tolist()
   [[2.0, 1.0]]
 """
 
@@ -17,28 +17,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from granet_jax.types import PyTree, ScoreFn
+from granet_jax.types import Event, PyTree, ScoreFn
 
 
-def magnitude(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
+def magnitude(event: Event) -> PyTree:
     """``|w|``: Han et al. 2015; the pruning score of GMP, SET, RigL and GraNet."""
-    del grads, key
-    return jax.tree.map(size, params)
+    return jax.tree.map(size, event.params)
 
 
-def gradient(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
+def gradient(event: Event) -> PyTree:
     """``|g|``: the growth score of RigL (Evci et al. 2020, section 3) and GraNet."""
-    del params, key
-    return jax.tree.map(size, grads)
+    return jax.tree.map(size, event.grads)
 
 
-def saliency(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
+def saliency(event: Event) -> PyTree:
     """``|w * g|``: the first-order change of the loss (Molchanov et al. 2017; SNIP's score).
 
     Of a complex weight it is the largest change by a move as far as to 0, in any direction.
     """
-    del key
-    return jax.tree.map(lambda p, g: jnp.multiply(*_alike(size(p), size(g))), params, grads)
+    return jax.tree.map(
+        lambda p, g: jnp.multiply(*_alike(size(p), size(g))), event.params, event.grads
+    )
 
 
 def magnitude_and_gradient(coefficient: float = 0.01) -> ScoreFn:
@@ -49,34 +48,31 @@ def magnitude_and_gradient(coefficient: float = 0.01) -> ScoreFn:
     Example:
       >>> import jax.numpy as jnp
       >>> score = magnitude_and_gradient(0.5)
-      >>> score({"w": jnp.array([-1.0, 0.0])}, {"w": jnp.array([2.0, 4.0])}, None)["w"].tolist()
+      >>> score(Event({"w": jnp.array([-1.0, 0.0])}, {"w": jnp.array([2.0, 4.0])}))["w"].tolist()
       [2.0, 2.0]
     """
 
-    def score(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
-        del key
-
+    def score(event: Event) -> PyTree:
         def of_leaf(p: jax.Array, g: jax.Array) -> jax.Array:
             p, g = _alike(size(p), size(g))
             return p + coefficient * g
 
-        return jax.tree.map(of_leaf, params, grads)
+        return jax.tree.map(of_leaf, event.params, event.grads)
 
     return score
 
 
-def random(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
+def random(event: Event) -> PyTree:
     """Uniform in [0, 1): the growth score of SET (Mocanu et al. 2018).
 
     Raises:
       ValueError: without a key.
     """
-    del grads
-    if key is None:
+    if event.key is None:
         raise ValueError("Random scores need a key: give the method key=jax.random.key(seed).")
-    leaves, treedef = jax.tree.flatten(params)
+    leaves, treedef = jax.tree.flatten(event.params)
     draws = [
-        jax.random.uniform(jax.random.fold_in(key, i), p.shape, jnp.float32)
+        jax.random.uniform(jax.random.fold_in(event.key, i), p.shape, jnp.float32)
         for i, p in enumerate(leaves)
     ]
     return jax.tree.unflatten(treedef, draws)

@@ -76,7 +76,7 @@ def tables(quick: bool) -> list[Table]:
     ours: list[Callable[[], Any]] = [
         lambda: ranked(params, counts),
         lambda: ranked(params, num_keep),
-        lambda: update(state, params, grads, step)[0].masks,
+        lambda: update(state, gj.Event(params, grads, step=step))[0].masks,
     ]
     theirs: list[Callable[[], Any]] = [
         lambda: by_layer_argsort(params, counts),
