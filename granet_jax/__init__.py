@@ -19,6 +19,8 @@ selection -> masks -> updates``. Modules import only from those before them::
                    at_init (SNIP, GraSP, SynFlow) and lottery, which give masks
     moments        what an optimizer's state holds of each parameter
     transform      sparsify: a method around any optax optimizer
+    young          what newly grown weights need of an optimizer
+    init           initial weights for sparse starts
     metrics, report   numbers, a table
     products, flops   which parameters a model's products contract, what they cost
     sharding, checkpoint   where a state lies on many devices, whether one came back whole
@@ -32,6 +34,7 @@ selection -> masks -> updates``. Modules import only from those before them::
 from granet_jax import compact as compact
 from granet_jax import export as export
 from granet_jax import flops as flops
+from granet_jax import init as init
 from granet_jax import kernels as kernels
 from granet_jax import metrics as metrics
 from granet_jax import reparam as reparam
@@ -86,5 +89,7 @@ from granet_jax.types import Event as Event
 from granet_jax.types import MaskState as MaskState
 from granet_jax.types import Method as Method
 from granet_jax.types import SparseState as SparseState
+from granet_jax.young import correct_young as correct_young
+from granet_jax.young import scale_by_density as scale_by_density
 
 __version__ = "0.1.0"

@@ -18,7 +18,7 @@ MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "granet_jax.
 ORDER = [
     *("types", "trees", "jaxprs", "scores", "distributions", "schedules"),
     *("sortable", "blocks", "selection", "structures", "masks", "composition"),
-    *("methods", "moments", "transform", "metrics", "report", "products", "flops", "sharding"),
+    *("methods", "moments", "transform", "young", "init", "metrics", "report", "products", "flops", "sharding"),
     "checkpoint",
     *("kernels", "compact", "export"),
     *("reparam", "testing"),

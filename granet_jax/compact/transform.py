@@ -413,7 +413,9 @@ def _check_elementwise(inner: Any, params: PyTree, values: PyTree) -> None:
     def what_it_does(tree: PyTree) -> Any:
         tree = _shapes(tree)
         state = jax.eval_shape(inner.init, tree)
-        trace = jax.make_jaxpr(lambda g, s, p: inner.update(g, s, p))(tree, state, tree)
+        keep = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, bool), tree)
+        update = jax.make_jaxpr(lambda g, s, p, keep: inner.update(g, s, p, keep=keep))
+        trace = update(tree, state, tree, keep)
         owners = trees.owners(state, tree)
         kept = {path: x is not None and x.same_shape for path, x in owners.items()}
         return Counter(op for op in _operations(trace) if op[0] not in _SHAPES), kept
