@@ -49,6 +49,7 @@ from granet_jax.checkpoint import check_restored as check_restored
 from granet_jax.checkpoint import register_for_jax_export as register_for_jax_export
 from granet_jax.composition import compose as compose
 from granet_jax.composition import start_from as start_from
+from granet_jax.distributions import by_path as by_path
 from granet_jax.distributions import erk as erk
 from granet_jax.distributions import global_ranking as global_ranking
 from granet_jax.distributions import uniform as uniform

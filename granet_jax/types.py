@@ -25,8 +25,19 @@ import jax
 
 PyTree: TypeAlias = Any
 Counts: TypeAlias = Any  # an int (whole tree), ints in layer order, or such an int32 array
-Shapes: TypeAlias = Sequence[tuple[int, ...]]  # one shape for each layer, in layer order
+Shapes: TypeAlias = Sequence[tuple[int, ...]]  # one LayerShape for each layer, in layer order
 NumKeep: TypeAlias = Callable[[Shapes, jax.Array], Counts]  # (shapes, step) -> Counts
+
+
+class LayerShape(tuple[int, ...]):
+    """The shape of a layer; ``path`` is that of its leaf, the same for all layers of a stack."""
+
+    path: str
+
+    def __new__(cls, shape: Sequence[int], path: str) -> "LayerShape":
+        new = super().__new__(cls, shape)
+        new.path = path
+        return new
 
 
 class Event(NamedTuple):
