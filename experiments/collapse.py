@@ -29,8 +29,10 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 
 import granet_jax as gj
-from experiments import data, models, output, settings
-from experiments.streams import Batch
+from experiments import models
+from experiments.data import images as data
+from experiments.data.streams import Batch
+from experiments.engine import output, settings
 from granet_jax.methods import at_init
 
 matplotlib.use("Agg")
@@ -41,15 +43,18 @@ BATCH_SIZE = 256  # at most
 # Largest log10 compression before a layer of VGG-16 is empty, on CIFAR-100 (Tanaka et al. 2020).
 PAPER = {"random": 3.25, "magnitude": 2.75, "snip": 3.5, "grasp": 3.5, "synflow": 6.0}
 
-flags.DEFINE_enum("model", "vgg16", list(models.MODELS), "the network")
-flags.DEFINE_enum("dataset", "random", ["random", *data.DATASETS], "where images come from")
-flags.DEFINE_string(
-    "data_dir", None, f"folder with TFDS data sets (default: {data.DEFAULT_DATA_DIR})"
-)
-flags.DEFINE_integer("num_classes", 10, "with --dataset=random", lower_bound=1)
-flags.DEFINE_integer("seeds", 1, "seeds 0, 1, ... of weights and images", lower_bound=1)
-flags.DEFINE_integer("rounds", 100, "of SynFlow", lower_bound=1)
-flags.DEFINE_string("out_dir", None, "where to write (default: runs/collapse-DATASET-MODEL)")
+
+def define_flags() -> None:
+    """Defines the flags."""
+    flags.DEFINE_enum("model", "vgg16", list(models.MODELS), "the network")
+    flags.DEFINE_enum("dataset", "random", ["random", *data.DATASETS], "where images come from")
+    flags.DEFINE_string(
+        "data_dir", None, f"folder with TFDS data sets (default: {data.DEFAULT_DATA_DIR})"
+    )
+    flags.DEFINE_integer("num_classes", 10, "with --dataset=random", lower_bound=1)
+    flags.DEFINE_integer("seeds", 1, "seeds 0, 1, ... of weights and images", lower_bound=1)
+    flags.DEFINE_integer("rounds", 100, "of SynFlow", lower_bound=1)
+    flags.DEFINE_string("out_dir", None, "where to write (default: runs/collapse-DATASET-MODEL)")
 
 
 class Network(NamedTuple):
@@ -269,4 +274,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -18,7 +18,7 @@ from absl import app, flags
 from rich.console import Console
 
 import granet_jax as gj
-from experiments import output, settings
+from experiments.engine import output, settings
 from experiments.models import MODELS
 from granet_jax import flops
 from granet_jax.types import Distribution, PyTree
@@ -46,20 +46,23 @@ NETWORKS = {
 }
 RIGL = 1 / 101  # share of dense gradients with an update every 100 steps
 
-flags.DEFINE_list("models", list(NETWORKS), f"of: {', '.join(NETWORKS)}")
-flags.DEFINE_list(
-    "sparsities",
-    ["0.5", "0.8", "0.9", "0.95", "0.965", "0.98", "0.99"],
-    "fractions of zeros among prunable weights",
-)
-flags.DEFINE_integer(
-    "per_output",
-    2,
-    "FLOPs added for each output of a layer, at any sparsity; 2 is RigL's counter, 0 leaves the "
-    "multiply-adds",
-    lower_bound=0,
-)
-flags.DEFINE_boolean("layers", False, "also print each layer's share, sparse by ERK")
+
+def define_flags() -> None:
+    """Defines the flags."""
+    flags.DEFINE_list("models", list(NETWORKS), f"of: {', '.join(NETWORKS)}")
+    flags.DEFINE_list(
+        "sparsities",
+        ["0.5", "0.8", "0.9", "0.95", "0.965", "0.98", "0.99"],
+        "fractions of zeros among prunable weights",
+    )
+    flags.DEFINE_integer(
+        "per_output",
+        2,
+        "FLOPs added for each output of a layer, at any sparsity; 2 is RigL's counter, 0 leaves "
+        "the multiply-adds",
+        lower_bound=0,
+    )
+    flags.DEFINE_boolean("layers", False, "also print each layer's share, sparse by ERK")
 
 
 def count(network: Network) -> tuple[PyTree, flops.Costs]:
@@ -136,4 +139,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -9,7 +9,7 @@ Example:
 
 import sys
 
-from absl import app
+from absl import app, flags
 
 from experiments import compare
 from experiments.compare import main
@@ -18,6 +18,7 @@ from experiments.compare import main
 def define_flags(argv: list[str]) -> None:
     """As those of experiments.compare, for text."""
     compare.define_flags(argv, task="text", seeds=1)
+    flags.adopt_module_key_flags(compare)  # --help shows them
 
 
 if __name__ == "__main__":

@@ -220,7 +220,7 @@ def draw(curves: Curves, told: Told, title: str) -> Any:
     axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left" if metric.higher_is_better else "upper left", frameon=False)
+    axes.legend(loc="lower left" if metric.higher_is_better else "best", frameon=False)
     return figure
 
 

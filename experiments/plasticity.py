@@ -206,7 +206,7 @@ def _show(
 ) -> None:
     """The table and the figure."""
     metric = trainer.told.metrics[0]
-    found = plasticity.compare(plan, results, unpruned, metric)
+    found = plasticity.lines(plan, results, unpruned, metric)
     caption = _caption(trainer, plan, flags.FLAGS.seeds)
     table = output.print_table(console, caption, rows(plan, found, unpruned, metric))
     (out_dir / "table.txt").write_text(table)
@@ -310,8 +310,14 @@ def draw(trainer: Trainer, plan: Plan, found: Sequence[Line], title: str) -> Any
             axes.fill_between(x, points.min(0), points.max(0), color=color, alpha=0.15, linewidth=0)
     names = ("pruned", *plan.rules)
     handles = [grid[0, 0].plot([], [], label=_LABELS[n], **_STYLES[n])[0] for n in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=10)
-    figure.suptitle(title, fontsize=10)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(4, shape[1]),
+        frameon=False,
+        fontsize=10,
+    )
+    figure.suptitle(title, fontsize=10, wrap=True)
     for axes in grid[-1]:
         axes.set_xlabel("epoch of the prune")
     figure.supylabel(_difference(metric), fontsize=10)

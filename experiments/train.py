@@ -52,9 +52,7 @@ def main(argv: list[str]) -> None:
         console = Console(quiet=jax.process_index() != 0, soft_wrap=True, highlight=False)
         kind, devices = tasks.load(given.task), mesh.from_flags()
         config = kind.from_flags()
-        trainer = training.make_trainer(
-            config, kind.make(config, devices, given.data_dir), devices
-        )
+        trainer = training.make_trainer(config, kind.make(config, devices, given.data_dir), devices)
         if given.plan:
             plan.show(console, plan.plan(trainer))
             return

@@ -15,7 +15,7 @@ selection -> masks -> updates``. Modules import only from those before them::
     structures     N:M, blocks, channels, constant fan-in: how weights are grouped for selection
     masks          prune_to, regenerate
     composition    compose: a start and mask steps make a method
-    methods        granet, gmp, rigl, set_, snfs, rigl_itop, set_itop, static, magnitude;
+    methods        granet, gmp, rigl, set_, snfs, rigl_itop, set_itop, ac_dc, static, magnitude;
                    at_init (SNIP, GraSP, SynFlow) and lottery, which give masks
     moments        what an optimizer's state holds of each parameter
     transform      sparsify: a method around any optax optimizer
@@ -59,6 +59,8 @@ from granet_jax.masks import ones as ones
 from granet_jax.masks import prune_to as prune_to
 from granet_jax.masks import random_masks as random_masks
 from granet_jax.masks import regenerate as regenerate
+from granet_jax.masks import revive as revive
+from granet_jax.methods import ac_dc as ac_dc
 from granet_jax.methods import at_init as at_init
 from granet_jax.methods import average_gradients as average_gradients
 from granet_jax.methods import by_mean_score as by_mean_score

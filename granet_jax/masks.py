@@ -143,6 +143,19 @@ def prune_to(
     return mask_step
 
 
+def revive(masks: PyTree, keep: PyTree, event: Event) -> tuple[PyTree, PyTree]:
+    """A mask step that switches every weight on; those that were off begin at 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> masks = {"kernel": jnp.array([[True, False]])}
+      >>> new, keep = revive(masks, masks, Event({"kernel": jnp.ones((1, 2))}))
+      >>> new["kernel"].tolist(), keep["kernel"].tolist()
+      ([[True, True]], [[True, False]])
+    """
+    return jax.tree.map(jnp.ones_like, masks), keep
+
+
 def regenerate(
     fraction: optax.Schedule,
     *,

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
-from experiments import data, run, settings
 from experiments.benchmarks import __main__ as benchmarks
 from experiments.benchmarks import inference, kernels, timing
+from experiments.data import images
+from experiments.tasks.images import Settings
+from tests.images import train
 
 
 def tables(text):
@@ -62,7 +64,7 @@ def test_exported_models_give_the_outputs_of_dense_ones():
 
 
 def test_a_trained_run_is_exported_with_the_same_guesses(tmp_path):
-    config = settings.Settings(
+    config = Settings(
         dataset="digits",
         model="lenet_300_100",
         method="gmp",
@@ -71,7 +73,7 @@ def test_a_trained_run_is_exported_with_the_same_guesses(tmp_path):
         batch_size=128,
         update_every=2,
     )
-    result = run.run(config, data.load("digits"), tmp_path)
+    result = train(tmp_path, config, images.load("digits"))
     (row,) = inference.trained(tmp_path, None, [100]).rows
     right = round(result.history[-1]["test_accuracy"] / 100 * 360)
     assert row["images"] == "360"

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import augment, data, streams
-from experiments.streams import Batch, Stream
+from experiments.data import augment, images, streams
+from experiments.data.streams import Batch, Stream
+from experiments.engine import batches
+from experiments.engine.task import Memory
+from experiments.tasks import images as tasks_of_images
 from tests.images import jpeg_records, random_images
 
 DATA_DIR = pathlib.Path(__file__).parents[2] / "shared" / "data" / "tfds"
@@ -18,7 +21,7 @@ DATA_DIR = pathlib.Path(__file__).parents[2] / "shared" / "data" / "tfds"
 
 def test_from_arrays_measures_train():
     train = random_images(20)
-    dataset = data.from_arrays(train, random_images(5))
+    dataset = images.from_arrays(train, random_images(5))
     scaled = train.images / 255
     np.testing.assert_allclose(dataset.mean, scaled.mean((0, 1, 2)), atol=1e-6)
     np.testing.assert_allclose(dataset.std, scaled.std((0, 1, 2)), atol=1e-6)
@@ -28,7 +31,7 @@ def test_from_arrays_measures_train():
 
 def test_validation_is_held_out_of_train_and_always_the_same():
     train = random_images(30)._replace(labels=np.arange(30))
-    first, again = (data.from_arrays(train, random_images(5), validation=10) for _ in range(2))
+    first, again = (images.from_arrays(train, random_images(5), validation=10) for _ in range(2))
     kept, held_out = first.train.labels, first.held_out["validation"].labels
     assert sorted([*kept, *held_out]) == list(range(30))
     assert len(held_out) == 10
@@ -50,7 +53,7 @@ def test_validation_is_held_out_of_train_and_always_the_same():
 )
 def test_wrong_arrays(train, test, validation, message):
     with pytest.raises(ValueError, match=message):
-        data.from_arrays(train, random_images(2) if test is None else test, validation)
+        images.from_arrays(train, random_images(2) if test is None else test, validation)
 
 
 def test_from_folder(tmp_path):
@@ -60,35 +63,45 @@ def test_from_folder(tmp_path):
             folder.mkdir(parents=True)
             value = 200 if name == "dog" else 10
             Image.fromarray(np.full((9, 7), value, np.uint8)).save(folder / "1.png")
-    dataset = data.from_folder(tmp_path, size=4)
+    dataset = images.from_folder(tmp_path, size=4)
     assert dataset.train.images.shape == (2, 4, 4, 3)
     assert dataset.train.images[1].min() == dataset.held_out["test"].images.max() == 200
     np.testing.assert_array_equal(dataset.held_out["test"].labels, [1])
     with pytest.raises(ValueError, match="holds no folders"):
-        data.from_folder(tmp_path / "train", size=4)
+        images.from_folder(tmp_path / "train", size=4)
     (tmp_path / "train" / "cat").rename(tmp_path / "test" / "cat")
     with pytest.raises(ValueError, match=r"classes that train has not: \['cat'\]"):
-        data.from_folder(tmp_path, size=4)
+        images.from_folder(tmp_path, size=4)
 
 
-def test_host_batches_pad_the_last_one():
+def test_batches_in_order_pad_the_last_one():
     split = random_images(5)
-    first, last = data.host_batches(split, 4)
+    (first, valid), (last, some) = batches.in_order(Memory(split), 4)
     np.testing.assert_array_equal(first.labels, split.labels[:4])
-    np.testing.assert_array_equal(last.labels, [split.labels[4], -1, -1, -1])
+    assert valid.all()
+    np.testing.assert_array_equal(some, [True, False, False, False])
+    assert last.labels[0] == split.labels[4]
     assert last.images.shape == (4, 8, 8, 3)
 
 
 @pytest.mark.parametrize("n", [9, 11, 12])
-def test_host_batches_deal_every_image_to_one_process(monkeypatch, n):
+def test_batches_in_order_hold_every_image_once(n):
     split = random_images(n)._replace(labels=np.arange(n))
+    pairs = list(batches.in_order(Memory(split), 4))
+    assert [len(b.labels) for b, _ in pairs] == [4, 4, 4]
+    assert [label for b, valid in pairs for label in b.labels[valid]] == list(range(n))
+
+
+@pytest.mark.parametrize("n", [9, 11, 12])
+def test_batches_of_a_stream_deal_every_image_to_one_process(monkeypatch, n):
+    source = tasks_of_images._source(Stream(jpeg_records(n), np.arange(n)))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     seen = []
     for process in range(2):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        batches = list(data.host_batches(split, 4))
-        assert [len(b.labels) for b in batches] == [2, 2, 2]
-        seen += [label for b in batches for label in b.labels if label >= 0]
+        pairs = list(batches.in_order(source, 4))
+        assert [len(b.labels) for b, _ in pairs] == [2, 2, 2]
+        seen += [label for b, valid in pairs for label in b.labels[valid]]
     assert sorted(seen) == list(range(n))
 
 
@@ -180,7 +193,7 @@ def test_random_boxes_lie_within_the_image():
     ],
 )
 def test_real_data_are_read_whole(name, shape, mean, std):
-    dataset = data.load(name, str(DATA_DIR))
+    dataset = images.load(name, str(DATA_DIR))
     assert dataset.train.images.shape == shape
     assert dataset.held_out["test"].labels.shape == (10_000,)
     assert dataset.num_classes == 10

@@ -1,9 +1,9 @@
 """The programs as a person runs them, on the data that ships with a dependency."""
 
 import dataclasses
+import importlib
 import json
 import re
-import runpy
 import subprocess
 import sys
 
@@ -15,8 +15,11 @@ import pytest
 from absl import flags
 
 import granet_jax as gj
-from experiments import data, methods, optimizers, settings, training
-from experiments import run as experiments_run
+from experiments.data import images
+from experiments.engine import batches, methods, optimizers
+from experiments.engine.optimizers import Length
+from experiments.tasks.images import Settings
+from tests.images import make_trainer, train
 
 
 def run(program, *flags, ok=True):
@@ -29,13 +32,18 @@ def run(program, *flags, ok=True):
     return output
 
 
+def main_of(module, argv):
+    module.define_flags(argv)
+    module.main(flags.FLAGS(argv))
+
+
 def told_here(program, given, capsys):
     """What a program that ends early tells, in this process, where all has been imported."""
     known = set(flags.FLAGS)
     try:
-        main = runpy.run_module(f"experiments.{program}")["main"]
+        module = importlib.import_module(f"experiments.{program}")
         with pytest.raises((SystemExit, flags.Error)) as ended:
-            main(flags.FLAGS([program, *given]))
+            main_of(module, [program, *given])
     finally:
         for name in set(flags.FLAGS) - known:
             delattr(flags.FLAGS, name)
@@ -54,7 +62,7 @@ def config(**changes):
         "sparsity": 0.9,
         **changes,
     }
-    return settings.Settings(**fields)
+    return Settings(**fields)
 
 
 def test_train_leaves_its_files_and_guards_them(tmp_path):
@@ -127,7 +135,7 @@ def test_wrong_flags_end_in_one_line(program, given, message):
         ("train", ["--validation=5000"], "fewer than the 1437 training images"),
         ("train", ["--flagfile=no/where"], "no/where"),
         ("train", ["--model=lenet5"], "error: lenet5 needs images of 16x16 or more, got 8x8."),
-        ("train", ["--batch_size=5000"], "is more than the 1437 images of digits"),
+        ("train", ["--batch_size=5000"], "is more than the 1437 examples"),
         ("train", ["--epochs=1", "--update_every=99"], "Lower update_every"),
         ("train", ["--learning_rate=1e9", "--out_dir={}"], "error: the loss is "),
         ("train", ["--out_dir=/dev/null/x"], "error: "),
@@ -142,11 +150,11 @@ def test_wrong_flags_are_told_in_one_line(program, given, message, tmp_path, cap
 
 
 def test_same_seed_same_bits_and_scan_equals_loop(monkeypatch):
-    dataset = data.load("digits")
+    dataset = images.load("digits")
 
     def final(seed, scan):
-        monkeypatch.setattr(training, "scan_is_fast", lambda *args: scan)
-        trainer = training.make_trainer(config(), dataset)
+        monkeypatch.setattr(batches, "scan_is_fast", lambda *args: scan)
+        trainer = make_trainer(config(), dataset)
         return trainer.run(trainer.init(seed), None, 60)[0]
 
     first, again, looped, other = (final(s, scan) for s, scan in ((0, 1), (0, 1), (0, 0), (1, 1)))
@@ -159,7 +167,7 @@ def test_same_seed_same_bits_and_scan_equals_loop(monkeypatch):
 
 
 def test_chunks_go_through_an_epoch_in_one_order():
-    trainer = training.make_trainer(config(), data.load("digits"))
+    trainer = make_trainer(config(), images.load("digits"))
     whole, _ = trainer.run(trainer.init(0), None, 30)
     parts, _ = trainer.run(trainer.run(trainer.init(0), None, 10)[0], None, 20)
     chex.assert_trees_all_close(whole.params, parts.params, atol=1e-5)
@@ -172,10 +180,10 @@ def test_one_function_decides_on_scan():
     def conv(w, x):
         return jnp.sum(jax.lax.conv(x, w, (1, 1), "SAME"))
 
-    assert training.scan_is_fast(dense, jnp.ones((3, 3)), jnp.ones((3, 3)))
+    assert batches.scan_is_fast(dense, jnp.ones((3, 3)), jnp.ones((3, 3)))
     on_cpu = jax.default_backend() == "cpu"
     image, kernel = jnp.ones((1, 1, 8, 8)), jnp.ones((1, 1, 3, 3))
-    assert training.scan_is_fast(conv, kernel, image) != on_cpu
+    assert batches.scan_is_fast(conv, kernel, image) != on_cpu
 
 
 @pytest.mark.parametrize(
@@ -189,7 +197,7 @@ def test_one_function_decides_on_scan():
     ],
 )
 def test_learning_rates(changes, steps, expected):
-    schedule = optimizers.learning_rate(config(**changes), 44)  # 4 epochs
+    schedule = optimizers.learning_rate(config(**changes), Length(4, 44))
     np.testing.assert_allclose([schedule(t) for t in steps], expected, atol=1e-7)
 
 
@@ -197,9 +205,10 @@ def test_learning_rates(changes, steps, expected):
     "changes", [{"optimizer": "sgd", "weight_decay": 0.5}, {"optimizer": "adamw"}]
 )
 def test_decay_leaves_biases_alone_where_told(changes):
-    trainer = training.make_trainer(config(decay_all=False, **changes), data.load("digits"))
-    method = optimizers.make_method(trainer.settings, 44, jax.random.key(0))
-    optimizer = optimizers.make_optimizer(trainer.settings, 44, method)
+    trainer = make_trainer(config(decay_all=False, **changes), images.load("digits"))
+    settled, length = trainer.settings, Length(4, 44)
+    method = optimizers.make_method(settled, length, (), jax.random.key(0))
+    optimizer = optimizers.make_optimizer(settled, length, method)
     params = {"fc": {"kernel": jnp.ones((20, 20)), "bias": jnp.ones(20)}}
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
@@ -234,8 +243,8 @@ def test_regeneration_fractions_are_those_of_the_methods():
 )
 def test_families_of_methods_through_a_run(method, changes, expected, tmp_path):
     settled = config(method=method, epochs=2, batch_size=128, **changes)
-    result = experiments_run.run(settled, data.load("digits"), tmp_path)
-    again = experiments_run.run(settled, data.load("digits"), tmp_path)  # from the checkpoint
+    result = train(tmp_path, settled, images.load("digits"))
+    again = train(tmp_path, settled, images.load("digits"))  # from the checkpoint
     chex.assert_trees_all_equal(result.state.params, again.state.params)
     chex.assert_trees_all_equal(result.weights, gj.apply_masks(result.weights, result.masks))
     assert (tmp_path / "report.html").read_text().count("training FLOPs")
@@ -266,20 +275,20 @@ def test_block_kernel_by_flag():
     runs = []
     for block_kernel in (False, True):
         chosen = dataclasses.replace(settled, block_kernel=block_kernel, batch_size=128)
-        trainer = training.make_trainer(chosen, data.load("digits"))
+        trainer = make_trainer(chosen, images.load("digits"))
         runs.append(trainer.run(trainer.init(0), None, 11))
     (plain, losses), (by_blocks, same_losses) = runs
     chex.assert_trees_all_close(losses, same_losses, rtol=1e-4)
     chex.assert_trees_all_equal(*(gj.get_masks(s.opt_state) for s in (plain, by_blocks)))
     assert gj.get_masks(plain.opt_state)["fc1"]["kernel"].mean() < 0.9
     with pytest.raises(ValueError, match="--block_kernel needs a structure as block:64x64"):
-        training.make_trainer(dataclasses.replace(chosen, structure="fan_in"), data.load("digits"))
+        make_trainer(dataclasses.replace(chosen, structure="fan_in"), images.load("digits"))
 
 
 @pytest.mark.parametrize("method", ["granet_uniform", "rigl"])
 def test_structures_by_flag(method, tmp_path):
     settled = config(method=method, structure="2:4", sparsity=0.5, epochs=2, batch_size=128)
-    result = experiments_run.run(settled, data.load("digits"), tmp_path)
+    result = train(tmp_path, settled, images.load("digits"))
     for layer in ("fc1", "fc2", "fc3"):
         mask = result.masks[layer]["kernel"]
         assert np.all(mask.reshape(len(mask) // 4, 4, -1).sum(1) == 2)

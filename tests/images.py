@@ -1,11 +1,21 @@
-"""Random images for tests: arrays, and records with encoded images."""
+"""For tests: random images as arrays and as encoded records; trainers on images."""
 
 import io
 
 import numpy as np
 from PIL import Image
 
-from experiments.streams import Batch
+from experiments.data.streams import Batch
+from experiments.engine import run, training
+from experiments.tasks import images
+
+
+def make_trainer(config, dataset, model=None, mesh=None):
+    return training.make_trainer(config, images.task(config, dataset, model), mesh)
+
+
+def train(folder, config, dataset, model=None, **kwargs):
+    return run.run(make_trainer(config, dataset, model), folder, **kwargs)
 
 
 def random_images(n, shape=(8, 8, 3), classes=3, seed=0):

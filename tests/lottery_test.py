@@ -17,11 +17,18 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
 
 import granet_jax as gj
-from experiments import data, lottery, run, settings, training
+from experiments import lottery as program
+from experiments.data import images as data
+from experiments.engine.records import Diverged
+from experiments.models import transformer
+from experiments.studies import lottery
+from experiments.tasks import images, text
 from granet_jax.methods.lottery import prune
-from tests.images import random_images
+from tests import lm_test
+from tests.images import make_trainer, random_images
 
 jitted = jax.jit(prune)
 
@@ -95,7 +102,7 @@ class Net(nn.Module):
 
 def make_study(out_dir, *, oneshot=False, trainer=None, **given):
     if trainer is None:
-        config = settings.Settings(
+        config = images.Settings(
             dataset="toy",
             model="toy",
             method="dense",
@@ -109,7 +116,7 @@ def make_study(out_dir, *, oneshot=False, trainer=None, **given):
         dataset = data.from_arrays(
             random_images(64, (4, 4, 1)), random_images(32, (4, 4, 1), seed=1)
         )
-        trainer = training.make_trainer(config, dataset, Net())
+        trainer = make_trainer(config, dataset, Net())
     return lottery.make_study(
         trainer,
         out_dir,
@@ -141,11 +148,11 @@ def straight(tmp_path_factory):
 
 
 def level(study, rule, number):
-    return lottery._read(study, lottery._level_file(study, 0, rule, number))
+    return lottery.read(study, lottery.level_file(study, 0, rule, number))
 
 
 def dense(study, name):
-    return lottery._read(study, lottery._dense_file(study, 0, name))
+    return lottery.read(study, lottery.dense_file(study, 0, name))
 
 
 def start_of(study, rule, number=1):
@@ -204,7 +211,7 @@ def test_the_first_steps_momentum_is_its_gradient(straight):
 def test_adams_own_count_starts_at_zero(tmp_path):
     study = make_study(tmp_path, optimizer="adamw")
     state = study.trainer.init(0)
-    start = lottery.Start(lottery._snapshot(state), 4, 12)
+    start = lottery.Start(lottery.snapshot(state), 4, 12)
     opt_state = lottery.start_state(
         study.trainer, 0, start, gj.get_masks(state.opt_state)
     ).opt_state
@@ -346,9 +353,9 @@ def test_oneshot_prunes_the_dense_network(straight, tmp_path):
 
 def test_divergence_is_told(tmp_path):
     study = make_study(tmp_path, learning_rate=1e30)
-    with pytest.raises(run.Diverged, match=r"at step 4 \(epoch 1\).*learning_rate"):
+    with pytest.raises(Diverged, match=r"the loss is nan at step 2 \(epoch 1\)\. Lower --learning"):
         lottery.train_dense(study, 0, lambda record: None)
-    assert not lottery._done(lottery._dense_file(study, 0, "final"))
+    assert not lottery.done(lottery.dense_file(study, 0, "final"))
 
 
 def test_levels_that_are_not_sparse_are_not_written(straight, tmp_path):
@@ -361,9 +368,9 @@ def test_levels_that_are_not_sparse_are_not_written(straight, tmp_path):
         return state._replace(params=jax.tree.map(lambda p: p + 1e-3, state.params)), losses
 
     study = original._replace(out_dir=tmp_path, trainer=trainer._replace(run=run_dense))
-    with pytest.raises(run.Diverged, match=r"at step 4: \d+ weights of Dense_0/kernel are not 0"):
+    with pytest.raises(Diverged, match=r"at step 4: \d+ weights of Dense_0/kernel are not 0"):
         lottery.train_level(study, 0, "reset", LEVELS + 1, lambda record: None)
-    assert not lottery._level_file(study, 0, "reset", LEVELS + 1).exists()
+    assert not lottery.level_file(study, 0, "reset", LEVELS + 1).exists()
 
 
 def test_settings_that_leave_nothing_to_train_are_refused(straight, tmp_path):
@@ -383,11 +390,63 @@ def test_settings_that_leave_nothing_to_train_are_refused(straight, tmp_path):
         lottery.make_study(trainer, tmp_path, **(told | {"rules": ["fine_tuning"]}))
 
 
+def test_table_and_figure(straight):
+    study, curves, _ = straight
+    told = study.trainer.told
+    first, *_, last = program.table(curves, told)
+    assert first["weights kept"] == "100.00 %"
+    assert list(last) == ["weights kept", *curves]
+    accuracy = curves["reset"][LEVELS][0][-1]["test_accuracy"]
+    assert last["reset"] == f"{accuracy:5.2f}"
+    (axes,) = program.draw(curves, told, "toy").axes
+    assert axes.get_ylabel() == "test accuracy after the last epoch (%)"
+    line = axes.lines[1 + list(curves).index("reset")]
+    assert line.get_ydata()[LEVELS] == accuracy
+    np.testing.assert_allclose(line.get_xdata(), [100, 80, 64], atol=0.5)
+
+
+def test_ladders_of_text_on_a_mesh(tmp_path, monkeypatch):
+    monkeypatch.setitem(transformer.SIZES, "tiny", lm_test.TINY)
+    monkeypatch.setattr(text, "VALIDATION_WINDOWS", 4)
+    trainer = lm_test.make_trainer(
+        lm_test.mesh_of(2, 2, 2), method="dense", sparsity=0.0, update_every=1
+    )  # 4 epochs of 2 steps
+    study = make_study(tmp_path, trainer=trainer)
+    curves, shown = go(study)
+    (dense_run,) = curves["reset"][0]
+    assert [record["bytes"] for record in dense_run] == [64, 128, 192, 256]
+    leaves = gj.trees.describe(trainer.setup.abstract_params, trainer.setup.rules)
+    live = [sum(leaf.size for leaf in leaves if leaf.prunable)]
+    for _ in range(LEVELS):
+        live.append(live[-1] - math.ceil(live[-1] / 5))
+    for levels in curves.values():
+        assert [history[-1]["live"] for (history,) in levels] == live
+    assert not {"bytes", "bytes_per_second", "validation_bits_per_byte"} - shown[-1].keys()
+    (tuned,) = curves["fine_tuning"][1]
+    assert [r["learning_rate"] for r in tuned] == pytest.approx([1e-3] * 3)  # a tenth of the peak
+    masks = level(study, "reset", LEVELS).masks
+    assert masks["embedding"].all()
+    chex.assert_trees_all_equal(masks, level(study, "reinit", LEVELS).masks)
+    state = start_of(study, "weight_rewinding")
+    assert state.params["blocks"]["up"]["kernel"].sharding.spec == PartitionSpec(
+        None, "fsdp", "tensor"
+    )
+    again, shown = go(study)
+    assert again == json.loads(json.dumps(curves))
+    assert not shown
+
+    *_, last = program.table(curves, trainer.told)
+    bits = curves["reset"][LEVELS][0][-1]["validation_bits_per_byte"]
+    assert last["reset"] == f"{bits:.4f}"
+    (axes,) = program.draw(curves, trainer.told, "text").axes
+    assert axes.get_ylabel() == "validation bits per byte after the last epoch"
+
+
 def test_rules_by_name():
-    assert lottery._rules(None) == list(lottery.RULES)
-    assert lottery._rules(["reinit"]) == ["reset", "reinit"]  # whose masks it takes
+    assert lottery.rules_named(None) == list(lottery.RULES)
+    assert lottery.rules_named(["reinit"]) == ["reset", "reinit"]  # whose masks it takes
     with pytest.raises(ValueError, match=r"--rules=best: name some of weight_rewinding"):
-        lottery._rules(["best"])
+        lottery.rules_named(["best"])
 
 
 def test_the_program(tmp_path):

@@ -16,8 +16,16 @@ import pytest
 from absl import flags
 
 import granet_jax as gj
-from experiments import data, files, optimizers, plasticity, settings, training
-from experiments.plasticity import Branch, Outcome, Plan
+from experiments import plasticity as program
+from experiments.data import images as data
+from experiments.engine import batches, files
+from experiments.engine.task import ACCURACY, Streamed
+from experiments.models import transformer
+from experiments.studies import plasticity
+from experiments.studies.plasticity import Branch, Outcome, Plan
+from experiments.tasks import images, text
+from tests import lm_test
+from tests.images import make_trainer as trainer_of
 from tests.images import random_images
 
 
@@ -115,32 +123,25 @@ def plan(**changes):
 def make_trainer(**changes):
     fields = {"dataset": "own", "model": "own", "method": "static", "sparsity": 0.5, "epochs": 6}
     fields |= {"batch_size": 16, "update_every": 1, "learning_rate": 0.02}  # drops after 3 epochs
-    config = settings.Settings(**{**fields, **changes})
+    config = images.Settings(**{**fields, **changes})
     dataset = data.from_arrays(random_images(64), random_images(32, seed=1))
-    return training.make_trainer(config, dataset, Net()), list(
-        data.host_batches(dataset.train, config.batch_size)
-    )
+    trainer = trainer_of(config, dataset, Net())
+    return trainer, batches.first(trainer.setup.task.train, 4, config.batch_size)
 
 
 def trained(trainer, epochs):
     state = trainer.init(0)
     for _ in range(epochs):
-        state, _ = trainer.run(state, None, trainer.steps_per_epoch)
+        state, _ = trainer.run(state, None, trainer.length.epoch_steps)
     return state
 
 
-def optimizer_of(trainer):
-    config, steps = trainer.settings, trainer.steps_per_epoch
-    method = optimizers.make_method(config, steps, jax.random.key(0))
-    return optimizers.make_optimizer(config, steps, method)
-
-
-def regrown(optimizer, state):
+def regrown(trainer, state):
     """The state with 100 weights kept and the rest regrown at random; and what was kept."""
     key = jax.random.key(0)
     masks = gj.get_masks(state.opt_state)
     new, kept = plasticity.pruned_masks(masks, state.params, 100, gj.scores.random, key=key)
-    return plasticity.under_masks(optimizer, state, new, kept), new, kept
+    return plasticity.under_masks(trainer, state, new, kept), new, kept
 
 
 @pytest.mark.parametrize(
@@ -148,12 +149,12 @@ def regrown(optimizer, state):
 )
 def test_what_is_pruned_or_regrown_starts_at_zero(changes, names):
     trainer, _ = make_trainer(**changes)
-    optimizer, state = optimizer_of(trainer), trainer.init(0)
+    state = trainer.init(0)
     grads = jax.tree.map(jnp.ones_like, state.params)
-    updates, opt_state = jax.jit(optimizer.update)(grads, state.opt_state, state.params)
+    updates, opt_state = jax.jit(trainer.setup.update)(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     state = state._replace(params=params, opt_state=opt_state)
-    start, new, kept = regrown(optimizer, state)
+    start, new, kept = regrown(trainer, state)
     chex.assert_trees_all_equal(gj.get_masks(start.opt_state), new)
     masks = gj.get_masks(opt_state)["fc1"]["kernel"]
     back = new["fc1"]["kernel"] & masks & ~kept["fc1"]["kernel"]
@@ -172,15 +173,15 @@ def test_what_is_pruned_or_regrown_starts_at_zero(changes, names):
 
 def test_it_trains_on_under_its_masks_at_the_same_step():
     trainer, _ = make_trainer()
-    start, new, kept = regrown(optimizer_of(trainer), trained(trainer, 1))
-    after, _ = trainer.run(jax.tree.map(jnp.copy, start), None, trainer.steps_per_epoch)
+    start, new, kept = regrown(trainer, trained(trainer, 1))
+    after, _ = trainer.run(jax.tree.map(jnp.copy, start), None, trainer.length.epoch_steps)
     chex.assert_trees_all_equal(gj.get_masks(after.opt_state), new)
     kernel = after.params["fc1"]["kernel"]
     assert not kernel[~new["fc1"]["kernel"]].any()
     assert kernel[new["fc1"]["kernel"] & ~kept["fc1"]["kernel"]].any()
     counts = optax.tree.get_all_with_path(after.opt_state, "count")
-    assert {int(count) for _, count in counts} == {2 * trainer.steps_per_epoch}
-    assert int(after.step) == 2 * trainer.steps_per_epoch
+    assert {int(count) for _, count in counts} == {2 * trainer.length.epoch_steps}
+    assert int(after.step) == 2 * trainer.length.epoch_steps
 
 
 def spied(trainer):
@@ -189,18 +190,18 @@ def spied(trainer):
 
     def evaluate(state):
         seen.append(jax.tree.map(jnp.copy, state))
-        return {"test": 0.0}
+        return {trainer.told.key(trainer.told.shown): 0.0}
 
     return trainer._replace(evaluate=evaluate), seen
 
 
 def test_networks_trained_together_are_as_one_after_another():
-    trainer, batches = make_trainer()
+    trainer, some = make_trainer()
     trainer, seen = spied(trainer)
     state = trained(trainer, 2)  # the learning rate drops within the epochs that follow
     copies = [b._replace(epoch=2) for b in plasticity.branches(plan(), 0.5, 0) if b.epoch == 1]
     for together in (False, True):
-        done = plasticity.prune_and_train_on(trainer, plan(), batches, state, copies, together)
+        done = plasticity.prune_and_train_on(trainer, plan(), some, state, copies, together)
         outcomes = dict(done)
     n = len(copies)
     assert len(seen) == 4 * n
@@ -210,7 +211,7 @@ def test_networks_trained_together_are_as_one_after_another():
     for one, other in zip(seen[n : 2 * n], seen[3 * n :], strict=True):
         for name in ("params", "model_state", "opt_state"):
             chex.assert_trees_all_close(getattr(one, name), getattr(other, name), atol=1e-4)
-        assert int(one.step) == int(other.step) == 4 * trainer.steps_per_epoch
+        assert int(one.step) == int(other.step) == 4 * trainer.length.epoch_steps
         assert one.key == other.key
     kernels = [s.params["fc1"]["kernel"] for s in seen[n : 2 * n]]
     assert all(not np.allclose(kernels[0], kernel, atol=1e-2) for kernel in kernels[1:])
@@ -224,13 +225,13 @@ def test_networks_trained_together_are_as_one_after_another():
 
 
 def test_recalibration_renews_batch_norm_alone():
-    trainer, batches = make_trainer()
+    trainer, some = make_trainer()
     state = trained(trainer, 1)
     copy = [Branch(0.5, 0, 1, 0.9, "none")]
     spy, seen = spied(trainer)
     for number in (0, 4):
         once = plan(recalibrate=number)
-        list(plasticity.prune_and_train_on(spy, once, batches, state, copy, False))
+        list(plasticity.prune_and_train_on(spy, once, some, state, copy, False))
     stale, renewed = seen[0], seen[2]
     chex.assert_trees_all_equal(stale.params, renewed.params)
     chex.assert_trees_all_equal(stale.model_state, state.model_state)
@@ -242,17 +243,17 @@ class Stop(Exception):
     pass
 
 
-def study(trainer, batches, out_dir, results, show=lambda record: None):
+def study(trainer, some, out_dir, results, show=lambda record: None):
     out_dir.mkdir(exist_ok=True)
     return plasticity.study(
-        trainer, plan(), batches, out_dir, results, resume=True, checkpoint_seconds=0, show=show
+        trainer, plan(), some, out_dir, results, resume=True, checkpoint_seconds=0, show=show
     )
 
 
 def test_stopped_studies_go_on_and_repeat_nothing(tmp_path, monkeypatch):
-    trainer, batches = make_trainer()
+    trainer, some = make_trainer()
     straight = {}
-    history = study(trainer, batches, tmp_path / "straight", straight)
+    history = study(trainer, some, tmp_path / "straight", straight)
     assert [record["epoch"] for record in history] == [1, 2, 3, 4, 5, 6]
     assert list(straight) == plasticity.branches(plan(), 0.5, 0)
     assert plasticity.read_results(tmp_path / "straight") == straight
@@ -270,19 +271,19 @@ def test_stopped_studies_go_on_and_repeat_nothing(tmp_path, monkeypatch):
     for number in (2, 8):  # within each of the two groups of six
         monkeypatch.setattr(plasticity, "write_results", stop_after(number))
         with pytest.raises(Stop):
-            study(trainer, batches, tmp_path / "a", plasticity.read_results(tmp_path / "a"))
+            study(trainer, some, tmp_path / "a", plasticity.read_results(tmp_path / "a"))
         assert len(plasticity.read_results(tmp_path / "a")) == number
     monkeypatch.setattr(plasticity, "write_results", written)
     results = plasticity.read_results(tmp_path / "a")
-    resumed = study(trainer, batches, tmp_path / "a", results)
+    resumed = study(trainer, some, tmp_path / "a", results)
     assert results == straight
     accuracies = [[record["test_accuracy"] for record in h] for h in (history, resumed)]
     assert accuracies[0] == accuracies[1]
 
     monkeypatch.setattr(plasticity, "prune_and_train_on", None)  # nothing left to be done
-    assert len(study(trainer, batches, tmp_path / "a", results)) == 6
+    assert len(study(trainer, some, tmp_path / "a", results)) == 6
     with pytest.raises(ValueError, match="lacks 12 results"):
-        study(trainer, batches, tmp_path / "a", {})
+        study(trainer, some, tmp_path / "a", {})
 
 
 def test_plasticity_is_against_the_unpruned_network_of_the_same_epoch():
@@ -294,7 +295,7 @@ def test_plasticity_is_against_the_unpruned_network_of_the_same_epoch():
         for e in two.prune_epochs
         for rule in two.rules
     }
-    found = plasticity.lines(two, results, unpruned)
+    found = plasticity.lines(two, results, unpruned, ACCURACY)
     assert [line[:3] for line in found] == [
         *((0.0, 0.3, "none"), (0.0, 0.3, "gradient")),
         *((0.5, 0.3, "none"), (0.5, 0.3, "gradient")),
@@ -302,7 +303,7 @@ def test_plasticity_is_against_the_unpruned_network_of_the_same_epoch():
     np.testing.assert_array_equal(found[0].damage, [[-45, -65]])
     np.testing.assert_array_equal(found[0].plasticity, [[42 - 70, 42 - 90]])
     np.testing.assert_array_equal(found[2].plasticity, [[42 - 30, 42 - 55]])
-    table = plasticity.rows(two, found, unpruned)
+    table = program.rows(two, found, unpruned, ACCURACY)
     assert table[0]["epoch 1"] == "70.00"
     assert table[1] == {
         **{"sparsity": "", "rate": "0.3", "regrown": "just pruned", "weights": ""},
@@ -310,6 +311,94 @@ def test_plasticity_is_against_the_unpruned_network_of_the_same_epoch():
     }
     assert table[2]["weights"] == "100-300"
     assert len(table) == 8
+
+
+def test_the_figure_is_linear_below_a_point():
+    trainer, _ = make_trainer()
+    two = plan(rates=(0.3,), rules=("none", "gradient"))
+    points = np.array([[-30.0, 0.5]])
+    found = [plasticity.Line(0.5, 0.3, rule, points, points - 1, points) for rule in two.rules]
+    figure = program.draw(trainer, two, found, "title")
+    (axes,) = figure.axes
+    assert axes.yaxis.get_transform().linthresh == 1.0
+    assert {-100, -30, -0.5, 0, 1, 10} < set(axes.get_yticks())
+    assert [line.get_ydata().tolist() for line in axes.lines[3:6]] == [
+        [-31, -0.5],
+        *[[-30, 0.5]] * 2,
+    ]
+    assert [line.get_xdata()[0] for line in axes.lines[1:3]] == [3.0, 4.5]  # drops
+    label = "accuracy less that of the unpruned network (points)"
+    assert figure._supylabel.get_text() == label
+    assert program._above(trainer.told).startswith("Points of test accuracy above the unpruned")
+
+
+@pytest.fixture
+def of_text(monkeypatch):
+    """A trainer of 4 epochs of 2 steps each, and batches."""
+    monkeypatch.setitem(transformer.SIZES, "tiny", lm_test.TINY)
+    monkeypatch.setattr(text, "VALIDATION_WINDOWS", 4)
+    trainer = lm_test.make_trainer(
+        lm_test.mesh_of(2, 2, 2), method="static", sparsity=0.5, update_every=1
+    )
+    return trainer, batches.first(trainer.setup.task.train, 2, trainer.settings.batch_size)
+
+
+def test_text_by_bits_fewer_than_the_unpruned_network(of_text, tmp_path):
+    trainer, some = of_text
+    assert len(some) == 2
+    short = plan(prune_epochs=(1, 2), rates=(0.9,))
+    results = {}
+    history = plasticity.study(
+        trainer,
+        short,
+        some,
+        tmp_path,
+        results,
+        resume=True,
+        checkpoint_seconds=0,
+        show=lambda record: None,
+    )
+    assert list(results) == plasticity.branches(short, 0.5, 0)
+    metric = trainer.told.metrics[0]
+    bits = np.array([[record["validation_bits_per_byte"] for record in history]])
+    found = plasticity.lines(short, results, {0.5: bits}, metric)
+    none = [outcome for branch, outcome in results.items() if branch.rule == "none"]
+    np.testing.assert_allclose(found[0].damage[0], bits[0, :2] - [o.pruned for o in none])
+    np.testing.assert_allclose(found[0].plasticity[0], bits[0, 2:] - [o.recovered for o in none])
+    live = {branch.rule: outcome.live for branch, outcome in results.items()}
+    assert live["random"] == live["gradient"] == history[-1]["live"]
+    assert live["none"] == history[-1]["live"] - -(-history[-1]["live"] * 9 // 10)
+
+    table = program.rows(short, found, {0.5: bits}, metric)
+    assert table[0]["regrown"] == "unpruned (bits per byte)"
+    assert table[0]["epoch 1"] == f"{bits[0, 2]:.4f}"
+    assert re.fullmatch(r"[+-]\d\.\d{4}", table[2]["epoch 2"])
+    figure = program.draw(trainer, short, found, "text")
+    assert figure.axes[0].yaxis.get_transform().linthresh == 0.01
+    assert {-1, -0.01, 0, 0.1} < {round(tick, 6) for tick in figure.axes[0].get_yticks()}
+    label = "bits per byte below the unpruned network's; above 0 is better"
+    assert figure._supylabel.get_text() == label
+    assert program._above(trainer.told).startswith("Validation bits per byte below the unpruned")
+
+
+def test_networks_of_text_trained_together(of_text):
+    trainer, some = of_text
+    state = trained(trainer, 2)
+    copies = [Branch(0.5, 0, 2, 0.9, rule) for rule in ("none", "gradient")]
+    alone, together = (
+        [o for _, o in plasticity.prune_and_train_on(trainer, plan(), some, state, copies, how)]
+        for how in (False, True)
+    )
+    assert [o[:2] for o in alone] == [o[:2] for o in together]
+    np.testing.assert_allclose(
+        [o.recovered for o in alone], [o.recovered for o in together], rtol=1e-4
+    )
+
+
+def test_streamed_images_are_refused():
+    stream = Streamed(1, lambda *args: None, lambda *args: iter(()))
+    with pytest.raises(ValueError, match="training data in memory are needed; these are streamed"):
+        batches.first(stream, 1, 1)
 
 
 def run(*given, ok=True):
@@ -347,12 +436,9 @@ def test_program_leaves_its_files_and_guards_them(tmp_path):
 
 def parsed(*args):
     flag_values = flags.FlagValues()
-    plasticity.define_flags(flag_values)
+    program.define_plan_flags(flag_values)
     flag_values(["plasticity", *args])
-    config = settings.Settings(
-        dataset="digits", model="lenet5", epochs=60, batch_size=1, update_every=1
-    )
-    return plasticity.plan_from_flags(config, flag_values)
+    return program.plan_from_flags(60, flag_values)
 
 
 def test_plans_are_the_papers_scaled():

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import checkpoints, distributed, files
+from experiments.engine import checkpoints, distributed, files, run
+from experiments.engine.files import digest
 from tests import processes_worker as worker
 
 TIMEOUT = 600  # seconds, after which something hangs
@@ -68,8 +69,11 @@ def told(text, name):
     return re.findall(rf"^{name} (\S+) (\w+)$", text, re.MULTILINE)
 
 
-def mesh_of(num_devices):
-    return jax.sharding.Mesh(np.array(jax.devices()[:num_devices]), ("data",))
+def mesh_of(num_devices, *axes):
+    """A mesh with one axis of devices, and maybe others."""
+    devices = np.array(jax.devices()[:num_devices])
+    names = axes or ("data",)
+    return jax.sharding.Mesh(devices.reshape(-1, *[1] * (len(names) - 1)), names)
 
 
 @pytest.mark.parametrize("name", worker.METHODS)
@@ -77,7 +81,7 @@ def test_same_masks_on_two_processes_as_on_one(two_processes, name):
     _, (first, second) = two_processes
     assert told(first, name) == told(second, name)
     _, masks = worker.train(name, mesh_of(1))
-    digests = [worker.digest(after) for after in masks]
+    digests = [digest(after) for after in masks]
     assert [d for _, d in told(first, name)][:-1] == digests
     assert len(set(digests)) == worker.STEPS  # each event changed them
 
@@ -89,11 +93,11 @@ def test_one_process_restores_what_two_saved(two_processes, name, num_devices):
     example = worker.abstract_state(worker.optimizer(name), mesh_of(num_devices))
     with checkpoints.open_manager(folder / name) as manager:
         state, _ = checkpoints.restore(manager, worker.STEPS, example)
-    assert dict(told(first, name))["state"] == worker.digest(worker.without_keys(state))
+    assert dict(told(first, name))["state"] == digest(worker.without_keys(state))
     assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, example)
 
 
-def test_a_run_is_told_and_written_by_one_process(two_processes):
+def test_a_run_is_told_and_written_by_one_process(two_processes, tmp_path):
     folder, (first, second) = two_processes
     first, second = dict(told(first, "run")), dict(told(second, "run"))
     assert first["masks"] == second["masks"]
@@ -102,6 +106,16 @@ def test_a_run_is_told_and_written_by_one_process(two_processes):
     assert record["live"] == (8 * 8 * 3 * 8 + 8 * 3) // 2
     assert len(files.read_json(folder / "run", "about.json")["sessions"]) == 1
     assert (folder / "run" / "report.html").exists()
+    trainer = worker.trainer_of_experiments(mesh_of(worker.DEVICES * 2, "data", "fsdp", "tensor"))
+    alone = run.run(trainer, tmp_path)
+    assert digest(alone.masks) == first["masks"]
+    assert record["test_accuracy"] == alone.history[0]["test_accuracy"]
+
+
+def test_batches_are_laid_over_processes_as_the_mesh_says(two_processes):
+    for text in two_processes[1]:
+        sums = re.findall(r"^sum \S+ (\S+)$", text, re.MULTILINE)
+        assert sums == ["28.0"] * 4
 
 
 @pytest.mark.parametrize(

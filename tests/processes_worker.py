@@ -1,6 +1,5 @@
 """What processes_test.py runs in each of several processes; without them, in its own as well."""
 
-import hashlib
 import pathlib
 import sys
 
@@ -14,8 +13,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 import granet_jax as gj
-from experiments import checkpoints, data, distributed, run, settings
-from tests.images import random_images
+from experiments.data import images
+from experiments.engine import batches, checkpoints, distributed, run
+from experiments.engine import mesh as meshes
+from experiments.engine.files import digest
+from experiments.tasks.images import Settings
+from tests.images import make_trainer, random_images
 
 DEVICES = 2  # of each process
 STEPS = 4
@@ -34,13 +37,6 @@ SPECS = {
     "embed": {"kernel": PartitionSpec()},  # each device has its own copy
     "hidden": {"kernel": PartitionSpec("data"), "bias": PartitionSpec("data")},
 }
-
-
-def digest(tree):
-    hashed = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        hashed.update(np.asarray(leaf).tobytes())
-    return hashed.hexdigest()
 
 
 def draws(step, shardings):
@@ -116,10 +112,9 @@ class Net(nn.Module):
         return nn.Dense(3)(nn.relu(nn.Dense(8)(x.reshape(len(x), -1))))
 
 
-def train_as_experiments_do(folder):
-    """The masks at the end of a run, and how many epochs it showed."""
-    dataset = data.from_arrays(random_images(72), random_images(20, seed=1))
-    config = settings.Settings(
+def trainer_of_experiments(mesh=None):
+    dataset = images.from_arrays(random_images(72), random_images(20, seed=1))
+    config = Settings(
         dataset="own",
         model="own",
         method="gmp",
@@ -128,9 +123,21 @@ def train_as_experiments_do(folder):
         batch_size=16,
         update_every=1,
     )
+    return make_trainer(config, dataset, Net(), mesh)
+
+
+def train_as_experiments_do(folder):
+    """The masks at the end of a run, and how many epochs it showed."""
     shown = []
-    result = run.run(config, dataset, folder, Net(), checkpoint_seconds=0, show=shown.append)
+    trainer = trainer_of_experiments()
+    result = run.run(trainer, folder, checkpoint_seconds=0, show=shown.append)
     return result.masks, len(shown)
+
+
+def sum_over(mesh):
+    """Of a batch of which all devices hold a part, or the same on all, as the mesh says."""
+    whole = np.arange(8.0)
+    return float(jax.jit(jnp.sum)(batches.shared(whole, mesh, len(whole))))
 
 
 def main(folder):
@@ -146,6 +153,8 @@ def main(folder):
         gathered = multihost_utils.process_allgather(without_keys(state), tiled=True)
         print(name, "state", digest(gathered))
     masks, shown = train_as_experiments_do(folder / "run")
+    for sizes in ((None, 1), (1, 4), (1, 2, 2), (1, 1, 4)):
+        print("sum", "x".join(map(str, sizes)), sum_over(meshes.make(*sizes)))
     print("run masks", digest(masks))
     print("run shown", shown)
 

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import data, settings, training
-from experiments.streams import Batch
+from experiments.data import images
+from experiments.data.streams import Batch
+from experiments.engine import settings
+from experiments.tasks.images import Settings
+from tests.images import make_trainer
 
-ROOT = pathlib.Path(training.__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "experiments" / "recipes").glob("*.flags"))
 REST = (
     "cifar100",
@@ -25,21 +28,21 @@ CLASSES = {"cifar100": 100, "imagenet2012": 1000}
 def read(path, monkeypatch):
     monkeypatch.chdir(ROOT)  # recipes name what they share from here
     values = flags.FlagValues()
-    settings.define_flags(flag_values=values)
+    settings.define_flags(Settings, flag_values=values)
     values(["train", f"--flagfile={path}"])
-    return settings.from_flags(values)
+    return settings.from_flags(Settings, values)
 
 
 def trainer_of(path, monkeypatch):
     """The recipe on 8 random images, but for the size of its batches and the length of training."""
     config = read(path, monkeypatch)
     shape = (28, 28, 1) if config.dataset == "mnist" else (32, 32, 3)
-    images = np.random.default_rng(0).integers(0, 256, (8, *shape), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, *shape), np.uint8)
     classes = CLASSES.get(config.dataset, 10)
-    batch = Batch(images, np.linspace(0, classes - 1, 8).astype(int))
+    batch = Batch(pixels, np.linspace(0, classes - 1, 8).astype(int))
     assert config.epochs > 8
     config = dataclasses.replace(config, batch_size=8, update_every=1)
-    return training.make_trainer(config, data.from_arrays(batch, batch))
+    return make_trainer(config, images.from_arrays(batch, batch))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

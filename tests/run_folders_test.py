@@ -7,15 +7,26 @@ import re
 import shutil
 import types
 
+import chex
 import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 
 import granet_jax as gj
-from experiments import checkpoints, files, lottery, plasticity, report, run, settings, training
-from experiments.lm_training import Config
+from experiments import lottery, plasticity
+from experiments.engine import checkpoints, files, page, records, run, settings
+from experiments.engine.files import digest
+from experiments.engine.records import Diverged
+from experiments.engine.task import Metric, Told
+from experiments.studies import lottery as lottery_study
+from experiments.studies import plasticity as plasticity_study
+from experiments.tasks import images, text
+from tests.images import make_trainer, train
 from tests.run_test import OwnNet, own_data, own_settings
 
-ADDED = ("structure", "block_kernel", "drop_at", "seed")  # as if they had come later
+# As if they had come later.
+ADDED = ("task", "structure", "block_kernel", "drop_at", "seed", "final_rate", "b2", "clip_norm")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,11 +39,11 @@ def _compile_quickly():
 @pytest.fixture(scope="module")
 def trainer():
     config = own_settings(method="set", epochs=3, chunk_steps=2, batch_size=16)
-    return training.make_trainer(config, own_data(), OwnNet(8))
+    return make_trainer(config, own_data(), OwnNet(8))
 
 
 def go(trainer, folder, show=lambda record: None):
-    return run.run_trainer(trainer, folder, resume=True, checkpoint_seconds=0, show=show)
+    return run.run(trainer, folder, checkpoint_seconds=0, show=show)
 
 
 class Stop(Exception):
@@ -76,7 +87,7 @@ def not_sparse_after(trainer, step):
 
 def test_a_run_that_is_not_sparse_stops_and_keeps_the_last_good_checkpoint(trainer, tmp_path):
     with pytest.raises(
-        run.Diverged, match=r"step 10: The last good checkpoint is of step 8\. .* of "
+        Diverged, match=r"step 10: The last good checkpoint is of step 8\. .* of "
     ) as told:
         go(not_sparse_after(trainer, 8), tmp_path)
     assert re.search(
@@ -87,23 +98,23 @@ def test_a_run_that_is_not_sparse_stops_and_keeps_the_last_good_checkpoint(train
         assert manager.latest_step() == 8
         state, _ = checkpoints.restore(manager, 8, trainer.abstract_state)
     assert gj.check_sparse(state.params, state.opt_state) == 0
-    with pytest.raises(run.Diverged, match=r"step 2: No checkpoint had been written\."):
+    with pytest.raises(Diverged, match=r"step 2: No checkpoint had been written\."):
         go(not_sparse_after(trainer, 0), tmp_path / "early")
 
 
 def test_a_sparsity_asked_for_and_not_got_is_told(tmp_path):
     config = own_settings(method="str", epochs=6, weight_decay=0.0, batch_size=16)
-    result = run.run(config, own_data(), tmp_path, OwnNet(8))
+    result = train(tmp_path, config, own_data(), OwnNet(8))
     assert re.match(r"Sparsity 0\.\d+ was reached, 0\.5 was asked for\. Let", result.shortfall)
     assert result.shortfall in (tmp_path / "report.html").read_text()
 
     state = result.state._replace(opt_state=())  # of methods with masks
     trainer = types.SimpleNamespace(settings=own_settings(structure="block:4x4"))
-    told = run._shortfall(trainer, state, {"sparsity": 0.75})
+    told = records.shortfall(trainer, state, {"sparsity": 0.75})
     assert told.startswith("Sparsity 0.7500 was reached, 0.5 was asked for. With --structure=block")
-    assert run._shortfall(trainer, state, {"sparsity": 0.505}) == ""
+    assert records.shortfall(trainer, state, {"sparsity": 0.505}) == ""
     trainer.settings = own_settings(method="dense")
-    assert run._shortfall(trainer, state, {"sparsity": 0.0}) == ""
+    assert records.shortfall(trainer, state, {"sparsity": 0.0}) == ""
 
 
 def edit(path, change):
@@ -145,7 +156,7 @@ def without_keep(state):
 
 def test_a_run_of_before_goes_on_with_the_same_bits(trainer, straight, stopped):
     edit(stopped / "settings.json", without(*ADDED))
-    edit(stopped / "about.json", without("sessions"))
+    edit(stopped / "about.json", without("sessions", "task"))
     edit(stopped / "about.json", lambda about: about["data"].pop("mean"))
     lines = [json.loads(x) for x in (stopped / "metrics.jsonl").read_text().splitlines()]
     for name in ("inference_flops", "exploration", "density/head/kernel"):
@@ -154,7 +165,7 @@ def test_a_run_of_before_goes_on_with_the_same_bits(trainer, straight, stopped):
     assert write_again(stopped, trainer, with_typed_key) == 10
     resumed = go(trainer, stopped)
     for tree in ("params", "opt_state"):
-        assert run.digest(getattr(resumed.state, tree)) == run.digest(getattr(straight.state, tree))
+        assert digest(getattr(resumed.state, tree)) == digest(getattr(straight.state, tree))
     assert resumed.history[1:] == [
         record | {"images_per_second": mine["images_per_second"]}
         for record, mine in zip(straight.history[1:], resumed.history[1:], strict=True)
@@ -203,21 +214,23 @@ def test_between_epochs_nothing_is_noted_that_is_needed(trainer, straight, stopp
         manager.delete(10)
     assert write_again(stopped, trainer, notes=lambda notes: {}) == 8
     resumed = go(trainer, stopped)
-    assert run.digest(resumed.state.params) == run.digest(straight.state.params)
+    assert digest(resumed.state.params) == digest(straight.state.params)
 
 
 def test_settings_of_before_are_read():
-    written = dataclasses.asdict(settings.Settings(dataset="digits", **digits()))
+    written = dataclasses.asdict(images.Settings(dataset="digits", **digits()))
     for name in digits():
-        assert settings.from_json({k: v for k, v in written.items() if k != name}) == (
-            settings.from_json(written)
-        )
+        assert settings.from_json(
+            images.Settings, {k: v for k, v in written.items() if k != name}
+        ) == settings.from_json(images.Settings, written)
     for change, message in (
         ({"magic": 3}, "magic is no setting"),
         ({"dataset": "own", "model": "own"}, "batch_size is missing, epochs is missing, update"),
     ):
         with pytest.raises(ValueError, match=message):
-            settings.from_json({k: v for k, v in written.items() if k not in digits()} | change)
+            settings.from_json(
+                images.Settings, {k: v for k, v in written.items() if k not in digits()} | change
+            )
 
 
 def digits():
@@ -237,31 +250,58 @@ def opened(folder, told, defaults):
 
 
 def test_all_programs_know_their_defaults(trainer, tmp_path):
-    lm = Config()._asdict() | {"bytes": 1000}
-    assert set(opened(tmp_path, lm, Config._field_defaults)) == set(lm) - {"bytes"}
+    lm = dataclasses.asdict(text.Settings(bytes=1000))
+    assert set(opened(tmp_path, lm, settings.defaults(text.Settings, lm))) == set(lm) - {"bytes"}
 
-    config = own_settings(**plasticity._UNUSED | {"update_every": 1, "sparsity": 0.0}, epochs=8)
-    defaults = plasticity._defaults(config)
-    told = dataclasses.asdict(config) | {k: defaults[k] for k in plasticity.Plan._fields}
+    config = own_settings(**plasticity._UNUSED, epochs=8)
+    defaults = plasticity.defaults(config, config.epochs)
+    told = dataclasses.asdict(config) | {k: defaults[k] for k in plasticity_study.Plan._fields}
     given = {"dataset", "model", "epochs", "batch_size"}
     assert set(opened(tmp_path, told | {"recalibrate": 2}, defaults)) == (
         set(told) - given - {"recalibrate"}
     )
 
-    study = lottery.make_study(
+    study = lottery_study.make_study(
         trainer, tmp_path, fraction=0.2, oneshot=True, rewind_at=0.05, retrain=1.0, rules=[]
     )
     flags = {"prune_fraction": 0.2, "oneshot": False, "rewind_at": 0.05, "retrain": 1.0}
     given_flags = {k: types.SimpleNamespace(default=v) for k, v in flags.items()}
-    told = lottery._told(study)
-    found = set(opened(tmp_path, told, lottery._defaults(study, given_flags)))
+    told = lottery.written(study)
+    found = set(opened(tmp_path, told, lottery.defaults(study, given_flags)))
     assert set(told) - found == {*given, "oneshot"}
+
+
+def test_the_best_checkpoint_of_before_is_kept(tmp_path):
+    told = Told("t", (Metric("error", higher_is_better=False),), ("test",), "loss", "images", False)
+    with checkpoints.open_manager(tmp_path) as manager:
+        checkpoints.save(manager, 1, {"w": jnp.zeros(2)}, {}, None)
+        before = ocp.args.Composite(
+            state=ocp.args.StandardSave({"w": jnp.ones(2)}), notes=ocp.args.JsonSave({})
+        )
+        manager.save(2, args=before, metrics={"live": 4, "accuracy": -0.2})
+        for step, error in ((3, 0.3), (4, 0.25), (5, 0.3)):
+            record = {"live": 4, "test_error": error}
+            checkpoints.save(manager, step, {"w": jnp.ones(2)}, {}, record, told)
+        manager.wait_until_finished()
+        assert sorted(manager.all_steps()) == [2, 4, 5]
+
+
+def test_masks_are_read_back_or_refused(trainer, straight, tmp_path):
+    files.write_masks(tmp_path, straight.masks)
+    like = jax.eval_shape(lambda: straight.masks)
+    chex.assert_trees_all_equal(files.read_masks(tmp_path, like), straight.masks)
+    assert files.agreement(straight.masks, straight.masks, trainer.setup.rules)[0] == 1.0
+    for other in ({"head": like["head"], "body": like["hidden"]}, {"head": {"kernel": like}}):
+        with pytest.raises(ValueError, match=r"masks.npz holds the masks of another network\.$"):
+            files.read_masks(tmp_path, other)
+    with pytest.raises(ValueError, match=r"there is no .*none/masks.npz; name a run that has come"):
+        files.read_masks(tmp_path / "none", like)
 
 
 def test_results_of_before_are_refused_in_a_line(tmp_path):
     (tmp_path / "results.jsonl").write_text('{"sparsity": 0.5}\n')
     with pytest.raises(ValueError, match=r"results.jsonl holds a result .*'seed'.* --out_dir"):
-        plasticity.read_results(tmp_path)
+        plasticity_study.read_results(tmp_path)
 
 
 @pytest.mark.filterwarnings("error")
@@ -270,12 +310,12 @@ def test_a_report_of_records_that_lack_numbers(straight, tmp_path):
     first, *rest = straight.history
     dropped = {k: v for k, v in first.items() if k not in ("live", "loss", "churn")}
     bare = [{k: r[k] for k in ("epoch", "step", "test_accuracy")} for r in straight.history]
-    for folder, records in zip(folders, ([dropped, *rest], bare), strict=True):
+    for folder, lines in zip(folders, ([dropped, *rest], bare), strict=True):
         folder.mkdir()
         (folder / "settings.json").write_text('{"dataset": "d", "model": "m", "sparsity": 0.5}')
         (folder / "about.json").write_text('{"layers": [{"path": "a", "prunable": true}]}')
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    report.write(tmp_path / "report.html", {"one": folders, "other": [folders[1]]})
-    page = (tmp_path / "report.html").read_text()
-    assert "<td>-</td>" in page
-    assert re.search(r"<td>a</td>\s+<td></td><td></td><td></td>", page)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    page.write(tmp_path / "report.html", {"one": folders, "other": [folders[1]]})
+    written = (tmp_path / "report.html").read_text()
+    assert "<td>-</td>" in written
+    assert re.search(r"<td>a</td>\s+<td></td><td></td><td></td>", written)

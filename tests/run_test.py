@@ -18,9 +18,14 @@ import pytest
 import tensorflow_datasets as tfds
 
 import granet_jax as gj
-from experiments import checkpoints, data, files, run, settings, training
-from experiments.streams import Batch
-from tests.images import jpeg_records, random_images
+from experiments.data import images
+from experiments.data.streams import Batch
+from experiments.engine import checkpoints, files, run, settings
+from experiments.engine.files import digest
+from experiments.engine.records import Diverged
+from experiments.engine.task import ACCURACY, Metric
+from experiments.tasks.images import Settings
+from tests.images import jpeg_records, make_trainer, random_images, train
 
 COMMAND = [sys.executable, "-m", "experiments.train"]
 
@@ -127,26 +132,25 @@ class OwnNet(nn.Module):
 
 
 def own_data(n=64, **kwargs):
-    train, test = random_images(n), random_images(16, seed=1)
-    return data.from_arrays(train, test, **kwargs)
+    return images.from_arrays(random_images(n), random_images(16, seed=1), **kwargs)
 
 
 def own_settings(**changes):
     fields = {"dataset": "own", "model": "own", "epochs": 2, "batch_size": 16, "update_every": 2}
-    return settings.Settings(**{**fields, "sparsity": 0.5, **changes})
+    return Settings(**{**fields, "sparsity": 0.5, **changes})
 
 
 def test_own_data_and_own_module(tmp_path):
     shown = []
-    result = run.run(own_settings(), own_data(), tmp_path, OwnNet(8), show=shown.append)
+    result = train(tmp_path, own_settings(), own_data(), OwnNet(8), show=shown.append)
     assert shown == result.history == files.read_history(tmp_path)
     assert [r["step"] for r in shown] == [4, 8]
     assert shown[-1]["live"] == (8 * 8 * 3 * 8 + 8 * 3) // 2
     # A finished run is not trained again; its report is made anew.
     (tmp_path / "report.html").unlink()
-    again = run.run(own_settings(), own_data(), tmp_path, OwnNet(8), show=shown.append)
+    again = train(tmp_path, own_settings(), own_data(), OwnNet(8), show=shown.append)
     assert len(shown) == 2
-    assert run.digest(again.state.params) == run.digest(result.state.params)
+    assert digest(again.state.params) == digest(result.state.params)
     assert "<svg" in (tmp_path / "report.html").read_text()
     assert list((tmp_path / "tensorboard").iterdir())
 
@@ -161,7 +165,7 @@ class DropoutNormNet(nn.Module):
 def test_dropout_and_batch_norm_resume_within_an_epoch(tmp_path):
     config = own_settings(chunk_steps=3, epochs=3)
     dataset = own_data(80)  # 5 steps an epoch
-    straight = run.run(config, dataset, tmp_path / "a", DropoutNormNet(), checkpoint_seconds=0)
+    straight = train(tmp_path / "a", config, dataset, DropoutNormNet(), checkpoint_seconds=0)
 
     class Stop(Exception):
         pass
@@ -171,22 +175,17 @@ def test_dropout_and_batch_norm_resume_within_an_epoch(tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        run.run(config, dataset, tmp_path / "b", DropoutNormNet(), checkpoint_seconds=0, show=stop)
-    resumed = run.run(config, dataset, tmp_path / "b", DropoutNormNet(), checkpoint_seconds=0)
+        train(tmp_path / "b", config, dataset, DropoutNormNet(), checkpoint_seconds=0, show=stop)
+    resumed = train(tmp_path / "b", config, dataset, DropoutNormNet(), checkpoint_seconds=0)
     for tree in ("params", "model_state"):
-        assert run.digest(getattr(resumed.state, tree)) == run.digest(getattr(straight.state, tree))
+        assert digest(getattr(resumed.state, tree)) == digest(getattr(straight.state, tree))
     assert [r["loss"] for r in resumed.history] == [r["loss"] for r in straight.history]
     assert [r["churn"] for r in resumed.history] == [r["churn"] for r in straight.history]
     assert straight.state.model_state["batch_stats"]["BatchNorm_0"]["mean"].any()
 
 
-def test_best_epoch_is_kept_at_final_sparsity_by_validation_images(tmp_path, monkeypatch):
-    accuracies = iter([99.0, 60.0, 70.0, 50.0, 40.0, 30.0])  # 99 before the final sparsity
-
-    def make_trainer(*args):
-        trainer = original(*args)
-        return trainer._replace(evaluate=lambda s: {"test": 50.0, "validation": next(accuracies)})
-
+@pytest.mark.parametrize("metric", [ACCURACY, Metric("accuracy", higher_is_better=False)])
+def test_best_epoch_is_kept_at_final_sparsity_by_validation_images(tmp_path, metric):
     class Stop(Exception):
         pass
 
@@ -194,23 +193,31 @@ def test_best_epoch_is_kept_at_final_sparsity_by_validation_images(tmp_path, mon
         if record["epoch"] == 5:
             raise Stop
 
-    original = training.make_trainer
-    monkeypatch.setattr(training, "make_trainer", make_trainer)
     config, dataset = own_settings(epochs=6, prune_until=0.3), own_data(validation=16)
+    trainer = make_trainer(config, dataset, OwnNet(8))
+    trainer = trainer._replace(told=trainer.told._replace(metrics=(metric,)))
+
+    def go(scores, **kwargs):
+        values = iter(metric.sign * np.array(scores))
+        found = trainer._replace(
+            evaluate=lambda s: {"test_accuracy": 50.0, "validation_accuracy": next(values)}
+        )
+        return run.run(found, tmp_path, checkpoint_seconds=0, **kwargs)
+
     with pytest.raises(Stop):
-        run.run(config, dataset, tmp_path, OwnNet(8), checkpoint_seconds=0, show=stop)
-    accuracies = iter([40.0, 30.0])
-    result = run.run(config, dataset, tmp_path, OwnNet(8), checkpoint_seconds=0)
+        go([99.0, 60.0, 70.0, 50.0, 40.0, 30.0], show=stop)  # 99 before the final sparsity
+    result = go([40.0, 30.0])
     assert result.history[0]["live"] > result.history[1]["live"] == result.history[-1]["live"]
-    assert [r["validation_accuracy"] for r in result.history] == [99, 60, 70, 50, 40, 30]
-    assert files.best(result.history)["epoch"] == 3
+    found = [metric.sign * r["validation_accuracy"] for r in result.history]
+    assert found == [99, 60, 70, 50, 40, 30]
+    assert files.best(result.history, trainer.told)["epoch"] == 3
     with checkpoints.open_manager(tmp_path / "checkpoints") as manager:
         assert sorted(manager.all_steps()) == [9, 15, 18]  # 48 images are left to train on
-    assert "validation images" in (tmp_path / "report.html").read_text()
+    assert "on validation data held out" in (tmp_path / "report.html").read_text()
 
 
 def test_other_settings_are_refused_and_nothing_is_lost(tmp_path):
-    run.run(own_settings(), own_data(), tmp_path, OwnNet(8))
+    train(tmp_path, own_settings(), own_data(), OwnNet(8))
     before = (tmp_path / "metrics.jsonl").read_text()
     for config, kwargs, message in [
         (own_settings(epochs=3), {}, r"other settings \(epochs 2 -> 3\)"),
@@ -218,30 +225,30 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path):
         (own_settings(), {"resume": False}, "holds a run, which --noresume would overwrite"),
     ]:
         with pytest.raises(ValueError, match=message):
-            run.run(config, own_data(), tmp_path, OwnNet(8), **kwargs)
+            train(tmp_path, config, own_data(), OwnNet(8), **kwargs)
     with pytest.raises(ValueError, match=r"run on other data .train_images 64 -> 80"):
-        run.run(own_settings(), own_data(80), tmp_path, OwnNet(8))
+        train(tmp_path, own_settings(), own_data(80), OwnNet(8))
     with pytest.raises(ValueError, match=r"params/head/kernel is float32 \(8, 3\), expected"):
-        run.run(own_settings(), own_data(), tmp_path, OwnNet(9))
+        train(tmp_path, own_settings(), own_data(), OwnNet(9))
     config = own_settings()
     with (
         files.opened(tmp_path, dataclasses.asdict(config), resume=True),
         pytest.raises(ValueError, match="another process is training in"),
     ):
-        run.run(config, own_data(), tmp_path, OwnNet(8))
+        train(tmp_path, config, own_data(), OwnNet(8))
     assert (tmp_path / "metrics.jsonl").read_text() == before
-    assert len(run.run(own_settings(), own_data(), tmp_path, OwnNet(8)).history) == 2
+    assert len(train(tmp_path, own_settings(), own_data(), OwnNet(8)).history) == 2
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     bad = own_data()
     bad = bad._replace(mean=np.array([0.5, np.nan, 0.5], np.float32))
-    with pytest.raises(run.Diverged, match=r"the loss is nan at step 1 \(epoch 1\). No checkpoint"):
-        run.run(own_settings(), bad, tmp_path / "early", OwnNet(8))
+    with pytest.raises(Diverged, match=r"the loss is nan at step 1 \(epoch 1\). No checkpoint"):
+        train(tmp_path / "early", own_settings(), bad, OwnNet(8))
     config = own_settings(learning_rate=1e12, warmup_epochs=1.5, epochs=2, chunk_steps=1)
-    with pytest.raises(run.Diverged, match=r"at step \d+ .*last good checkpoint is of step \d"):
-        run.run(config, own_data(), tmp_path / "late", OwnNet(8), checkpoint_seconds=0)
-    trainer = training.make_trainer(config, own_data(), OwnNet(8))
+    with pytest.raises(Diverged, match=r"at step \d+ .*last good checkpoint is of step \d"):
+        train(tmp_path / "late", config, own_data(), OwnNet(8), checkpoint_seconds=0)
+    trainer = make_trainer(config, own_data(), OwnNet(8))
     with checkpoints.open_manager(tmp_path / "late" / "checkpoints") as manager:
         state, _ = checkpoints.restore(manager, manager.latest_step(), trainer.abstract_state)
         assert int(state.step) == manager.latest_step() > 0
@@ -250,14 +257,14 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
 
 def test_a_cut_off_line_is_dropped_and_written_again(tmp_path):
     config, dataset = own_settings(epochs=3), own_data()
-    run.run(config, dataset, tmp_path, OwnNet(8), checkpoint_seconds=0)
+    train(tmp_path, config, dataset, OwnNet(8), checkpoint_seconds=0)
     whole = (tmp_path / "metrics.jsonl").read_text()
     (tmp_path / "metrics.jsonl").write_text(whole + '{"epoch": 4, "st')
-    run.run(config, dataset, tmp_path, OwnNet(8))
+    train(tmp_path, config, dataset, OwnNet(8))
     assert (tmp_path / "metrics.jsonl").read_text() == whole
     (tmp_path / "metrics.jsonl").unlink()
     with pytest.raises(ValueError, match="holds 0 of the 3 epochs before the last checkpoint"):
-        run.run(config, dataset, tmp_path, OwnNet(8))
+        train(tmp_path, config, dataset, OwnNet(8))
 
 
 def test_restored_masks_are_checked():
@@ -302,18 +309,18 @@ def test_wrong_settings(changes, message):
 
 def test_a_model_without_name_must_be_passed(tmp_path):
     with pytest.raises(ValueError, match=r"model 'own' is none of lenet_300_100, .* pass a module"):
-        run.run(own_settings(), own_data(), tmp_path)
+        train(tmp_path, own_settings(), own_data())
 
 
 def test_batches_must_divide_over_devices():
     with pytest.raises(ValueError, match="--batch_size=12 is no multiple of the 8 devices"):
-        run.run(own_settings(batch_size=12), own_data(), pathlib.Path("unused"), OwnNet(8))
+        train(pathlib.Path("unused"), own_settings(batch_size=12), own_data(), OwnNet(8))
 
 
 def test_bf16_keeps_parameters_moments_and_updates_in_float32(tmp_path):
-    images = Batch(random_images(32, (28, 28, 1)).images, np.arange(32) % 10)
+    data = Batch(random_images(32, (28, 28, 1)).images, np.arange(32) % 10)
     config = own_settings(model="lenet_300_100", precision="bf16", sparsity=0.9)
-    result = run.run(config, data.from_arrays(images, images), tmp_path)
+    result = train(tmp_path, config, images.from_arrays(data, data))
     dtypes = {x.dtype.name for x in jax.tree.leaves(result.state.opt_state)}
     assert "bfloat16" not in dtypes
     assert {x.dtype.name for x in jax.tree.leaves(result.state.params)} == {"float32"}
@@ -321,22 +328,6 @@ def test_bf16_keeps_parameters_moments_and_updates_in_float32(tmp_path):
 
 
 def test_settings_are_read_back_as_written(tmp_path):
-    run.run(own_settings(), own_data(), tmp_path, OwnNet(8))
+    train(tmp_path, own_settings(), own_data(), OwnNet(8))
     saved = json.loads((tmp_path / "settings.json").read_text())
-    assert settings.from_json(saved) == own_settings()
-
-
-def test_the_readme_trains_own_images(tmp_path, monkeypatch):
-    readme = (pathlib.Path(run.__file__).parents[1] / "README.md").read_text()
-    (block,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "MyNet" in b]
-    assert len(block.splitlines()) < 40
-    for split, n in (("train", 32), ("test", 8)):
-        for label in ("cat", "dog"):
-            folder = tmp_path / "my_images" / split / label
-            folder.mkdir(parents=True)
-            for i, record in enumerate(jpeg_records(n)):
-                (folder / f"{i}.jpg").write_bytes(record["image"])
-    monkeypatch.chdir(tmp_path)
-    block = block.replace("epochs=20", "epochs=2").replace("update_every=20", "update_every=1")
-    exec(block, {"__name__": "readme"})
-    assert (tmp_path / "runs" / "mine" / "report.html").exists()
+    assert settings.from_json(Settings, saved) == own_settings()

@@ -14,7 +14,6 @@ import sys
 from absl import app, flags
 from rich.console import Console
 
-from experiments import output, settings
 from experiments.benchmarks import (
     bandwidth,
     compact,
@@ -28,6 +27,7 @@ from experiments.benchmarks import (
     training_step,
     update,
 )
+from experiments.engine import output, settings
 
 BENCHMARKS = {
     "bandwidth": bandwidth.tables,
@@ -42,9 +42,12 @@ BENCHMARKS = {
     "compact": compact.tables,
 }
 
-flags.DEFINE_string("out", "docs/benchmarks.md", "the file to write; figures come beside it")
-flags.DEFINE_list("only", list(BENCHMARKS), "what to measure; the file then holds this alone")
-flags.DEFINE_boolean("quick", False, "sizes so small that the figures say nothing")
+
+def define_flags() -> None:
+    """Defines what is measured, and where it is written."""
+    flags.DEFINE_string("out", "docs/benchmarks.md", "the file to write; figures come beside it")
+    flags.DEFINE_list("only", list(BENCHMARKS), "what to measure; the file then holds this alone")
+    flags.DEFINE_boolean("quick", False, "sizes so small that the figures say nothing")
 
 
 def run(names: list[str], quick: bool, out: pathlib.Path) -> None:
@@ -82,4 +85,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -1,5 +1,6 @@
 """Training with live weights alone, against plain dense and masked training."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -11,9 +12,11 @@ import numpy as np
 import optax
 
 import granet_jax as gj
-from experiments import lm_training
 from experiments.benchmarks import timing
 from experiments.benchmarks.tables import Table
+from experiments.data.text import Text
+from experiments.engine import mesh, optimizers, training
+from experiments.tasks import text
 
 EVERY = 100  # steps between mask updates
 LAYERS = 3
@@ -257,18 +260,19 @@ def _transposed(params: Any, y: jax.Array) -> jax.Array:
 
 def _language_model(quick: bool) -> Table:
     size, rounds = ("1m", 1) if quick else ("10m", 5)
-    mesh = lm_training.make_mesh()
-    text = jnp.asarray(np.random.default_rng(0).integers(97, 122, 100_000, dtype=np.uint8))
+    letters = np.random.default_rng(0).integers(97, 122, 100_000, dtype=np.uint8)
     rows: list[dict[str, str]] = []
     for sparsity in (0.9,) if quick else (0.9, 0.95):
-        config = lm_training.Config(method="rigl", size=size, sparsity=sparsity)
+        config = text.Settings(method="rigl", size=size, sparsity=sparsity)
         if quick:
-            config = config._replace(context=8, batch_size=2)
+            config = dataclasses.replace(config, context=8, batch_size=2)
         states: dict[str, Any] = {}
         calls = {
-            "dense": _plain_lm(config, states, mesh, text),
-            "masked": _sparse_lm("masked", config, states, mesh, text),
-            "compact": _sparse_lm("compact", config._replace(compact=True), states, mesh, text),
+            "dense": _plain_lm(config, states, letters),
+            "masked": _sparse_lm("masked", config, states, letters),
+            "compact": _sparse_lm(
+                "compact", dataclasses.replace(config, compact=True), states, letters
+            ),
         }
         times = timing.in_turns(calls, rounds)
         for name, m in times.items():
@@ -289,16 +293,28 @@ def _language_model(quick: bool) -> Table:
     return Table("Language model with live weights alone", rows, note)
 
 
-def _plain_lm(config: Any, states: dict[str, Any], mesh: Any, text: jax.Array) -> Any:
-    trainer = lm_training.make_trainer(config._replace(method="dense"), mesh)
-    tx = lm_training.inner_optimizer(config)
-    params = trainer.init().params
+def _lm(config: text.Settings, letters: np.ndarray) -> tuple[training.Trainer, Callable[..., Any]]:
+    """A trainer, and what draws a batch by a key."""
+    devices = mesh.make()
+    task = text.task(config, devices, Text(letters, letters))
+    held = jnp.asarray(letters)
+
+    def batch(key: jax.Array) -> jax.Array:
+        return text.draw_windows(key, held, config.batch_size, config.context + 1)
+
+    return training.make_trainer(config, task, devices), batch
+
+
+def _plain_lm(config: text.Settings, states: dict[str, Any], letters: np.ndarray) -> Any:
+    trainer, batch = _lm(dataclasses.replace(config, method="dense"), letters)
+    tx = optimizers.inner(config, trainer.length)
+    params = trainer.init(0).params
     states["dense"] = params, tx.init(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, key: jax.Array) -> Any:
-        windows = lm_training.draw_windows(key, text, config.batch_size, config.context + 1)
-        grads = jax.grad(trainer.loss)(params, windows)
+        loss = trainer.setup.task.loss
+        grads = jax.grad(loss, has_aux=True)(params, {}, batch(key), key)[0]
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
@@ -309,14 +325,18 @@ def _plain_lm(config: Any, states: dict[str, Any], mesh: Any, text: jax.Array) -
     return run
 
 
-def _sparse_lm(name: str, config: Any, states: dict[str, Any], mesh: Any, text: jax.Array) -> Any:
-    trainer = lm_training.make_trainer(config, mesh)
-    state = trainer.init()
+def _sparse_lm(
+    name: str, config: text.Settings, states: dict[str, Any], letters: np.ndarray
+) -> Any:
+    trainer, batch = _lm(config, letters)
+    event = False if trainer.family.two_programs else None
+    step = jax.jit(lambda state: trainer.step(state, batch(state.key), event), donate_argnums=0)
+    state = trainer.init(0)
 
     def run() -> Any:
         nonlocal state
-        state, log = trainer.step(state, text, False if trainer.family.two_programs else None)
+        state, loss = step(state)
         states[name] = state.params, state.opt_state
-        return log
+        return loss
 
     return run

@@ -26,9 +26,13 @@ from jax.experimental import sparse
 from rich.console import Console
 
 import granet_jax as gj
-from experiments import checkpoints, data, files, models, output, settings, training
+from experiments import models
 from experiments.benchmarks import network, tables, timing
 from experiments.benchmarks.tables import Table
+from experiments.data import images
+from experiments.engine import batches, checkpoints, files, output, settings, training
+from experiments.tasks.images import Settings
+from experiments.tasks.images import task as image_task
 
 WIDTHS = (2048, 2048, 2048, 2048)
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
@@ -259,16 +263,16 @@ def _prune_channels(
 
 
 def trained(run_dir: pathlib.Path, data_dir: str | None, batch_sizes: Sequence[int]) -> Table:
-    """The model of a run, from its newest checkpoint: dense, exported, and its file.
+    """The model of a run on images, from its newest checkpoint: dense, exported, and its file.
 
     Raises:
       ValueError: ``run_dir`` holds no run, or one without checkpoint.
     """
     if not (run_dir / "settings.json").exists():
         raise ValueError(f"--run_dir={run_dir} holds no run: there is no settings.json in it.")
-    config = settings.from_json(files.read_json(run_dir, "settings.json"))
-    dataset = data.load(config.dataset, data_dir, config.validation)
-    trainer = training.make_trainer(config, dataset)
+    config = settings.from_json(Settings, files.read_json(run_dir, "settings.json"))
+    dataset = images.load(config.dataset, data_dir, config.validation)
+    trainer = training.make_trainer(config, image_task(config, dataset))
     with checkpoints.open_manager(run_dir / "checkpoints") as manager:
         if manager.latest_step() is None:
             raise ValueError(f"--run_dir={run_dir} has no checkpoint.")
@@ -277,8 +281,8 @@ def trained(run_dir: pathlib.Path, data_dir: str | None, batch_sizes: Sequence[i
     params = gj.apply_masks(trainer.family.weights(state.params, state.opt_state), masks)
     model = models.MODELS[config.model](num_classes=dataset.num_classes)
 
-    def apply_fn(params: Any, images: jax.Array) -> Any:
-        x = images.astype(jnp.float32) / 255
+    def apply_fn(params: Any, pixels: jax.Array) -> Any:
+        x = pixels.astype(jnp.float32) / 255
         if config.normalise:
             x = (x - dataset.mean.reshape(1, 1, 1, -1)) / dataset.std.reshape(1, 1, 1, -1)
         return model.apply({"params": params, **state.model_state}, x, train=False)
@@ -288,42 +292,48 @@ def trained(run_dir: pathlib.Path, data_dir: str | None, batch_sizes: Sequence[i
         size = gj.export.save(path, params, masks)
         params = gj.export.load(path, like=params).params
     dense_size = sum(x.nbytes for x in jax.tree.leaves(params))
-    rows = []
-    for batch_size in batch_sizes:
-        # The last batch is filled up with images of label -1, which nothing guesses.
-        batches = list(data.host_batches(dataset.held_out["test"], batch_size))
-        images = [jnp.asarray(batch.images) for batch in batches]
-        labels = np.concatenate([batch.labels for batch in batches])
-        dense = jax.jit(functools.partial(apply_fn, params))
-        exported = jax.jit(gj.export.compile(apply_fn, params, None, images[0]))
-        times = timing.in_turns(
-            {
-                "dense": lambda: [dense(x) for x in images],  # noqa: B023
-                "exported": lambda: [exported(x) for x in images],  # noqa: B023
-            },
-            rounds=5,
-        )
-        guesses = [
-            np.concatenate([np.asarray(y).argmax(1) for y in times[name].result])
-            for name in ("dense", "exported")
-        ]
-        hits = [int((guess == labels).sum()) for guess in guesses]
-        differ = int(((guesses[0] != guesses[1]) & (labels >= 0)).sum())
-        rows.append(
-            {
-                "batch": str(batch_size),
-                "images": f"{(labels >= 0).sum():,}",
-                "dense (s)": timing.figure(times["dense"].median),
-                "exported (s)": timing.figure(times["exported"].median),
-                "times faster": f"{times['dense'].median / times['exported'].median:.2f}",
-                "right, dense": f"{hits[0]:,}",
-                "right, exported": f"{hits[1]:,}",
-                "labelled otherwise": str(differ),
-                "file": f"{size:,} of {dense_size:,} bytes",
-            }
-        )
+    test = trainer.setup.task.held_out["test"]
+    rows = [
+        {
+            "batch": str(batch_size),
+            **_guesses(apply_fn, params, list(batches.in_order(test, batch_size))),
+            "file": f"{size:,} of {dense_size:,} bytes",
+        }
+        for batch_size in batch_sizes
+    ]
     note = f"{config.model}, {config.method}, sparsity {config.sparsity}; the whole test set."
     return Table(f"The run in {run_dir.name}", rows, note)
+
+
+def _guesses(apply_fn: Any, params: Any, pairs: list[tuple[Any, Any]]) -> dict[str, str]:
+    """Times and hits on batches, each with what is no padding in it."""
+    inputs = [jnp.asarray(batch.images) for batch, _ in pairs]
+    labels = np.concatenate([batch.labels for batch, _ in pairs])
+    valid = np.concatenate([some for _, some in pairs])
+    dense = jax.jit(functools.partial(apply_fn, params))
+    exported = jax.jit(gj.export.compile(apply_fn, params, None, inputs[0]))
+    times = timing.in_turns(
+        {
+            "dense": lambda: [dense(x) for x in inputs],
+            "exported": lambda: [exported(x) for x in inputs],
+        },
+        rounds=5,
+    )
+    guesses = {
+        name: np.concatenate([np.asarray(y).argmax(1) for y in measured.result])
+        for name, measured in times.items()
+    }
+    hits = {name: int(((guess == labels) & valid).sum()) for name, guess in guesses.items()}
+    differ = int(((guesses["dense"] != guesses["exported"]) & valid).sum())
+    return {
+        "images": f"{valid.sum():,}",
+        "dense (s)": timing.figure(times["dense"].median),
+        "exported (s)": timing.figure(times["exported"].median),
+        "times faster": f"{times['dense'].median / times['exported'].median:.2f}",
+        "right, dense": f"{hits['dense']:,}",
+        "right, exported": f"{hits['exported']:,}",
+        "labelled otherwise": str(differ),
+    }
 
 
 def _define_flags() -> None:
@@ -331,7 +341,7 @@ def _define_flags() -> None:
     flags.DEFINE_list("sparsities", [str(x) for x in SPARSITIES], "fractions of zeros")
     flags.DEFINE_list("batch_sizes", [str(x) for x in BATCH_SIZES], "inputs at a time")
     flags.DEFINE_string("run_dir", None, "folder of a trained run to export and time instead")
-    flags.DEFINE_string("data_dir", None, f"folder with TFDS data sets ({data.DEFAULT_DATA_DIR})")
+    flags.DEFINE_string("data_dir", None, f"folder with TFDS data sets ({images.DEFAULT_DATA_DIR})")
 
 
 def main(argv: list[str]) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 from sklearn import datasets
 
-from experiments import streams
 from experiments.benchmarks import timing
 from experiments.benchmarks.tables import Table, cores
+from experiments.data import streams
 
 BATCH = 32
 

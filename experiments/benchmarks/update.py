@@ -39,6 +39,42 @@ def tables(quick: bool) -> list[Table]:
     """Each of our updates is compared with argsort's result."""
     shapes = weights.shapes(quick)
     params, grads = weights.random_tree(shapes, 0), weights.random_tree(shapes, 1)
+    stream = jax.jit(lambda tree: sum(jnp.sum(jnp.abs(p)) for p in jax.tree.leaves(tree)))
+    one_pass, pairs = "one pass, sum(|x|)", _updates(params, grads)
+    ours = {name: mine for name, (mine, _) in pairs.items()}
+    measured = timing.in_turns({one_pass: lambda: stream(params), **ours}, rounds=9)
+    theirs = {name: by_argsort for name, (_, by_argsort) in pairs.items()}
+    by_argsort = timing.in_turns(theirs, rounds=2)
+    rows = []
+    for name, m in measured.items():
+        row = {
+            "update": name,
+            "ms": timing.ms(m.median),
+            "quartiles": timing.quartiles(m.seconds, timing.ms),
+            "passes": timing.figure(m.median / measured[one_pass].median),
+        }
+        other = by_argsort.get(name)
+        if other is None:
+            rows.append(row | dict.fromkeys(("argsort (ms)", "times faster", "same masks"), ""))
+            continue
+        same = bool(jnp.array_equal(_flat(m.result), _flat(other.result)))
+        rows.append(
+            row
+            | {
+                "argsort (ms)": timing.ms(other.median),
+                "times faster": f"{other.median / m.median:.1f}",
+                "same masks": str(same),
+            }
+        )
+    note = (
+        f"{weights.described(shapes)}, sparsity {SPARSITY:.0%}. Updates take turns with a pass "
+        "over the same arrays; argsort's are measured twice."
+    )
+    return [Table("Mask updates of ResNet-50", rows, note)]
+
+
+def _updates(params: Any, grads: Any) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    """Ours and that by argsort, by name."""
     leaves = gj.trees.describe(params)
     layers = gj.trees.layer_shapes(leaves)
     counts = jnp.array(gj.erk(layers, SPARSITY))
@@ -70,51 +106,21 @@ def tables(quick: bool) -> list[Table]:
     def over_all_argsort(params: Any, k: jax.Array) -> Any:
         return mask_by_argsort(_flat(jax.tree.map(jnp.abs, params)), k)
 
-    stream = jax.jit(lambda tree: sum(jnp.sum(jnp.abs(p)) for p in jax.tree.leaves(tree)))
     update, update_argsort = jax.jit(method.update), jax.jit(granet_update_by_argsort)
-    names = ("by layer (ERK)", "over all weights", "GraNet update (3 selections)")
-    ours: list[Callable[[], Any]] = [
-        lambda: ranked(params, counts),
-        lambda: ranked(params, num_keep),
-        lambda: update(state, gj.Event(params, grads, step=step))[0].masks,
-    ]
-    theirs: list[Callable[[], Any]] = [
-        lambda: by_layer_argsort(params, counts),
-        lambda: over_all_argsort(params, num_keep),
-        lambda: update_argsort(state.masks, params, grads, scheduled, fraction),
-    ]
-    measured = timing.in_turns(
-        {"one pass, sum(|x|)": lambda: stream(params), **dict(zip(names, ours, strict=True))},
-        rounds=9,
-    )
-    by_argsort = timing.in_turns(dict(zip(names, theirs, strict=True)), rounds=2)
-    one_pass = measured["one pass, sum(|x|)"].median
-    rows = []
-    for name, m in measured.items():
-        row = {
-            "update": name,
-            "ms": timing.ms(m.median),
-            "quartiles": timing.quartiles(m.seconds, timing.ms),
-            "passes": timing.figure(m.median / one_pass),
-        }
-        other = by_argsort.get(name)
-        if other is None:
-            rows.append(row | dict.fromkeys(("argsort (ms)", "times faster", "same masks"), ""))
-            continue
-        same = bool(jnp.array_equal(_flat(m.result), _flat(other.result)))
-        rows.append(
-            row
-            | {
-                "argsort (ms)": timing.ms(other.median),
-                "times faster": f"{other.median / m.median:.1f}",
-                "same masks": str(same),
-            }
-        )
-    note = (
-        f"{weights.described(shapes)}, sparsity {SPARSITY:.0%}. Updates take turns with a pass "
-        "over the same arrays; argsort's are measured twice."
-    )
-    return [Table("Mask updates of ResNet-50", rows, note)]
+    return {
+        "by layer (ERK)": (
+            lambda: ranked(params, counts),
+            lambda: by_layer_argsort(params, counts),
+        ),
+        "over all weights": (
+            lambda: ranked(params, num_keep),
+            lambda: over_all_argsort(params, num_keep),
+        ),
+        "GraNet update (3 selections)": (
+            lambda: update(state, gj.Event(params, grads, step=step))[0].masks,
+            lambda: update_argsort(state.masks, params, grads, scheduled, fraction),
+        ),
+    }
 
 
 def _pairs(first: Any, second: Any) -> Any:

@@ -5,10 +5,9 @@ Small sets are arrays in memory; ImageNet is a stream of encoded images (:mod:`.
 
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from PIL import Image
 

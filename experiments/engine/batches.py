@@ -46,17 +46,17 @@ def abstract(source: Source, num: int) -> Any:
 
 
 def in_order(source: Memory | Streamed, batch_size: int) -> Iterator[tuple[Any, np.ndarray]]:
-    """Goes once through a split, in this process's share of equal batches.
+    """Goes once through a split in equal batches.
 
     Yields:
-      A batch, and bool ``(share,)``: False marks padding.
+      A batch, and bool ``(batch size,)``: False marks padding. Of what is streamed this process's
+      share of both.
     """
     if isinstance(source, Streamed):
         yield from source.in_order(batch_size)
         return
-    share = batch_size // jax.process_count()
     for start in range(0, size(source), batch_size):
-        chosen = start + share * jax.process_index() + np.arange(share)
+        chosen = start + np.arange(batch_size)
         valid = chosen < size(source)
         indices = np.where(valid, chosen, 0)
         yield jax.tree.map(lambda x, i=indices: np.asarray(x)[i], source.arrays), valid
@@ -105,10 +105,10 @@ def placed(task: Task, mesh: Mesh) -> Task:
     return task._replace(train=task.train._replace(arrays=arrays))
 
 
-def shared(batch: Any, mesh: Mesh) -> Any:
-    """One array over all devices, from the share of each process."""
-    sharding = meshes.of_batch(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+def shared(batch: Any, mesh: Mesh, batch_size: int) -> Any:
+    """A batch over all devices, from what each process has: the whole, or its share."""
+    make = functools.partial(jax.make_array_from_process_local_data, meshes.of_batch(mesh))
+    return jax.tree.map(lambda x: make(x, (batch_size, *x.shape[1:])), batch)
 
 
 class Runner(NamedTuple):
@@ -153,7 +153,7 @@ def runner(steps: Steps, source: Source, batch_size: int, scan: bool) -> Runner:
       scan: whether many steps may be one program, see :func:`scan_is_fast`.
     """
     if isinstance(source, Streamed):
-        return _streamed(steps)
+        return _streamed(steps, batch_size)
     return _on_device(steps, source, batch_size, scan and not steps.family.two_programs)
 
 
@@ -209,13 +209,13 @@ def _on_device(steps: Steps, source: Memory | Drawn, batch_size: int, scan: bool
     return Runner(run, lower)
 
 
-def _streamed(steps: Steps) -> Runner:
+def _streamed(steps: Steps, batch_size: int) -> Runner:
     """Steps over batches that come from the host."""
     compiled = steps.compiled(steps.step, static_argnums=2)
 
     def one(state: Any, given: tuple[Any, bool | None]) -> tuple[Any, jax.Array]:
         batch, event = given
-        return compiled(state, shared(batch, steps.mesh), event)
+        return compiled(state, shared(batch, steps.mesh, batch_size), event)
 
     def run(state: Any, stream: Any, num_steps: int) -> tuple[Any, jax.Array]:
         batches = itertools.islice(stream, num_steps)

@@ -60,13 +60,11 @@ def save(
     """
     if step in manager.all_steps():
         return  # just written as the best
+    metrics = record and told and {"live": record["live"], "score": told.score(record)}
     manager.save(
         step,
         args=ocp.args.Composite(state=ocp.args.StandardSave(state), notes=ocp.args.JsonSave(notes)),
-        metrics=None if record is None or told is None else {
-            "live": record["live"],
-            "score": told.score(record),
-        },
+        metrics=metrics,
         force=True,
     )
 

@@ -8,6 +8,8 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
+flags.disclaim_key_flags()  # as in settings
+
 
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines what tells a process of the others; with none of it, it is alone."""

@@ -217,7 +217,10 @@ def write_masks(out_dir: pathlib.Path, masks: Any) -> None:
     """masks.npz: the bits of each mask by its path; a byte holds eight."""
     if jax.process_index() == 0:
         packed: dict[str, Any] = {k: np.packbits(x) for k, x in gj.trees.paths(masks).items()}
-        np.savez(out_dir / "masks.npz", **packed)
+        new = out_dir / "masks.new"
+        with new.open("wb") as file:
+            np.savez(file, **packed)
+        os.replace(new, out_dir / "masks.npz")
 
 
 def read_masks(out_dir: pathlib.Path, like: Any) -> Any:

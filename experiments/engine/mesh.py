@@ -14,6 +14,8 @@ from experiments.engine.task import Specs
 BATCH = ("data", "fsdp")  # the axes that share a batch
 _AXES = ("data", "fsdp", "tensor")
 
+flags.disclaim_key_flags()  # as in settings
+
 
 def define_flags() -> None:
     """Defines the axes of the mesh, and virtual devices."""
@@ -95,9 +97,9 @@ def of_state(mesh: Mesh, specs: Specs, state: Any, params: Any) -> Any:
     Raises:
       ValueError: the specs cannot be had on this mesh.
     """
-    if not any("tensor" in axes for _, spec in specs for axes in spec if axes):
-        if mesh.shape["tensor"] > 1:
-            raise ValueError("--tensor: no parameter of this task is laid over it. Use --fsdp.")
+    over_tensor = any("tensor" in axes for _, spec in specs for axes in spec if axes)
+    if mesh.shape["tensor"] > 1 and not over_tensor:
+        raise ValueError("--tensor: no parameter of this task is laid over it. Use --fsdp.")
     by_path = {path: _of_leaf(mesh, specs, path, x) for path, x in gj.trees.paths(params).items()}
     of_params = jax.tree.unflatten(jax.tree.structure(params), list(by_path.values()))
     if not isinstance(state.opt_state, gj.compact.CompactState):

@@ -115,6 +115,7 @@ def _ranks(histories: Histories, told: Told) -> dict[str, dict[str, str]]:
             for group in histories.values()
         ]
     )
+    values = np.nan_to_num(values, nan=-np.inf)
     places = 1 + (values[None] > values[:, None]).sum(1)  # (labels, seeds); equals share a place
     return {
         label: {"rank": f"{each.mean():.1f} ({each.min()}-{each.max()})"}
@@ -145,9 +146,7 @@ def _settings(runs: Runs) -> list[tuple[str, str]]:
     ]
 
 
-def _layers(
-    folder: pathlib.Path, histories: Histories
-) -> list[dict[str, Any]]:
+def _layers(folder: pathlib.Path, histories: Histories) -> list[dict[str, Any]]:
     """For each leaf: what about.json tells, density and exploration at the end by label."""
     return [
         layer
@@ -214,9 +213,7 @@ def _lines(
         # Records of before may lack it: a gap.
         values = factor * np.array([[r.get(name, np.nan) for r in h[:epochs]] for h in group])
         width = 1.5 + widening * (len(histories) - 1 - i)
-        axes.plot(
-            x, values.mean(0), color=f"C{i}", label=label, linewidth=width, marker=_dot(x)
-        )
+        axes.plot(x, values.mean(0), color=f"C{i}", label=label, linewidth=width, marker=_dot(x))
         if len(values) > 1:
             axes.fill_between(
                 x, values.min(0), values.max(0), color=f"C{i}", alpha=0.15, linewidth=0
@@ -305,4 +302,3 @@ def mean_and_std(values: Sequence[float], form: str = "5.2f") -> str:
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True
 )
-

@@ -40,9 +40,7 @@ def masks_of(trainer: Trainer, state: State) -> Any:
     return trainer.family.masks(state.params, state.opt_state)
 
 
-def record(
-    trainer: Trainer, state: State, epoch: Epoch, measured: dict[str, Any]
-) -> Record:
+def record(trainer: Trainer, state: State, epoch: Epoch, measured: dict[str, Any]) -> Record:
     """What metrics.jsonl says of an epoch; the state is that at its end."""
     config, setup, step = trainer.settings, trainer.setup, int(state.step)
     live = int(measured["live"])

@@ -24,6 +24,8 @@ from experiments.engine import checkpoints, distributed, files, page, records, s
 from experiments.engine.records import Epoch, masks_of
 from experiments.engine.training import State, Trainer
 
+flags.disclaim_key_flags()  # as in settings
+
 
 class Result(NamedTuple):
     """What a run leaves behind."""
@@ -148,7 +150,7 @@ def _train(going: _Going, state: State, epoch: Epoch) -> State:
     epoch_steps, told = trainer.length.epoch_steps, trainer.told
     chunk_steps = trainer.settings.chunk_steps or epoch_steps
     step, total_steps = int(state.step), trainer.length.steps
-    best_unsaved: tuple[Any, ...] | None = None
+    best_unsaved: tuple[int, State, dict[str, Any], files.Record] | None = None
     saved_at = time.monotonic()
     while step < total_steps:
         num_steps = min(chunk_steps, epoch_steps - step % epoch_steps)

@@ -91,6 +91,12 @@ class Settings:
     momentum: float = flag("of SGD", 0.9, low=0)
     nesterov: bool = flag("whether the momentum of SGD is Nesterov's", True)
     b2: float = flag("of AdamW, the decay of squared gradients", 0.999, low=0, high=1)
+    young_ramp: int = flag(
+        "with --optimizer=adamw: regrown weights are trained as by an Adam begun with them, and "
+        "their steps rise to full size in so many updates; 0: as all others",
+        0,
+        low=0,
+    )
     clip_norm: float = flag("largest norm of a step's gradients; 0: any", 0.0, low=0)
     weight_decay: float = flag("of SGD: L2 in the gradients; of AdamW: decoupled", 5e-4, low=0)
     decay_all: bool = flag("whether biases and norms decay as well", True)
@@ -145,7 +151,8 @@ def define_flags(
 
 def _define_flag(kind: type[Settings], field: dataclasses.Field[Any], to: dict[str, Any]) -> None:
     meta, default = field.metadata, _default(field)
-    text, bounds = meta["help"], {"lower_bound": meta.get("low"), "upper_bound": meta.get("high")}
+    text = meta["help"]
+    bounds: dict[str, Any] = {"lower_bound": meta.get("low"), "upper_bound": meta.get("high")}
     for values in kind.by_choice.values():
         if listed := [f"{v[field.name]} for {k}" for k, v in values.items() if field.name in v]:
             default, text = None, f"{text} (default: {', '.join(listed)})"
@@ -166,13 +173,11 @@ def _define_flag(kind: type[Settings], field: dataclasses.Field[Any], to: dict[s
 Kind = TypeVar("Kind", bound=Settings)
 
 
-def from_flags(
-    kind: type[Kind], flag_values: flags.FlagValues = flags.FLAGS, **given: Any
-) -> Kind:
+def from_flags(kind: type[Kind], flag_values: flags.FlagValues = flags.FLAGS, **given: Any) -> Kind:
     """Settings from the parsed flags; ``given`` stands in for flags left out.
 
     Raises:
-      ValueError: a list of numbers holds something else.
+      ValueError: a list of numbers holds something else, or a setting without default is not given.
     """
     values = dict(given)
     for field in dataclasses.fields(kind):
@@ -181,6 +186,8 @@ def from_flags(
             values[field.name] = tuple(value) if isinstance(value, list) else value
     chosen = defaults(kind, values)
     values = {k: chosen.get(k) if v is None else v for k, v in values.items()}
+    if missing := [k for k, v in values.items() if v is None]:
+        raise ValueError(f"--{', --'.join(missing)}: to be given, for there is no default.")
     try:
         values["drop_at"] = tuple(float(x) for x in values["drop_at"])
     except ValueError as error:

@@ -147,9 +147,7 @@ def set_up(config: Settings, task: Task, mesh: Mesh) -> Setup:
     slots = weights.slots(config, method, params, rules, mesh.size)
     family = optimizers.family_of(method, config, slots)
     update = optimizers.make_optimizer(config, length, method, slots).update
-    return Setup(
-        config, task, mesh, length, rules, params, variables, costs, slots, family, update
-    )
+    return Setup(config, task, mesh, length, rules, params, variables, costs, slots, family, update)
 
 
 def init(setup: Setup, seed: Any) -> State:
@@ -172,6 +170,7 @@ def started(setup: Setup, state: State, seed: int) -> State:
     if find is None:
         return state
     shardings = jax.tree.map(lambda x: x.sharding, state)
+    assert not isinstance(task.train, Streamed)  # see set_up
 
     def loss(params: Any, batch: Any, temperature: float = 1.0) -> jax.Array:
         if task.scored_loss is None:
@@ -202,16 +201,16 @@ def loss_fn(setup: Setup, params: Any, state: State, batch: Any) -> tuple[jax.Ar
     is_update_step = setup.family.is_update_step(state.step + 1)
     key = jax.random.fold_in(_key_of_step(state), 0)
     with methods.products(setup.config, state.opt_state, is_update_step) as masks:
-        return setup.task.loss(params, {**state.model_state, **masks}, batch, key)
+        variables = {**state.model_state, **masks} if masks else state.model_state
+        loss, variables = setup.task.loss(params, variables, batch, key)
+    return loss, {name: variables[name] for name in state.model_state} if masks else variables
 
 
 def gradients(setup: Setup, state: State, batch: Any, event: bool | None = None) -> Any:
     """Loss and variables, gradients, and what the optimizer is told besides."""
     held = state.params, state.opt_state
     without = state._replace(params=None)  # nothing but the weights is differentiated
-    return setup.family.gradients(
-        functools.partial(loss_fn, setup), event, *held, without, batch
-    )
+    return setup.family.gradients(functools.partial(loss_fn, setup), event, *held, without, batch)
 
 
 def step(
@@ -251,11 +250,12 @@ def forward_ratio(setup: Setup, params: Any, opt_state: Any) -> jax.Array:
 
 def evaluate(setup: Setup, sums: Callable[..., Any], state: State) -> dict[str, float]:
     """Each metric on each held-out split, a mean over its examples."""
-    found = {}
+    found: dict[str, float] = {}
+    batch_size = setup.config.batch_size
     for split, source in setup.task.held_out.items():
         totals = {metric.name: 0.0 for metric in setup.task.metrics}
-        for batch, valid in batches.in_order(source, setup.config.batch_size):
-            each = sums(state, *batches.shared((batch, valid), setup.mesh))
+        for pair in batches.in_order(source, batch_size):
+            each = sums(state, *batches.shared(pair, setup.mesh, batch_size))
             totals = {name: total + float(each[name]) for name, total in totals.items()}
         count = batches.size(source)
         found |= {f"{split}_{name}": total / count for name, total in totals.items()}
@@ -283,8 +283,10 @@ def recalibrate(trainer: Trainer, state: State, some: Iterable[Any]) -> State:
     training; no parameter changes. With the usual momentum of .9, 100 batches leave a share of
     .9^100 = 3e-5 of the old statistics. A model without batch norm returns as it is.
     """
+    mesh, batch_size = trainer.setup.mesh, trainer.settings.batch_size
     for batch in some:
-        state = _collect(trainer.loss_and_grads, state, batches.shared(batch, trainer.setup.mesh))
+        shared = batches.shared(batch, mesh, batch_size)
+        state = _collect(trainer.loss_and_grads, state, shared)
     return state
 
 
@@ -316,7 +318,7 @@ def _check_metrics(task: Task, params: Any, variables: Any) -> None:
         if odd:
             shapes = {name: value.shape for name, value in values.items()}
             raise ValueError(
-                f"Task.evaluate has to give a number for each example, of shape (3,) for 3 examples "
+                "Task.evaluate has to give a number for each example, of shape (3,) for 3 examples "
                 f"of {split}, as {', '.join(odd)}; it gives {shapes}."
             )
 

@@ -200,7 +200,7 @@ def prune_and_train_on(
     num_live = gj.metrics.num_live(masks, state.params, rules)
     grads = jax.tree.map(jnp.zeros_like, state.params)
     for batch in some[: plan.gradient_batches]:  # their sum ranks as their mean does
-        batch = batches.shared(batch, trainer.setup.mesh)
+        batch = batches.shared(batch, trainer.setup.mesh, trainer.settings.batch_size)
         grads = _add_gradients(trainer.loss_and_grads, grads, state, batch)
     key = jax.random.fold_in(jax.random.fold_in(state.key, 2), state.step)  # training has 0 and 1
     starts, live, pruned = [], [], []
@@ -340,7 +340,7 @@ class Line(NamedTuple):
 Unpruned = Mapping[float, np.ndarray]  # sparsity -> the metric (seeds, epochs of the run)
 
 
-def compare(plan: Plan, results: Results, unpruned: Unpruned, metric: Metric) -> list[Line]:
+def lines(plan: Plan, results: Results, unpruned: Unpruned, metric: Metric) -> list[Line]:
     """What figure and table show."""
     now = np.array(plan.prune_epochs) - 1
     found = []

@@ -20,6 +20,8 @@ from experiments.engine.task import Task
 
 NAMES = ("images", "text")
 
+flags.disclaim_key_flags()  # as in settings
+
 
 class Kind(NamedTuple):
     """A task's module."""
@@ -85,6 +87,6 @@ def define_flags(argv: list[str], leave_out: tuple[str, ...] = (), default: str 
     )
     flags.DEFINE_alias("text_dir", "data_dir")
     with settings.errors_in_one_line():
-        kind = load(early["task"].value)
+        kind = load(str(early["task"].value))
     settings.define_flags(kind.settings, leave_out)
     return kind

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -40,7 +39,9 @@ class Settings(AnySettings):
     """Of a language model."""
 
     task: str = "text"
-    size: str = flag("weights outside the embedding", "10m", choices=list(transformer.SIZES), free=True)
+    size: str = flag(
+        "weights outside the embedding", "10m", choices=list(transformer.SIZES), free=True
+    )
     context: int = flag("bytes that the model sees at once", 256, low=2)
     batch_size: int = flag("windows in a step, over all devices", 16, low=1)
     bytes: int = flag("of training text in all", 2_500_000, low=1)
@@ -109,9 +110,7 @@ def task(config: Settings, mesh: Mesh, data: text.Text) -> Task:
         loss=net.loss,
         evaluate=net.evaluate,
         train=Drawn(data.train, draw, config.eval_every),
-        held_out={
-            "validation": Memory(text.held_out_windows(data, windows, config.context + 1))
-        },
+        held_out={"validation": Memory(text.held_out_windows(data, windows, config.context + 1))},
         metrics=(Metric("bits_per_byte", higher_is_better=False, grain=0.01),),
         epochs=epochs,
         facts=text.facts(data),
@@ -162,12 +161,12 @@ class _Net:
         zeros = jnp.zeros(self.window.shape, self.window.dtype)
         return self.single.init(key, zeros)["params"], {}
 
-    def forward(self, params: Any, variables: Any, tokens: jax.Array) -> jax.Array:
+    def forward(self, params: Any, variables: Any, tokens: jax.Array) -> Any:
         return self.single.apply({"params": params, **variables}, tokens)
 
     def losses(self, params: Any, variables: Any, windows: Any, temperature: float = 1.0) -> Any:
         tokens = windows.astype(jnp.int32)
-        logits = self.model.apply({"params": params, **variables}, tokens[:, :-1])
+        logits: Any = self.model.apply({"params": params, **variables}, tokens[:, :-1])
         if temperature != 1.0:
             logits = logits / temperature
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
