@@ -15,10 +15,12 @@ selection -> masks -> updates``. Modules import only from those before them::
     structures     N:M, blocks, channels, constant fan-in: how weights are grouped for selection
     masks          prune_to, regenerate
     composition    compose: a start and mask steps make a method
-    methods        granet, gmp, rigl, set_, snfs, rigl_itop, set_itop, static, magnitude;
+    methods        granet, gmp, rigl, set_, snfs, rigl_itop, set_itop, ac_dc, static, magnitude;
                    at_init (SNIP, GraSP, SynFlow) and lottery, which give masks
     moments        what an optimizer's state holds of each parameter
     transform      sparsify: a method around any optax optimizer
+    young          what newly grown weights need of an optimizer
+    init           initial weights for sparse starts
     metrics, report   numbers, a table
     products, flops   which parameters a model's products contract, what they cost
     sharding, checkpoint   where a state lies on many devices, whether one came back whole
@@ -32,6 +34,7 @@ selection -> masks -> updates``. Modules import only from those before them::
 from granet_jax import compact as compact
 from granet_jax import export as export
 from granet_jax import flops as flops
+from granet_jax import init as init
 from granet_jax import kernels as kernels
 from granet_jax import metrics as metrics
 from granet_jax import reparam as reparam
@@ -46,6 +49,7 @@ from granet_jax.checkpoint import check_restored as check_restored
 from granet_jax.checkpoint import register_for_jax_export as register_for_jax_export
 from granet_jax.composition import compose as compose
 from granet_jax.composition import start_from as start_from
+from granet_jax.distributions import by_path as by_path
 from granet_jax.distributions import erk as erk
 from granet_jax.distributions import global_ranking as global_ranking
 from granet_jax.distributions import uniform as uniform
@@ -55,6 +59,8 @@ from granet_jax.masks import ones as ones
 from granet_jax.masks import prune_to as prune_to
 from granet_jax.masks import random_masks as random_masks
 from granet_jax.masks import regenerate as regenerate
+from granet_jax.masks import revive as revive
+from granet_jax.methods import ac_dc as ac_dc
 from granet_jax.methods import at_init as at_init
 from granet_jax.methods import average_gradients as average_gradients
 from granet_jax.methods import by_mean_score as by_mean_score
@@ -82,8 +88,11 @@ from granet_jax.transform import get_method_state as get_method_state
 from granet_jax.transform import set_masks as set_masks
 from granet_jax.transform import sparsify as sparsify
 from granet_jax.trees import Stacked as Stacked
+from granet_jax.types import Event as Event
 from granet_jax.types import MaskState as MaskState
 from granet_jax.types import Method as Method
 from granet_jax.types import SparseState as SparseState
+from granet_jax.young import correct_young as correct_young
+from granet_jax.young import scale_by_density as scale_by_density
 
 __version__ = "0.1.0"

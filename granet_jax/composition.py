@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from granet_jax import distributions, structures, trees
 from granet_jax.masks import check_dense, check_masks, is_known, ones, random_masks
-from granet_jax.types import Distribution, MaskState, MaskStep, Method, PyTree
+from granet_jax.types import Distribution, Event, MaskState, MaskStep, Method, PyTree
 
 
 def start_from(
@@ -99,14 +99,12 @@ def compose(
         # A copy, so that donating the state does not delete the caller's.
         return MaskState(start(params), None if key is None else jnp.copy(_key_data(key)))
 
-    def update(
-        state: MaskState, params: PyTree, grads: PyTree, step: jax.Array
-    ) -> tuple[MaskState, PyTree]:
+    def update(state: MaskState, event: Event) -> tuple[MaskState, PyTree]:
         masks = keep = state.masks
-        event_key = _event_key(state.key, key, step)
+        event_key = _event_key(state.key, key, event.step)
         for i, mask_step in enumerate(steps):
             step_key = None if event_key is None else jax.random.fold_in(event_key, i)
-            masks, keep = mask_step(masks, keep, params, grads, step, step_key)
+            masks, keep = mask_step(masks, keep, event._replace(masks=masks, key=step_key))
         return state._replace(masks=masks), keep
 
     return Method(init, update, is_update_step, name=name)

@@ -11,6 +11,7 @@ itself, and ``erk``, which decides in Python which layers stay dense, refuses.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from granet_jax.scores import at_least_float32
-from granet_jax.types import Counts, Shapes
+from granet_jax.types import Counts, Distribution, Shapes
 
 
 def check_sparsity(name: str, sparsity: Any) -> None:
@@ -103,6 +104,92 @@ def global_ranking(shapes: Shapes, sparsity: Any) -> Counts:
     if isinstance(sparsity, jax.core.Tracer):
         return _rounded(total, sparsity)
     return _feasible("global_ranking", lambda shapes, num_keep: num_keep, shapes, sparsity)
+
+
+def by_path(rules: Sequence[tuple[str, float]], otherwise: Distribution = erk) -> Distribution:
+    """A sparsity of their own for the layers whose path matches a pattern.
+
+    The others share what is left of the sparsity asked for, as ``otherwise`` spreads it, so that
+    the total is what the method was given. Asked for no sparsity at all, as at a dense start of
+    gradual pruning, all layers are dense.
+
+    Args:
+      rules: pairs of a pattern, searched for in the path, and a sparsity in [0, 1); the first that
+        matches decides.
+      otherwise: how the rest is spread; counts for each layer.
+
+    Returns:
+      A distribution. It raises a ValueError where a pattern matches no layer, where the rest cannot
+      make up for the total, or where all layers are named and their total is another.
+
+    Raises:
+      ValueError: a sparsity outside [0, 1).
+
+    Example: half of the attention; what is left for the perceptron is .7 of its weights.
+      >>> from granet_jax.types import LayerShape
+      >>> layers = [LayerShape((10, 10), "attn/kernel"), LayerShape((10, 10), "mlp/kernel")]
+      >>> by_path([("attn", 0.5)])(layers, 0.6)
+      (50, 30)
+    """
+    for pattern, sparsity in rules:
+        check_sparsity(f"The sparsity of {pattern!r}", sparsity)
+
+    def distribution(shapes: Shapes, sparsity: Any) -> Counts:
+        if isinstance(sparsity, jax.core.Tracer):
+            raise ValueError("by_path needs a number for the sparsity, got a traced value.")
+        check_sparsity("sparsity", sparsity)
+        sizes = [math.prod(shape) for shape in shapes]
+        if float(sparsity) == 0.0:
+            return tuple(sizes)
+        named = _named(rules, shapes)
+        kept = {i: round(sizes[i] * (1.0 - own)) for i, own in named.items()}
+        rest = [i for i in range(len(shapes)) if i not in named]
+        asked, size = round(sum(sizes) * (1.0 - float(sparsity))), sum(sizes[i] for i in rest)
+        left = asked - sum(kept.values())
+        if not rest and abs(left) > len(shapes):
+            raise ValueError(
+                "by_path names every layer, and its sparsities make "
+                f"{1 - sum(kept.values()) / sum(sizes):.6f} in all; {float(sparsity)} was asked "
+                "for."
+            )
+        if rest and not 0 < left <= size:
+            raise ValueError(
+                f"by_path leaves {left} of {size} weights to {shapes[rest[0]].path} and the other "  # type: ignore[attr-defined]
+                f"layers without a rule, so that all have sparsity {float(sparsity)}. Ask for "
+                "another in all, or by path."
+            )
+        if rest:
+            spread = otherwise([shapes[i] for i in rest], 1.0 - left / size)
+            kept |= dict(zip(rest, _for_each(spread), strict=True))
+        return tuple(kept[i] for i in range(len(shapes)))
+
+    return distribution
+
+
+def _named(rules: Sequence[tuple[str, float]], shapes: Shapes) -> dict[int, float]:
+    """The sparsity of each layer that a rule names, by its place."""
+    paths = [getattr(shape, "path", "") for shape in shapes]
+    for pattern, _ in rules:
+        if not any(re.search(pattern, path) for path in paths):
+            raise ValueError(
+                f"by_path: {pattern!r} matches no prunable layer. There are: "
+                f"{', '.join(dict.fromkeys(paths))}."
+            )
+    found = {}
+    for i, path in enumerate(paths):
+        match = next((own for pattern, own in rules if re.search(pattern, path)), None)
+        if match is not None:
+            found[i] = match
+    return found
+
+
+def _for_each(counts: Counts) -> Sequence[int]:
+    if isinstance(counts, int):
+        raise ValueError(
+            "by_path gives each layer its own count; global_ranking gives one for all. Take "
+            "otherwise=granet_jax.erk or uniform."
+        )
+    return counts
 
 
 def _rounded(sizes: Any, sparsity: jax.Array) -> jax.Array:

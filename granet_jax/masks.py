@@ -1,11 +1,11 @@
 """Masks as trees: making them, applying them, and the two changes that all methods are made of.
 
 :func:`prune_to` and :func:`regenerate` build *mask steps*, pure functions
-``(masks, keep, params, grads, step, key) -> (masks, keep)``.
+``(masks, keep, event) -> (masks, keep)``.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from granet_jax import blocks, distributions, jaxprs, scores, selection, structu
 from granet_jax.types import (
     Counts,
     Distribution,
+    Event,
     MaskStep,
     NumKeep,
     PyTree,
@@ -59,7 +60,7 @@ def random_masks(
     num_keep = distribution(structures.shapes(leaves), sparsity)
     structures.check_counts(leaves, num_keep, sparsity)
     dense = ones(params)  # has the sharding of params, which the draws have not
-    draws = _scores(scores.random, params, None, key, leaves)
+    draws = _scores(scores.random, Event(params, key=key), leaves, lambda: dense)
     layout = structures.lay_out(leaves)
     best = _best(draws, None, num_keep, layout, leaves)
     return _and(dense, _join(best, dense, layout, leaves))
@@ -123,30 +124,36 @@ def prune_to(
       >>> step = prune_to(lambda shapes, step: 2)
       >>> masks = {"kernel": jnp.array([[True, True], [True, False]])}
       >>> params = {"kernel": jnp.array([[-3.0, 1.0], [2.0, 0.0]])}
-      >>> masks, keep = step(masks, masks, params, params, 1, None)
+      >>> masks, keep = step(masks, masks, Event(params))
       >>> masks["kernel"].tolist()
       [[True, False], [True, False]]
     """
 
-    def mask_step(
-        masks: PyTree,
-        keep: PyTree,
-        params: PyTree,
-        grads: PyTree,
-        step: jax.Array,
-        key: jax.Array | None,
-    ) -> tuple[PyTree, PyTree]:
-        leaves = trees.describe(params, prunable)
+    def mask_step(masks: PyTree, keep: PyTree, event: Event) -> tuple[PyTree, PyTree]:
+        leaves = trees.describe(event.params, prunable)
         layout = structures.lay_out(leaves)
         live = _live(masks, layout, leaves)
-        ranked = _scores(score, params, grads, key, leaves)
-        counts = num_keep(structures.shapes(leaves), step)
+        ranked = _scores(score, event, leaves, lambda: masks)
+        counts = num_keep(structures.shapes(leaves), event.step)
         fewer = _join(_best(ranked, live, counts, layout, leaves), masks, layout, leaves)
         if any(x.structure is not None for x in leaves):
             fewer = _and(masks, fewer)  # given masks may hold parts of units
         return fewer, fewer if keep is masks else _and(keep, fewer)
 
     return mask_step
+
+
+def revive(masks: PyTree, keep: PyTree, event: Event) -> tuple[PyTree, PyTree]:
+    """A mask step that switches every weight on; those that were off begin at 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> masks = {"kernel": jnp.array([[True, False]])}
+      >>> new, keep = revive(masks, masks, Event({"kernel": jnp.ones((1, 2))}))
+      >>> new["kernel"].tolist(), keep["kernel"].tolist()
+      ([[True, True]], [[True, False]])
+    """
+    return jax.tree.map(jnp.ones_like, masks), keep
 
 
 def regenerate(
@@ -185,40 +192,37 @@ def regenerate(
       >>> masks = {"kernel": jnp.array([[True, True], [False, False]])}
       >>> params = {"kernel": jnp.array([[-3.0, 1.0], [0.0, 0.0]])}
       >>> grads = {"kernel": jnp.array([[9.0, 0.1], [0.2, -0.3]])}
-      >>> masks, keep = step(masks, masks, params, grads, 1, None)
+      >>> masks, keep = step(masks, masks, Event(params, grads))
       >>> masks["kernel"].tolist(), keep["kernel"].tolist()
       ([[True, False], [False, True]], [[True, False], [False, False]])
     """
 
-    def mask_step(
-        masks: PyTree,
-        keep: PyTree,
-        params: PyTree,
-        grads: PyTree,
-        step: jax.Array,
-        key: jax.Array | None,
-    ) -> tuple[PyTree, PyTree]:
-        leaves = trees.describe(params, prunable)
+    def mask_step(masks: PyTree, keep: PyTree, event: Event) -> tuple[PyTree, PyTree]:
+        leaves = trees.describe(event.params, prunable)
         if by_sign or redistribute is not None:
             _refuse_structures("by_sign and redistribute", leaves)
         layout = structures.lay_out(leaves)
         live = _live(masks, layout, leaves)
-        parts = _by_sign(live, params, layout, leaves) if by_sign else [live]
+        parts = _by_sign(live, event.params, layout, leaves) if by_sign else [live]
         num_live = [blocks.count(part, layout) for part in parts]
-        num_dropped = [ceil_of_share(fraction(step), num) for num in num_live]
-        drop_scores = _scores(drop, params, grads, key, leaves)
+        num_dropped = [ceil_of_share(fraction(event.step), num) for num in num_live]
+        drop_scores = _scores(drop, event, leaves, lambda: masks)
         kept = [
             selection.top_k_of(drop_scores, num - dropped, layout, part)
             for part, num, dropped in zip(parts, num_live, num_dropped, strict=True)
         ]
         survivors = [functools.reduce(jnp.logical_or, block) for block in zip(*kept, strict=True)]
         num_grown = sum(num_dropped, start=jnp.int32(0))
+
+        def growth_of(survivors: list[jax.Array]) -> list[selection.Scores]:
+            return _scores(grow, event, leaves, lambda: _join(survivors, masks, layout, leaves))
+
         if redistribute is not None:
-            growth = [x.computed() for x in _scores(grow, params, grads, key, leaves)]
+            growth = [x.computed() for x in growth_of(survivors)]
             num_grown = redistribute(num_grown, growth, blocks.to_stacks(live, layout))
 
         def regrow(survivors: list[jax.Array]) -> list[jax.Array]:
-            growth = _scores(grow, params, grads, key, leaves)
+            growth = growth_of(survivors)
             grown = selection.top_k_of(growth, num_grown, layout, blocks.but(survivors, layout))
             regrown = [s | g for s, g in zip(survivors, grown, strict=True)]
             if not any(map(structures.is_grouped, leaves)):
@@ -253,31 +257,36 @@ _ARITHMETIC = frozenset({"abs", "convert_element_type", "mul", "neg"})
 
 
 def _scores(
-    score: ScoreFn,
-    params: PyTree,
-    grads: PyTree,
-    key: jax.Array | None,
-    leaves: tuple[trees.Leaf, ...],
+    score: ScoreFn, event: Event, leaves: tuple[trees.Leaf, ...], masks: Callable[[], PyTree]
 ) -> list[selection.Scores]:
     """Scores that are plain arithmetic on entries are left to be computed where they are needed.
 
     Storing them would take 4 bytes a weight. Others (random ones, say) are computed here, and so
-    are those of structures.
+    are those of structures. ``masks`` makes the masks as they are by now, for scores that look.
     """
-    closed = jax.make_jaxpr(lambda p, g: trees.pick(score(p, g, key), leaves))(params, grads)
+    given = event.params, event.grads
+
+    def scored(params: PyTree, grads: PyTree, masks: PyTree) -> list[jax.Array]:
+        seen = event._replace(params=params, grads=grads, masks=masks)
+        return trees.pick(score(seen), leaves)
+
+    abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, bool), event.params)
+    closed = jax.make_jaxpr(scored)(*given, abstract)
+    looks = any(jaxprs.reads(closed)[-len(jax.tree.leaves(abstract)) :])
+    event = event._replace(masks=masks() if looks else None)
     _refuse_complex("A score", closed.out_avals, leaves)
     is_arithmetic = all(x.primitive.name in _ARITHMETIC for x in closed.eqns) and not any(
         jnp.issubdtype(x.dtype, jnp.complexfloating) for x in closed.in_avals
     )
-    is_lazy = is_arithmetic and not any(jnp.ndim(x) for x in closed.consts)
+    is_lazy = is_arithmetic and not looks and not any(jnp.ndim(x) for x in closed.consts)
     if not is_lazy or any(x.structure is not None for x in leaves):
-        stored = structures.gather(trees.split(score(params, grads, key), leaves), leaves)
+        stored = structures.gather(trees.split(score(event), leaves), leaves)
         return [selection.Scores(lambda inputs: inputs[0], [x]) for x in stored]
-    found = [pair for tree in (params, grads) for pair in trees.paths(tree).items()]
+    found = [pair for tree in given for pair in trees.paths(tree).items()]
     prunable = {x.path: x for x in leaves if x.prunable}
     stacks = {
         var: array.reshape(prunable[path].num_layers, *prunable[path].layer_shape)
-        for var, (path, array) in zip(closed.jaxpr.invars, found, strict=True)
+        for var, (path, array) in zip(closed.jaxpr.invars, found, strict=False)
         if path in prunable
     }
     constants = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))

@@ -131,8 +131,9 @@ def check_same_optimizer(state: Any, initial: Any, params: PyTree) -> None:
 def frozen(inner: optax.GradientTransformation, state: Any, params: PyTree) -> list[str]:
     """The paths of the parameters whose updates depend on nothing, as after ``set_to_zero``."""
     try:
-        trace = jax.make_jaxpr(lambda g, s, p: inner.update(g, s, p)[0])
-        jaxpr = jaxprs.opened(trace(params, state, params))
+        keep = jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
+        trace = jax.make_jaxpr(lambda g, s, p, k: inner.update(g, s, p, keep=k)[0])
+        jaxpr = jaxprs.opened(trace(params, state, params, keep))
     except Exception:  # an optimizer that is told more than gradients: nothing is known
         return []
     moving = set(map(id, jaxpr.invars))

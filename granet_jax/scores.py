@@ -1,14 +1,14 @@
 """Scores: how much each weight is worth keeping, or growing. All share one signature.
 
-Each function takes ``(params, grads, key)`` and returns a tree of real arrays of the params'
-shapes, larger = better; see :class:`granet_jax.types.ScoreFn`. Scores are float32 where parameters
+Each function takes an :class:`granet_jax.types.Event` and returns a tree of real arrays of the
+params' shapes, larger = better. Scores are float32 where parameters
 are narrower, because low-precision scores tie by the thousand (growing by bfloat16 gradients is
 known to ruin RigL and GraNet on transformers); of float64 and complex128 they are float64. Of
 complex numbers ``|.|`` is the modulus.
 
 Example:
   >>> import jax.numpy as jnp
-  >>> magnitude({"w": jnp.array([[-2.0, 1.0]])}, None, None)["w"].tolist()
+  >>> magnitude(Event({"w": jnp.array([[-2.0, 1.0]])}))["w"].tolist()
   [[2.0, 1.0]]
 """
 
@@ -16,29 +16,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from granet_jax.types import PyTree, ScoreFn
+from granet_jax import trees
+from granet_jax.trees import Rules
+from granet_jax.types import Event, PyTree, ScoreFn
 
 
-def magnitude(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
+def magnitude(event: Event) -> PyTree:
     """``|w|``: Han et al. 2015; the pruning score of GMP, SET, RigL and GraNet."""
-    del grads, key
-    return jax.tree.map(size, params)
+    return jax.tree.map(size, event.params)
 
 
-def gradient(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
+def gradient(event: Event) -> PyTree:
     """``|g|``: the growth score of RigL (Evci et al. 2020, section 3) and GraNet."""
-    del params, key
-    return jax.tree.map(size, grads)
+    return jax.tree.map(size, event.grads)
 
 
-def saliency(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
+def saliency(event: Event) -> PyTree:
     """``|w * g|``: the first-order change of the loss (Molchanov et al. 2017; SNIP's score).
 
     Of a complex weight it is the largest change by a move as far as to 0, in any direction.
     """
-    del key
-    return jax.tree.map(lambda p, g: jnp.multiply(*_alike(size(p), size(g))), params, grads)
+    return jax.tree.map(
+        lambda p, g: jnp.multiply(*_alike(size(p), size(g))), event.params, event.grads
+    )
 
 
 def magnitude_and_gradient(coefficient: float = 0.01) -> ScoreFn:
@@ -49,34 +51,147 @@ def magnitude_and_gradient(coefficient: float = 0.01) -> ScoreFn:
     Example:
       >>> import jax.numpy as jnp
       >>> score = magnitude_and_gradient(0.5)
-      >>> score({"w": jnp.array([-1.0, 0.0])}, {"w": jnp.array([2.0, 4.0])}, None)["w"].tolist()
+      >>> score(Event({"w": jnp.array([-1.0, 0.0])}, {"w": jnp.array([2.0, 4.0])}))["w"].tolist()
       [2.0, 2.0]
     """
 
-    def score(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
-        del key
-
+    def score(event: Event) -> PyTree:
         def of_leaf(p: jax.Array, g: jax.Array) -> jax.Array:
             p, g = _alike(size(p), size(g))
             return p + coefficient * g
 
-        return jax.tree.map(of_leaf, params, grads)
+        return jax.tree.map(of_leaf, event.params, event.grads)
 
     return score
 
 
-def random(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
+def relative_importance(prunable: Rules = ()) -> ScoreFn:
+    """``|w| / sum |w| of its output + |w| / sum |w| of its input``: how much both depend on it.
+
+    Weights that are small in size may be all that a neuron has. The last axis of a layer is its
+    outputs, all others are inputs. 1e-5 is added to sums, so that weights of empty neurons score 0.
+
+    Source: Zhang et al. 2024 (RIA, there for one-shot pruning); the removal score of
+    Cannistraci-Hebb training.
+
+    Args:
+      prunable: the path rules of the method, for stack axes are no inputs; other leaves score
+        ``|w|``.
+
+    Example: in the last row, 1 is all there is of its input, a fifth of its output.
+      >>> import jax.numpy as jnp
+      >>> w = jnp.array([[4.0, 2.0], [0.0, 6.0], [1.0, 0.0]])
+      >>> scores = relative_importance()(Event({"w": w}))["w"]
+      >>> [round(float(x), 2) for x in scores[2]]
+      [1.2, 0.0]
+    """
+
+    def of_layers(w: jax.Array) -> jax.Array:
+        a = size(w)
+        by_output = jnp.sum(a, axis=tuple(range(1, a.ndim - 1)), keepdims=True) + 1e-5
+        by_input = jnp.sum(a, axis=-1, keepdims=True) + 1e-5
+        return a / by_output + a / by_input
+
+    def score(event: Event) -> PyTree:
+        leaves = trees.describe(event.params, prunable)
+        scored = [of_layers(w) for w in trees.split(event.params, leaves)]
+        return trees.join(scored, jax.tree.map(size, event.params), leaves)
+
+    return score
+
+
+def momentum(event: Event) -> PyTree:
+    """``|m|``, the first moment of the optimizer inside: Adam's ``mu`` or the ``trace`` of SGD.
+
+    The moments of masked weights are 0 under :func:`granet_jax.sparsify`, so it tells live weights
+    apart; for growth, :func:`granet_jax.average_gradients` averages dense gradients.
+
+    Raises:
+      ValueError: the optimizer has no such moment, or several.
+
+    Source: Dettmers & Zettlemoyer 2019, who grow by the momentum of dense gradients.
+    """
+    return jax.tree.map(size, _moment(event, "mu", "trace"))
+
+
+def adam_fisher(event: Event) -> PyTree:
+    """``w^2 nu``, where nu is Adam's second moment before this step: a diagonal Fisher information.
+
+    It costs nothing, for the optimizer has it. Nu is not corrected for its bias, which changes no
+    order. A weight that grew lately has a small nu and is the first to go.
+
+    Raises:
+      ValueError: the optimizer has no second moment, or several.
+    """
+
+    def of_leaf(p: jax.Array, nu: jax.Array) -> jax.Array:
+        p, nu = _alike(size(p), size(nu))
+        return p * p * nu
+
+    return jax.tree.map(of_leaf, event.params, _moment(event, "nu"))
+
+
+def sampled(score: ScoreFn, temperature: Any) -> ScoreFn:
+    """Draws by a score instead of taking the best: ``T log(score) + Gumbel noise``.
+
+    The k best of these are a sample of k weights without replacement, with chances proportional to
+    ``score^T``: at T = 0 at random, at T = infinity the best. Weights of score 0 come last.
+
+    Args:
+      score: nonnegative.
+      temperature: T, or a schedule ``step -> T``.
+
+    Source: the top-k trick of Kool et al. 2019; soft removal and growth in Cannistraci-Hebb
+    training and in SET's and RigL's sampling variants.
+
+    Raises:
+      ValueError: when it scores, without a key.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> event = Event({"w": jnp.array([8.0, 0.0, 1.0])}, key=jax.random.key(0))
+      >>> sampled(magnitude, 2.0)(event)["w"].tolist()[1]
+      -inf
+    """
+
+    def drawn(event: Event) -> PyTree:
+        t = temperature(event.step) if callable(temperature) else temperature
+
+        def of_leaf(value: jax.Array, draw: jax.Array) -> jax.Array:
+            tiny = jnp.finfo(draw.dtype).tiny
+            noise = -jnp.log(-jnp.log(jnp.maximum(draw, tiny)))
+            logs = jnp.log(jnp.where(value > 0, value, 1.0))
+            return jnp.where(value > 0, t * logs + noise, -jnp.inf)
+
+        return jax.tree.map(of_leaf, score(event), random(event))
+
+    return drawn
+
+
+def _moment(event: Event, *names: str) -> PyTree:
+    """The moments of the optimizer that go by one of these names, a tree of params."""
+    found = [
+        x for name in names for _, x in optax.tree_utils.tree_get_all_with_path(event.inner, name)
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"This score needs one {' or '.join(names)} in the optimizer's state, found "
+            f"{len(found)}. Take an optimizer such as optax.adam, and one only."
+        )
+    return found[0]
+
+
+def random(event: Event) -> PyTree:
     """Uniform in [0, 1): the growth score of SET (Mocanu et al. 2018).
 
     Raises:
       ValueError: without a key.
     """
-    del grads
-    if key is None:
+    if event.key is None:
         raise ValueError("Random scores need a key: give the method key=jax.random.key(seed).")
-    leaves, treedef = jax.tree.flatten(params)
+    leaves, treedef = jax.tree.flatten(event.params)
     draws = [
-        jax.random.uniform(jax.random.fold_in(key, i), p.shape, jnp.float32)
+        jax.random.uniform(jax.random.fold_in(event.key, i), p.shape, jnp.float32)
         for i, p in enumerate(leaves)
     ]
     return jax.tree.unflatten(treedef, draws)

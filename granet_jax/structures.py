@@ -32,7 +32,7 @@ import numpy as np
 from granet_jax import blocks, selection, sortable
 from granet_jax.scores import at_least_float32
 from granet_jax.trees import Leaf, Rules, Structure, describe, join, split
-from granet_jax.types import PyTree, Shapes
+from granet_jax.types import LayerShape, PyTree, Shapes
 
 
 def n_of_m(m: int, *, axis: int = -2) -> Structure:
@@ -293,7 +293,7 @@ def shapes(leaves: Sequence[Leaf]) -> Shapes:
     Without structures those of :func:`granet_jax.trees.layer_shapes`.
     """
     return [
-        x.layer_shape if is_grouped(x) else _units(x)
+        LayerShape(x.layer_shape if is_grouped(x) else _units(x), x.path)
         for x in first_leaves(leaves)
         for _ in range(x.num_layers)
     ]

@@ -16,7 +16,7 @@ import optax
 
 from granet_jax import structures, trees
 from granet_jax.transform import get_masks, sparsify
-from granet_jax.types import Method, PyTree
+from granet_jax.types import Event, Method, PyTree
 
 
 def example_params(dtype: Any = jnp.float32) -> PyTree:
@@ -100,7 +100,8 @@ def check_method(
             method_state = method.observe(method_state, grads)
         if bool(method.is_update_step(jnp.int32(step))):
             provisional = _provisional(weights, get_masks(state), _trace(state), grads)
-            args = (method_state, provisional, grads, jnp.int32(step))
+            seen = Event(provisional, grads, before, jnp.int32(step), None, state.inner, {})
+            args = (method_state, seen)
             if events == 0:
                 same = jax.tree.map(
                     np.array_equal, *_without_keys(method.update(*args), compiled_update(*args))
@@ -177,15 +178,15 @@ def _check_structures(step: int, masks: PyTree, leaves: tuple[trees.Leaf, ...]) 
 
 
 def _check_nan(step: int, update: Any, args: Any, leaves: tuple[trees.Leaf, ...]) -> None:
-    method_state, weights, grads, t = args
+    method_state, seen = args
     expected = _num_units(update(*args)[0][0], leaves)
-    broken_grads = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), grads)
-    some_nan = jax.tree.map(lambda w: w.at[::3].set(jnp.nan) if w.ndim else w, weights)
+    broken_grads = jax.tree.map(lambda g: jnp.full_like(g, jnp.nan), seen.grads)
+    some_nan = jax.tree.map(lambda w: w.at[::3].set(jnp.nan) if w.ndim else w, seen.params)
     for name, broken in (
-        ("gradients", (method_state, weights, broken_grads, t)),
-        ("weights", (method_state, some_nan, grads, t)),
+        ("gradients", seen._replace(grads=broken_grads)),
+        ("weights", seen._replace(params=some_nan)),
     ):
-        got = _num_units(update(*broken)[0][0], leaves)
+        got = _num_units(update(method_state, broken)[0][0], leaves)
         _check(got == expected, f"NaN {name} change no count", f"step {step}: {got}, {expected}")
 
 

@@ -9,7 +9,7 @@ import optax
 
 from granet_jax import jaxprs, moments, trees
 from granet_jax.masks import apply_masks, check_dense, check_masks
-from granet_jax.types import Method, PyTree, SparseState
+from granet_jax.types import Event, Method, PyTree, SparseState
 
 
 def sparsify(
@@ -28,7 +28,8 @@ def sparsify(
        turns zeros into zeros so leaves moments of exactly 0 (adafactor leaves its epsilon of 1e-30,
        ``add_noise`` its noise, until the next step). To the weights in ``keep`` it does what the
        provisional step did; where an update depends on other weights (norms, factored moments,
-       distances from the start), those in ``keep`` count.
+       distances from the start), those in ``keep`` count. A transformation that follows regrowth
+       finds ``keep`` among its extra arguments.
     3. The updates returned are ``where(keep, u, -p)``: plain ``optax.apply_updates`` leaves exact
        zeros where weights are masked, and newly grown weights start at exactly 0. Leaves that are
        no floats are left to ``inner``.
@@ -120,9 +121,10 @@ def sparsify(
             # masks come from the operand: their other uses would have them copied at every step.
             masks = method_state[0]
             live_grads = where(masks, grads)
-            provisional, _ = inner.update(live_grads, state.inner, params, **extra_args)
+            provisional, _ = inner.update(live_grads, state.inner, params, keep=masks, **extra_args)
             weights = where(masks, optax.apply_updates(params, provisional))
-            return method.update(method_state, weights, grads, step)
+            seen = Event(weights, grads, masks, step, None, state.inner, extra_args)
+            return method.update(method_state, seen)
 
         def catch_up(method_state: Any, _: PyTree) -> tuple[Any, PyTree]:
             return method_state, jax.tree.map(jnp.copy, method_state[0])
@@ -134,6 +136,7 @@ def sparsify(
             where(keep, grads),
             moments.reset(state.inner, initial, mirrored, keep),
             where(keep, params),
+            keep=keep,
             **extra_args,
         )
         updates = jax.tree.map(to_zero, keep, updates, params)
@@ -355,8 +358,12 @@ def check_frozen(
     if not (never := moments.frozen(inner, state, params)):
         return
     step = jnp.zeros([], jnp.int32)
-    masks_after = jax.make_jaxpr(lambda s, p: method.update(s, p, p, step)[0][0])
-    jaxpr = jaxprs.opened(masks_after(method_state, params))
+
+    def masks_after(method_state: Any, params: PyTree) -> PyTree:
+        seen = Event(params, params, method_state[0], step, None, state)
+        return method.update(method_state, seen)[0][0]
+
+    jaxpr = jaxprs.opened(jax.make_jaxpr(masks_after)(method_state, params))
     changed = [
         path
         for path, before, after in zip(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from granet_jax.types import PyTree, Shapes
+from granet_jax.types import LayerShape, PyTree, Shapes
 
 
 class Structure(NamedTuple):
@@ -318,7 +318,9 @@ def _holder(tree: PyTree, path: tuple[Any, ...]) -> str:
 
 def layer_shapes(leaves: Sequence[Leaf]) -> Shapes:
     """One shape for each layer, in layer order: leaf order, then position in the stack."""
-    return [x.layer_shape for x in leaves if x.prunable for _ in range(x.num_layers)]
+    return [
+        LayerShape(x.layer_shape, x.path) for x in leaves if x.prunable for _ in range(x.num_layers)
+    ]
 
 
 def num_prunable(leaves: Sequence[Leaf]) -> int:

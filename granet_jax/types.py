@@ -25,19 +25,48 @@ import jax
 
 PyTree: TypeAlias = Any
 Counts: TypeAlias = Any  # an int (whole tree), ints in layer order, or such an int32 array
-Shapes: TypeAlias = Sequence[tuple[int, ...]]  # one shape for each layer, in layer order
+Shapes: TypeAlias = Sequence[tuple[int, ...]]  # one LayerShape for each layer, in layer order
 NumKeep: TypeAlias = Callable[[Shapes, jax.Array], Counts]  # (shapes, step) -> Counts
 
 
-class ScoreFn(Protocol):
-    """Scores every weight: ``(params, grads, key) -> tree`` of arrays of the params' shapes.
+class LayerShape(tuple[int, ...]):
+    """The shape of a layer; ``path`` is that of its leaf, the same for all layers of a stack."""
 
-    ``params`` are the weights after this step with zeros where masked, ``grads`` the raw gradients
-    of this batch (defined where masked, too), ``key`` a key for this step, or None where the
-    method was given none.
+    path: str
+
+    def __new__(cls, shape: Sequence[int], path: str) -> "LayerShape":
+        new = super().__new__(cls, shape)
+        new.path = path
+        return new
+
+
+class Event(NamedTuple):
+    """What methods, mask steps and scores may look at when masks are updated.
+
+    Attributes:
+      params: the weights after this step, with zeros where masked.
+      grads: the raw gradients of this batch, defined where masked, too.
+      masks: bool tree of params, as they are at this point of the event: a score for growth sees
+        them after the drop.
+      step: int32 scalar, the step now being taken.
+      key: a typed key for this step and place; None where the method was given none.
+      inner: the state of the optimizer inside, as it was before this step.
+      extra: what the caller passed to ``tx.update`` by name besides (norms of activations, a loss).
     """
 
-    def __call__(self, params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree: ...
+    params: PyTree
+    grads: PyTree = None
+    masks: PyTree = None
+    step: Any = 0
+    key: jax.Array | None = None
+    inner: Any = None
+    extra: dict[str, Any] = {}  # noqa: RUF012
+
+
+class ScoreFn(Protocol):
+    """Scores every weight: ``event -> tree`` of arrays of the params' shapes; larger = better."""
+
+    def __call__(self, event: Event) -> PyTree: ...
 
 
 class Distribution(Protocol):
@@ -63,17 +92,9 @@ class Redistribution(Protocol):
 
 
 class MaskStep(Protocol):
-    """One pure change of masks: ``(masks, keep, params, grads, step, key) -> (masks, keep)``."""
+    """One pure change of masks: ``(masks, keep, event) -> (masks, keep)``."""
 
-    def __call__(
-        self,
-        masks: PyTree,
-        keep: PyTree,
-        params: PyTree,
-        grads: PyTree,
-        step: jax.Array,
-        key: jax.Array | None,
-    ) -> tuple[PyTree, PyTree]: ...
+    def __call__(self, masks: PyTree, keep: PyTree, event: Event) -> tuple[PyTree, PyTree]: ...
 
 
 class MaskState(NamedTuple):
@@ -91,14 +112,14 @@ class Method(NamedTuple):
     Attributes:
       init: ``params -> state``, whose first field is ``masks``. Accepts ``ShapeDtypeStruct`` leaves
         and a tree without leaves.
-      update: ``(state, params, grads, step) -> (state, keep)``, called at events only.
+      update: ``(state, event) -> (state, keep)``, called at events only.
       is_update_step: ``step -> bool`` scalar: is this step an event?
       observe: ``(state, grads) -> state``, called at every step; None for methods that need none.
       name: which states carry, so that one of another method is refused.
     """
 
     init: Callable[[PyTree], Any]
-    update: Callable[[Any, PyTree, PyTree, jax.Array], tuple[Any, PyTree]]
+    update: Callable[[Any, Event], tuple[Any, PyTree]]
     is_update_step: Callable[[jax.Array], Any]
     observe: Callable[[Any, PyTree], Any] | None = None
     name: str = "unnamed"

@@ -115,8 +115,8 @@ def test_conformance_kit(method):
 def test_conformance_kit_finds_broken_methods(broken, promise):
     good = tables.METHODS["rigl"][0]()
 
-    def update(state, params, grads, step):
-        state, keep = good.update(state, params, grads, step)
+    def update(state, event):
+        state, keep = good.update(state, event)
         if broken == "revives":
             keep = jax.tree.map(jnp.ones_like, keep)
         if broken == "prunes_dense":

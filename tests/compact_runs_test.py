@@ -125,6 +125,7 @@ def test_slots_on_a_mesh_are_those_of_one_device(tmp_path):
         ({"method": "snfs"}, "--compact: snfs needs dense gradients at every step"),
         ({"method": "dst"}, "--compact: dst trains dense weights"),
         ({"method": "snip"}, "--compact: snip looks at data before"),
+        ({"method": "ac_dc"}, "--compact: ac_dc grows back to dense"),
         (
             {"structure": "block:2x2", "block_kernel": True, "method": "granet_uniform"},
             "two ways to do the same",

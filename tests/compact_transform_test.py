@@ -249,7 +249,7 @@ def test_init_under_jit_needs_the_capacity():
 def test_what_went_wrong_is_told():
     """A method that outgrows its layers, and a loop that is wrong about events."""
 
-    def grow(masks, keep, params, grads, step, key):
+    def grow(masks, keep, event):
         return jax.tree.map(jnp.ones_like, masks), keep
 
     start = gj.start_from(None, 0.9, gj.erk, RULES, KEY)

@@ -20,7 +20,7 @@ def sizes(num_leaves):
     )
     state = jax.eval_shape(method.init, params)
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    text = str(jax.make_jaxpr(method.update)(state, params, params, step))
+    text = str(jax.make_jaxpr(method.update)(state, gj.Event(params, params, step=step)))
     return text.count(" = "), text.count("bitcast_convert_type")
 
 

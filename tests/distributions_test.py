@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import granet_jax as gj
 from granet_jax.distributions import check_sparsity
+from granet_jax.types import LayerShape
 
 LENET_300_100 = [(784, 300), (300, 100), (100, 10)]
 LENET_5 = [(5, 5, 1, 20), (5, 5, 20, 50), (800, 500), (500, 10)]
@@ -148,3 +149,66 @@ def test_traced_sparsity():
 def test_sparsity_out_of_range(bad):
     with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
         check_sparsity("sparsity", bad)
+
+
+LAYERS = [LayerShape((20, 30), f"block{i}/{name}") for i in range(2) for name in ("attn", "mlp")]
+
+
+@pytest.mark.parametrize(
+    ("rules", "sparsity", "expected"),
+    [
+        ([("block0/attn", 0.5), ("attn", 0.75)], 0.75, (300, 75, 150, 75)),
+        ([("attn", 0.9), ("mlp", 0.7)], 0.8, (60, 180, 60, 180)),
+        ([("attn", 0.9)], 0.0, (600, 600, 600, 600)),
+    ],
+)
+def test_a_sparsity_by_path(rules, sparsity, expected):
+    """The first rule that matches decides; the rest makes up for the total."""
+    assert gj.by_path(rules, gj.uniform)(LAYERS, sparsity) == expected
+
+
+@pytest.mark.parametrize(
+    ("rules", "sparsity", "message"),
+    [
+        (
+            [("attn", 0.5), ("head", 0.5)],
+            0.8,
+            "'head' matches no prunable layer. There are: block0",
+        ),
+        ([("attn", 0.1)], 0.9, r"leaves -840 of 1200 weights to block0/mlp and the other"),
+        ([("", 0.5)], 0.9, r"names every layer, and its sparsities make 0.500000 in all; 0.9 was"),
+        ([("attn", 0.5)], 1.0, r"sparsity must be in \[0, 1\)"),
+    ],
+)
+def test_what_by_path_cannot_give_is_told(rules, sparsity, message):
+    with pytest.raises(ValueError, match=message):
+        gj.by_path(rules)(LAYERS, sparsity)
+    with pytest.raises(ValueError, match="The sparsity of 'a' must be in"):
+        gj.by_path([("a", 50)])
+    with pytest.raises(ValueError, match="Take otherwise="):
+        gj.by_path([("attn", 0.5)], gj.global_ranking)(LAYERS, 0.6)
+
+
+def test_methods_take_a_sparsity_by_path():
+    """As a start, and as the scope of gradual pruning; layers of a stack share the path."""
+    params = {"attn": jnp.ones((2, 10, 10)), "mlp": jnp.ones((20, 10))}
+    spread = gj.by_path([("attn", 0.5)], gj.uniform)
+    rules = [("attn", gj.Stacked(1))]
+    start = gj.rigl(
+        sparsity=0.7,
+        update_every=2,
+        total_steps=9,
+        start=spread,
+        prunable=rules,
+        key=jax.random.key(0),
+    )
+    masks = start.init(params).masks
+    assert [int(m.sum()) for m in (masks["attn"][0], masks["attn"][1], masks["mlp"])] == [
+        50,
+        50,
+        20,
+    ]
+    pruning = gj.gmp(final_sparsity=0.7, end_step=2, update_every=1, scope=spread, prunable=rules)
+    state, _ = pruning.update(pruning.init(params), gj.Event(params, params, step=jnp.int32(2)))
+    assert int(state.masks["attn"][1].sum()) == 50
+    assert int(state.masks["mlp"].sum()) == 20

@@ -29,7 +29,7 @@ def quartic(params, batch):
 def one_event(method, params, grads, step):
     state = method.init(params)
     state = state if method.observe is None else method.observe(state, grads)
-    state, keep = method.update(state, params, grads, jnp.int32(step))
+    state, keep = method.update(state, gj.Event(params, grads, step=jnp.int32(step)))
     return state.masks, keep
 
 
@@ -41,10 +41,10 @@ def test_scores_of_complex_weights():
         (gj.scores.saliency, [[5.0, 2.0], [3.0, 1.0]]),
         (gj.scores.magnitude_and_gradient(1.0), [[6.0, 3.0], [4.0, 2.5]]),
     ):
-        scores = score(WEIGHTS, grads, None)["kernel"]
+        scores = score(gj.Event(WEIGHTS, grads))["kernel"]
         assert scores.dtype == jnp.float32
         np.testing.assert_allclose(scores, expected)
-    assert gj.scores.random(WEIGHTS, None, tables.KEY)["kernel"].dtype == jnp.float32
+    assert gj.scores.random(gj.Event(WEIGHTS, key=tables.KEY))["kernel"].dtype == jnp.float32
 
 
 def test_snip_of_complex_weights():
@@ -87,7 +87,7 @@ def test_lottery_and_magnitude_of_complex_weights():
 def test_units_of_complex_weights_are_ranked_by_mean_size(structure):
     params = {"kernel": jnp.array([[2j, -2j], [1.0, 1.0]])}
     step = gj.prune_to(lambda *_: 1, prunable=[("", structure)])
-    masks, _ = step(gj.ones(params), gj.ones(params), params, None, jnp.int32(0), None)
+    masks, _ = step(gj.ones(params), gj.ones(params), gj.Event(params, None, step=jnp.int32(0)))
     assert masks["kernel"].tolist() == [[True, True], [False, False]]
 
 
@@ -123,10 +123,10 @@ def test_what_needs_real_numbers_refuses_complex_ones():
     by_sign = (tables.METHODS | tables.VARIANTS)["set_by_sign"][0]()
     with pytest.raises(ValueError, match="What by_sign splits has to be real, and that of kernel"):
         one_event(by_sign, WEIGHTS, WEIGHTS, 4)
-    step = gj.prune_to(lambda *_: 1, score=lambda params, grads, key: params)
+    step = gj.prune_to(lambda *_: 1, score=lambda event: event.params)
     masks = gj.ones(WEIGHTS)
     with pytest.raises(ValueError, match="A score has to be real, and that of kernel is complex"):
-        step(masks, masks, WEIGHTS, WEIGHTS, jnp.int32(0), None)
+        step(masks, masks, gj.Event(WEIGHTS, WEIGHTS, step=jnp.int32(0)))
     with pytest.raises(ValueError, match="Complex scores have no order"):
         gj.top_k_mask(WEIGHTS["kernel"], 1)
 

@@ -128,7 +128,7 @@ WRONG_CALLS = {
     ),
     "random growth without key": (
         lambda: gj.granet(**GRANET, grow=gj.scores.random).update(
-            gj.granet(**GRANET).init(PARAMS), PARAMS, PARAMS, jnp.int32(2)
+            gj.granet(**GRANET).init(PARAMS), gj.Event(PARAMS, PARAMS, step=jnp.int32(2))
         ),
         r"Random scores need a key: give the method key=jax.random.key\(seed\)",
     ),

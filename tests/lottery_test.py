@@ -75,8 +75,8 @@ def test_pruning_by_hand():
     assert kernels(by_layer=True) == ["###.", "#.#."]  # ceil(.2 * 4) and ceil(.2 * 3)
     assert kernels(prunable=[("b", False)]) == ["###.", "###."]
 
-    def moved(params, grads, key):
-        return jax.tree.map(lambda p: jnp.abs(p - 8.0), params)
+    def moved(event):
+        return jax.tree.map(lambda p: jnp.abs(p - 8.0), event.params)
 
     assert kernels(score=moved) == [".#.#", "###."]
 

@@ -54,7 +54,7 @@ def test_two_granet_events_by_hand():
     g = weights("""9.9 8 -1  2
                    0   3  4 -5
                    9   6 -7  1""")
-    state, keep = method.update(state, {"kernel": w}, {"kernel": g}, jnp.int32(10))
+    state, keep = method.update(state, gj.Event({"kernel": w}, {"kernel": g}, step=jnp.int32(10)))
     np.testing.assert_array_equal(
         state.masks["kernel"],
         mask("""# # . .
@@ -79,7 +79,7 @@ def test_two_granet_events_by_hand():
     g = weights("""9  8 -1  2
                    0  3  4 -5
                    5  6 -7  1""")
-    state, keep = method.update(state, {"kernel": w}, {"kernel": g}, jnp.int32(20))
+    state, keep = method.update(state, gj.Event({"kernel": w}, {"kernel": g}, step=jnp.int32(20)))
     np.testing.assert_array_equal(
         state.masks["kernel"],
         mask("""# # . .
@@ -117,7 +117,7 @@ def test_global_prune_then_regeneration_by_layer_by_hand():
     state = method.init(w)
     # The six largest of both layers: 9 8 7 6 5 and 4. Layer a drops ceil(.25 * 5) = 2, namely 5
     # and 6, and grows the gradients 4 and 3; layer b drops ceil(.25 * 1) = 1 and grows 5.
-    state, keep = method.update(state, w, g, jnp.int32(1))
+    state, keep = method.update(state, gj.Event(w, g, step=jnp.int32(1)))
     np.testing.assert_array_equal(
         state.masks["a"],
         mask("""# # # .
@@ -146,7 +146,7 @@ def test_prune_to_never_revives():
         "k": weights("""0 9
                               9 0""")
     }
-    pruned, keep = step(masks, masks, values, values, jnp.int32(1), None)
+    pruned, keep = step(masks, masks, gj.Event(values, values, step=jnp.int32(1)))
     np.testing.assert_array_equal(pruned["k"], masks["k"])
     np.testing.assert_array_equal(keep["k"], masks["k"])
 
@@ -160,7 +160,7 @@ def test_regenerate_exchanges_the_ceil(fraction, live, exchanged):
     w = {"k": jnp.arange(1.0, 101.0).reshape(10, 10)}
     grads = {"k": w["k"] - 1000.0 * ~masks["k"]}  # growth prefers what was off
     step = gj.regenerate(lambda step: fraction)
-    new, keep = step(masks, masks, w, grads, jnp.int32(1), None)
+    new, keep = step(masks, masks, gj.Event(w, grads, step=jnp.int32(1)))
     assert new["k"].sum() == live
     assert (new["k"] & ~masks["k"]).sum() == exchanged
     assert keep["k"].sum() == live - exchanged
@@ -169,7 +169,7 @@ def test_regenerate_exchanges_the_ceil(fraction, live, exchanged):
 def test_regenerate_leaves_a_dense_layer_alone():
     masks = {"k": jnp.ones((4, 4), bool)}
     w = {"k": jax.random.normal(jax.random.key(0), (4, 4))}
-    new, keep = gj.regenerate(lambda step: 0.5)(masks, masks, w, w, jnp.int32(1), None)
+    new, keep = gj.regenerate(lambda step: 0.5)(masks, masks, gj.Event(w, w, step=jnp.int32(1)))
     assert new["k"].all()
     assert keep["k"].all()
 

@@ -42,8 +42,8 @@ def test_masks_in_another_order_find_their_layers():
         *(gj.lottery.prune(params, m, by_layer=True) for m in (read, masks))
     )
     step = gj.regenerate(lambda step: 0.5)
-    new, _ = step(read, read, params, params, jnp.int32(1), None)
-    wanted, _ = step(masks, masks, params, params, jnp.int32(1), None)
+    new, _ = step(read, read, gj.Event(params, params, step=jnp.int32(1)))
+    wanted, _ = step(masks, masks, gj.Event(params, params, step=jnp.int32(1)))
     chex.assert_trees_all_equal(new, from_file(wanted))
 
 
@@ -53,8 +53,8 @@ def test_gradients_in_another_order_find_their_layers():
     grads = [{"kernel": jax.random.normal(key, (4, 4))} for key in keys]
     masks = gj.random_masks(KEY, params, 0.5)
     step = gj.regenerate(lambda step: 0.5)
-    wanted = step(masks, masks, params, grads, jnp.int32(1), None)
-    got = step(masks, masks, params, from_file(grads), jnp.int32(1), None)
+    wanted = step(masks, masks, gj.Event(params, grads, step=jnp.int32(1)))
+    got = step(masks, masks, gj.Event(params, from_file(grads), step=jnp.int32(1)))
     chex.assert_trees_all_equal(got, wanted)
 
 
@@ -211,7 +211,9 @@ def test_no_group_keeps_more_than_its_share_whatever_the_masks(name):
     state = method.init(params)
     for step in (1, 2, 3):
         if method.is_update_step(jnp.int32(step)):
-            state, keep = jax.jit(method.update)(state, params, params, jnp.int32(step))
+            state, keep = jax.jit(method.update)(
+                state, gj.Event(params, params, step=jnp.int32(step))
+            )
             most = 2 if name not in ("gmp", "granet") or step == 3 else 4
             assert in_groups(state.masks).max() <= most
             assert not (keep["kernel"] & ~state.masks["kernel"]).any()
@@ -234,7 +236,7 @@ def test_no_group_keeps_more_than_its_share_from_the_first_event_on():
         masks=masks,
         prunable=NM,
     )
-    state, _ = method.update(method.init(params), params, params, jnp.int32(1))
+    state, _ = method.update(method.init(params), gj.Event(params, params, step=jnp.int32(1)))
     was = in_groups(masks)
     np.testing.assert_array_equal(in_groups(state.masks), np.minimum(was, 2))
 

@@ -135,7 +135,9 @@ def test_granet_and_gmp_follow_the_reference_event_by_event(name, initial):
         keep = round(total_weights * (1 - s))
         live = sum(int(m.sum()) for m in masks.values())
 
-        pruned, _ = prune_only(prune.init(w)._replace(masks=masks), w, w, jnp.int32(t))
+        pruned, _ = prune_only(
+            prune.init(w)._replace(masks=masks), gj.Event(w, w, step=jnp.int32(t))
+        )
         ours = {n: np.asarray(m) for n, m in pruned.masks.items()}
         assert sum(int(m.sum()) for m in ours.values()) == min(keep, live)
         if keep <= live:
@@ -143,7 +145,7 @@ def test_granet_and_gmp_follow_the_reference_event_by_event(name, initial):
             assert sum(int(m.sum()) for m in theirs.values()) == keep - 1
             assert all((theirs[n] <= ours[n]).all() for n in ours)
 
-        state, kept = update(state, w, gradients(t), jnp.int32(t))
+        state, kept = update(state, gj.Event(w, gradients(t), step=jnp.int32(t)))
         expected = ours
         if name == "granet":
             w_pruned = {n: w[n] * ours[n] for n in w}

@@ -26,7 +26,7 @@ def test_drop_by_sign_takes_the_smallest_positive_and_the_largest_negative():
         (True, [1, 5], [6, 7]),  # 1 of the positive, -7 of the negative
     ):
         step = gj.regenerate(lambda step: 1 / 3, by_sign=by_sign)
-        masks, keep = step(ROW, ROW, weights, grads, jnp.int32(1), None)
+        masks, keep = step(ROW, ROW, gj.Event(weights, grads, step=jnp.int32(1)))
         expected = np.array([True] * 6 + [False] * 2)
         expected[dropped] = False
         np.testing.assert_array_equal(keep["kernel"][0], expected)
@@ -37,7 +37,7 @@ def test_drop_by_sign_takes_the_smallest_positive_and_the_largest_negative():
 def test_drop_by_sign_counts_live_zeros_with_the_positive():
     weights = one([5.0, 0.0, -0.0, -9.0, -8.0, -7.0, 0.0, 0.0])
     step = gj.regenerate(lambda step: 1 / 3, by_sign=True)
-    _, keep = step(ROW, ROW, weights, one(jnp.arange(8.0)), jnp.int32(1), None)
+    _, keep = step(ROW, ROW, gj.Event(weights, one(jnp.arange(8.0)), step=jnp.int32(1)))
     np.testing.assert_array_equal(keep["kernel"][0], [1, 1, 0, 1, 1, 0, 0, 0])  # ties stay in order
 
 
@@ -45,7 +45,7 @@ def test_mest_spares_small_weights_that_move():
     weights = one([5.0, 1.0, 2.0, 9.0, 8.0, 7.0, 0.0, 0.0])
     grads = one([0.0, 500.0, 0.0, 0.0, 0.0, 0.0, 3.0, 2.0])
     step = gj.regenerate(lambda step: 1 / 6, drop=gj.scores.magnitude_and_gradient(0.01))
-    _, keep = step(ROW, ROW, weights, grads, jnp.int32(1), None)
+    _, keep = step(ROW, ROW, gj.Event(weights, grads, step=jnp.int32(1)))
     np.testing.assert_array_equal(keep["kernel"][0], [1, 1, 0, 1, 1, 1, 0, 0])
 
 
@@ -71,7 +71,7 @@ def test_snfs_moves_weights_to_where_momentum_is():
     # .25 and 1.75, so 0 and 2. Layer b has just dropped its third weight, which has the largest
     # momentum of those off and comes back; -6 is next.
     zeros = jax.tree.map(jnp.zeros_like, grads)  # this batch alone does not matter
-    state, keep = method.update(state, weights, zeros, jnp.int32(1))
+    state, keep = method.update(state, gj.Event(weights, zeros, step=jnp.int32(1)))
     np.testing.assert_array_equal(state.masks["a"], [[1, 1, 0, 0, 0, 0]])
     np.testing.assert_array_equal(state.masks["b"], [[1, 1, 1, 0, 1, 0]])
     np.testing.assert_array_equal(keep["b"], [[1, 1, 1, 0, 0, 0]])
@@ -154,7 +154,7 @@ def test_unexplored_weights_are_grown_first():
     state = method.init(params)
     explored = []
     for t in range(1, 8):  # about half of 4 weights are exchanged, and 12 have never been on
-        state, _ = method.update(state, params, params, jnp.int32(t))
+        state, _ = method.update(state, gj.Event(params, params, step=jnp.int32(t)))
         explored.append(int(state.explored["kernel"].sum()))
     assert explored == [6, 8, 10, 12, 14, 16, 16]
 

@@ -113,7 +113,7 @@ def masks_of_events(method, shardings):
     def update(state, params, grads, step):
         if method.observe is not None:
             state = method.observe(state, grads)
-        return method.update(state, gj.apply_masks(params, state.masks), grads, step)
+        return method.update(state, gj.Event(gj.apply_masks(params, state.masks), grads, step=step))
 
     masks = [jax.tree.map(np.asarray, state.masks)]
     for t in range(1, STEPS + 1):

@@ -101,7 +101,7 @@ def run(step, masks, params, grads=None):
     """One mask step on a tree of one leaf, as an int list."""
     masks, params = ({"kernel": jnp.array(x)} for x in (masks, params))
     grads = {"kernel": jnp.array(params["kernel"] if grads is None else grads)}
-    new, keep = step(masks, masks, params, grads, jnp.int32(1), None)
+    new, keep = step(masks, masks, gj.Event(params, grads, step=jnp.int32(1)))
     return new["kernel"].astype(int).tolist(), keep["kernel"].astype(int).tolist()
 
 
@@ -178,7 +178,7 @@ def test_tied_channels_go_together_and_vectors_have_no_say():
     }
     step = gj.prune_to(count(1), prunable=rules)
     ones = gj.ones(params)
-    masks, _ = step(ones, ones, params, params, jnp.int32(1), None)
+    masks, _ = step(ones, ones, gj.Event(params, params, step=jnp.int32(1)))
     for mask in jax.tree.leaves(masks):
         np.testing.assert_array_equal(np.asarray(mask).any(tuple(range(mask.ndim - 1))), [0, 1, 0])
 
@@ -195,7 +195,7 @@ def test_global_ranking_ranks_units_alike():
     params = {"a": jnp.array([[1.0, 4.0], [1.0, 4.0]]), "b": jnp.full((2, 4), 2.0)}
     step = gj.prune_to(gj.gradual_num_keep(gj.global_ranking, 0.0, 0.75, 0, 1), prunable=rules)
     ones = gj.ones(params)
-    masks, _ = step(ones, ones, params, params, jnp.int32(1), None)
+    masks, _ = step(ones, ones, gj.Event(params, params, step=jnp.int32(1)))
     assert masks["a"].tolist() == [[False, True]] * 2
     assert not masks["b"].any()
 
@@ -254,7 +254,7 @@ def test_bad_arguments_are_refused():
         gj.random_masks(KEY, PARAMS, 0.5, gj.global_ranking, rules)
     step = gj.regenerate(lambda step: 0.5, by_sign=True, prunable=rules)
     with pytest.raises(ValueError, match="by_sign and redistribute are for single weights"):
-        step(gj.ones(PARAMS), gj.ones(PARAMS), PARAMS, PARAMS, 1, None)
+        step(gj.ones(PARAMS), gj.ones(PARAMS), gj.Event(PARAMS, PARAMS, step=1))
     method = gj.reparam.dst(prunable=rules)
     with pytest.raises(ValueError, match="trained thresholds have none"):
         method.init(PARAMS)

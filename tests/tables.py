@@ -60,6 +60,12 @@ METHODS = {
         lambda: gj.snfs(sparsity=0.8, update_every=4, total_steps=STEPS, key=KEY),
         lambda t: kept(0.8),
     ),
+    "ac_dc": (
+        lambda: gj.ac_dc(
+            sparsity=0.8, warmup_steps=3, phase_steps=4, last_dense_step=13, last_sparse_step=18
+        ),
+        lambda t: kept(0.8) if 3 <= t < 7 or 11 <= t < 13 or t >= 18 else TOTAL,
+    ),
     "static": (lambda: gj.static(sparsity=0.8, key=KEY), lambda t: kept(0.8)),
     "magnitude": (
         lambda: gj.magnitude(sparsity=0.8, at=5),

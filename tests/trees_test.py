@@ -72,7 +72,7 @@ def test_stacked_layers_are_pruned_as_if_they_were_apart():
         state = method.init(params)
         for t in (1, 2):
             grads = jax.tree.map(jnp.sin, jax.tree.map(lambda p, t=t: 99 * t * p, params))
-            state, _ = method.update(state, params, grads, jnp.int32(t))
+            state, _ = method.update(state, gj.Event(params, grads, step=jnp.int32(t)))
         results.append(state.masks)
     together = jnp.stack([results[1][f"{i}"]["kernel"] for i in range(3)])
     np.testing.assert_array_equal(results[0]["kernel"], together)

@@ -59,7 +59,7 @@ def test_float32_parameters_get_the_masks_of_before():
     def event(method, params, grads):
         state = method.init(params)
         state = state if method.observe is None else method.observe(state, grads)
-        return method.update(state, params, grads, jnp.int32(12))[0].masks
+        return method.update(state, gj.Event(params, grads, step=jnp.int32(12)))[0].masks
 
     def masks_of_all():
         methods = [make() for make in makers]
@@ -128,10 +128,10 @@ def near(values):
 def test_each_score_tells_float64_apart():
     params, ones = near([0, 1, 0]), near([0, 0, 0])
     for score in (gj.scores.magnitude, gj.scores.saliency, gj.scores.magnitude_and_gradient(0.5)):
-        masks = gj.at_init.masks_from(score(params, ones, None), params, sparsity=0.6)
+        masks = gj.at_init.masks_from(score(gj.Event(params, ones)), params, sparsity=0.6)
         assert masks["kernel"].tolist() == [[False], [True], [False]]
-    assert gj.scores.gradient(None, params, None)["kernel"][1, 0] == NEAR
-    mixed = gj.scores.saliency(params, {"kernel": jnp.ones((3, 1), jnp.float32)}, None)
+    assert gj.scores.gradient(gj.Event(None, params))["kernel"][1, 0] == NEAR
+    mixed = gj.scores.saliency(gj.Event(params, {"kernel": jnp.ones((3, 1), jnp.float32)}))
     assert mixed["kernel"].dtype == jnp.float64
 
 
@@ -165,7 +165,7 @@ def test_pruning_once_tells_float64_apart(name):
 def test_structures_tell_float64_apart(structure, kernel):
     params = {"a": jnp.array(kernel), "b": jnp.array(kernel)}
     step = gj.prune_to(lambda shapes, step: gj.uniform(shapes, 0.5), prunable=[("", structure)])
-    masks, _ = step(gj.ones(params), gj.ones(params), params, None, jnp.int32(0), None)
+    masks, _ = step(gj.ones(params), gj.ones(params), gj.Event(params, None, step=jnp.int32(0)))
     np.testing.assert_array_equal(masks["a"], params["a"] > 1)
 
 

@@ -117,7 +117,7 @@ def _updates(params: Any, grads: Any) -> dict[str, tuple[Callable[[], Any], Call
             lambda: over_all_argsort(params, num_keep),
         ),
         "GraNet update (3 selections)": (
-            lambda: update(state, params, grads, step)[0].masks,
+            lambda: update(state, gj.Event(params, grads, step=step))[0].masks,
             lambda: update_argsort(state.masks, params, grads, scheduled, fraction),
         ),
     }

@@ -139,6 +139,7 @@ class Entry(NamedTuple):
     dense_gradients: Callable[[int], float] = lambda update_every: 0.0  # share of steps with them
     at_init: Callable[[AtInit], Any] | None = None  # gives the masks of the start
     needs_apply: bool = False  # at_init looks at AtInit.apply
+    grows_dense: bool = False  # again and again: live weights alone would not fit
 
 
 RIGL = Regeneration(0.3, 0.0, 0.75)  # the defaults of the library, told for reports
@@ -174,6 +175,21 @@ def _granet(initial_sparsity: float, scope: Distribution) -> Entry:
         )
 
     return Entry(make, ITOP)
+
+
+def _ac_dc(plan: Plan) -> gj.Method:
+    """The paper's schedule: of 100 epochs 10 of warm-up, phases of 5, 10 dense, 15 sparse."""
+    shares = (0.1, 0.05, 0.75, 0.85)
+    warmup, phase, last_dense, last_sparse = (max(1, round(x * plan.total_steps)) for x in shares)
+    return gj.ac_dc(
+        sparsity=plan.sparsity,
+        warmup_steps=warmup,
+        phase_steps=phase,
+        last_dense_step=last_dense,
+        last_sparse_step=last_sparse,
+        scope=gj.global_ranking if plan.start is gj.erk else gj.uniform,
+        prunable=plan.prunable,
+    )
 
 
 def _gmp(scope: Distribution) -> Entry:
@@ -262,6 +278,12 @@ METHODS: dict[str, Entry] = {
     "set_itop_unfired": _dynamic(_unfired, ITOP),
     "rigl_itop": _dynamic(gj.rigl_itop, ITOP),
     "snfs": _dynamic(gj.snfs, ITOP, lambda update_every: 1.0),
+    "rigl_fisher": _dynamic(
+        functools.partial(gj.rigl, drop=gj.scores.adam_fisher),
+        RIGL,
+        lambda update_every: 1 / (update_every + 1),
+    ),
+    "ac_dc": Entry(_ac_dc, grows_dense=True),
     "magnitude": Entry(_magnitude),
     "gmp": _gmp(gj.global_ranking),
     "gmp_uniform": _gmp(gj.uniform),

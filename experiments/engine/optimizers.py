@@ -85,7 +85,16 @@ def inner(
     """
     schedule = learning_rate(config, length)
     decayed = None if config.decay_all else functools.partial(_kernels, compact)
-    if config.optimizer == "adamw":
+    if config.optimizer != "adamw" and config.young_ramp:
+        raise ValueError("--young_ramp is for --optimizer=adamw: SGD has no step count to correct.")
+    if config.young_ramp:
+        tx = optax.chain(
+            optax.scale_by_adam(b2=config.b2),
+            gj.correct_young(b2=config.b2, ramp=config.young_ramp),
+            optax.add_decayed_weights(config.weight_decay, decayed),
+            optax.scale_by_learning_rate(schedule),
+        )
+    elif config.optimizer == "adamw":
         tx = optax.adamw(schedule, b2=config.b2, weight_decay=config.weight_decay, mask=decayed)
     else:
         tx = optax.chain(

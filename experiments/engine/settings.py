@@ -91,6 +91,12 @@ class Settings:
     momentum: float = flag("of SGD", 0.9, low=0)
     nesterov: bool = flag("whether the momentum of SGD is Nesterov's", True)
     b2: float = flag("of AdamW, the decay of squared gradients", 0.999, low=0, high=1)
+    young_ramp: int = flag(
+        "with --optimizer=adamw: regrown weights are trained as by an Adam begun with them, and "
+        "their steps rise to full size in so many updates; 0: as all others",
+        0,
+        low=0,
+    )
     clip_norm: float = flag("largest norm of a step's gradients; 0: any", 0.0, low=0)
     weight_decay: float = flag("of SGD: L2 in the gradients; of AdamW: decoupled", 5e-4, low=0)
     decay_all: bool = flag("whether biases and norms decay as well", True)

@@ -166,6 +166,8 @@ def slots(
         why = "trains dense weights, from which its masks follow"
     elif methods.METHODS[config.method].at_init is not None:
         why = "looks at data before it is known how many weights of a layer are live"
+    elif methods.METHODS[config.method].grows_dense:
+        why = "grows back to dense again and again"
     elif method.observe is not None:
         why = "needs dense gradients at every step"
     elif config.block_kernel:

@@ -110,14 +110,14 @@ def pruned_masks(
       New masks, and what was kept; the rest of the new masks has regrown.
     """
     prune = gj.prune_to(lambda shapes, step: num_keep, prunable=prunable)
-    kept, _ = prune(masks, masks, params, grads, jnp.zeros([], jnp.int32), key)
+    kept, _ = prune(masks, masks, gj.Event(params))
     if grow is None:
         return kept, kept
     leaves = gj.trees.describe(params, prunable)
     num_lost = gj.metrics.num_live(masks, params, prunable)
     num_lost -= gj.metrics.num_live(kept, params, prunable)
     stacks = gj.trees.split(kept, leaves)
-    scores = gj.trees.split(grow(params, grads, key), leaves)
+    scores = gj.trees.split(grow(gj.Event(params, grads, kept, key=key)), leaves)
     grown = gj.top_k(scores, num_lost, [~x for x in stacks])
     new = gj.trees.join([x | g for x, g in zip(stacks, grown, strict=True)], kept, leaves)
     return new, kept

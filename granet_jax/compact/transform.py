@@ -14,7 +14,7 @@ from granet_jax.checkpoint import exportable
 from granet_jax.compact import layouts as _layouts
 from granet_jax.compact import native, packing
 from granet_jax.compact.layouts import Layout, Layouts, Lists
-from granet_jax.types import Method, PyTree
+from granet_jax.types import Event, Method, PyTree
 
 
 class CompactState(NamedTuple):
@@ -155,14 +155,16 @@ def sparsify(
         def change(carry: Any, live: PyTree) -> tuple[Any, PyTree]:
             method_state, layouts, inner_state, outgrown = carry
             live_grads = masked.where(live, grads)
-            provisional, _ = inner.update(live_grads, inner_state, values, **extra_args)
+            provisional, _ = inner.update(live_grads, inner_state, values, keep=live, **extra_args)
             after = masked.where(live, optax.apply_updates(values, provisional))
-            of_batch = _dense_gradients(dense_grads, method, method_state, values, layouts)
+            of_batch = _dense_gradients(dense_grads, method, carry, values, extra_args)
             # Dense weights are made when the gradients are there, in the memory that these needed.
             after, of_batch = jax.lax.optimization_barrier((after, of_batch))
             weights = packing.unpack(after, layouts)
-            whole = _with_masks(method_state, packing.masks(values, layouts))
-            whole, keep = method.update(whole, weights, of_batch, step)
+            masks = packing.masks(values, layouts)
+            dense = packing.unpack(inner_state, layouts, values)  # compiled where it is looked at
+            seen = Event(weights, of_batch, masks, step, None, dense, extra_args)
+            whole, keep = method.update(_with_masks(method_state, masks), seen)
             new_layouts, stays, more = _reslot(live, layouts, whole[0], keep)
             mirrored = moments.mirrors(inner.init, initial, values)
             inner_state = moments.reset(inner_state, initial, mirrored, stays)
@@ -175,7 +177,7 @@ def sparsify(
             carry, stays = change(carry, live) if event else (carry, live)
         method_state, layouts, inner_state, outgrown = carry
         kept_grads, kept = (_apart(masked.where(stays, x), layouts, step) for x in (grads, values))
-        updates, inner_state = inner.update(kept_grads, inner_state, kept, **extra_args)
+        updates, inner_state = inner.update(kept_grads, inner_state, kept, keep=stays, **extra_args)
         updates = _apart(jax.tree.map(masked.to_zero, stays, updates, values), layouts, step)
         wrong = jnp.zeros_like(is_event) if event is None else is_event != event
         mistimed = state.mistimed + wrong.astype(jnp.int32)
@@ -350,14 +352,16 @@ def _with_masks(method_state: Any, masks: PyTree) -> Any:
 def _dense_gradients(
     thunk: Callable[[], PyTree] | None,
     method: Method,
-    method_state: Any,
+    carry: tuple[Any, Layouts, Any, Any],
     values: PyTree,
-    layouts: Layouts,
+    extra_args: dict[str, Any],
 ) -> PyTree:
     if thunk is not None:
         return thunk()
+    method_state, layouts, inner_state, _ = carry
     params = packing.abstract_params(values, layouts)
-    if _reads_gradients(method, method_state, params):
+    inner = jax.eval_shape(lambda: packing.unpack(inner_state, layouts, values))
+    if _reads_gradients(method, method_state, params, inner, extra_args):
         raise ValueError(
             f"The method {method.name} grows weights by gradients, which slots have not. Give "
             "update a function that computes the dense ones, used at events alone: dense_grads="
@@ -366,14 +370,18 @@ def _dense_gradients(
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
 
 
-def _reads_gradients(method: Method, method_state: Any, params: PyTree) -> bool:
+def _reads_gradients(
+    method: Method, method_state: Any, params: PyTree, inner: Any, extra_args: dict[str, Any]
+) -> bool:
     """Whether what the method does depends on gradients, told by its trace."""
     masks = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, bool), params)
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    rest, params = _shapes(method_state), _shapes(params)
-    closed = jax.make_jaxpr(lambda g, s, p, t: method.update(s, p, g, t))(
-        params, _with_masks(rest, masks), params, step
-    )
+    rest, params = _with_masks(_shapes(method_state), masks), _shapes(params)
+
+    def update(grads: PyTree, state: Any, params: PyTree, step: jax.Array, inner: Any) -> Any:
+        return method.update(state, Event(params, grads, state[0], step, None, inner, extra_args))
+
+    closed = jax.make_jaxpr(update)(params, rest, params, step, _shapes(inner))
     return any(jaxprs.reads(closed)[: len(jax.tree.leaves(params))])
 
 
@@ -405,7 +413,9 @@ def _check_elementwise(inner: Any, params: PyTree, values: PyTree) -> None:
     def what_it_does(tree: PyTree) -> Any:
         tree = _shapes(tree)
         state = jax.eval_shape(inner.init, tree)
-        trace = jax.make_jaxpr(lambda g, s, p: inner.update(g, s, p))(tree, state, tree)
+        keep = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, bool), tree)
+        update = jax.make_jaxpr(lambda g, s, p, keep: inner.update(g, s, p, keep=keep))
+        trace = update(tree, state, tree, keep)
         owners = trees.owners(state, tree)
         kept = {path: x is not None and x.same_shape for path, x in owners.items()}
         return Counter(op for op in _operations(trace) if op[0] not in _SHAPES), kept

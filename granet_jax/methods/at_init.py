@@ -36,7 +36,7 @@ import numpy as np
 from granet_jax import distributions, selection, structures, trees
 from granet_jax import scores as score_functions
 from granet_jax.masks import apply_masks, ones, prune_to
-from granet_jax.types import Distribution, PyTree
+from granet_jax.types import Distribution, Event, PyTree
 
 LossFn: TypeAlias = Callable[[PyTree, Any], jax.Array]  # (params, batch) -> scalar
 ApplyFn: TypeAlias = Callable[[PyTree, jax.Array], jax.Array]  # (params, inputs) -> outputs
@@ -98,7 +98,7 @@ def snip_scores(loss_fn: LossFn, params: PyTree, batches: Iterable[Any]) -> PyTr
       [3.0, 12.0]
     """
     grads = _sum(jax.jit(jax.grad(loss_fn)), params, batches)
-    return score_functions.saliency(params, grads, None)
+    return score_functions.saliency(Event(params, grads))
 
 
 def grasp(
@@ -269,7 +269,7 @@ def magnitude(
       >>> gj.at_init.magnitude(params, sparsity=0.5)["kernel"].tolist()
       [[False, True], [True, False]]
     """
-    scores = score_functions.magnitude(params, None, None)
+    scores = score_functions.magnitude(Event(params))
     return masks_from(scores, params, sparsity=sparsity, scope=scope, prunable=prunable)
 
 
@@ -350,7 +350,7 @@ def _flow(params: PyTree, apply_fn: ApplyFn, shape: tuple[int, ...], dtype: Any)
         return jnp.sum(apply_fn(weights, jnp.ones(shape, dtype))).real
 
     sizes = jax.tree.map(jnp.abs, params)
-    return score_functions.saliency(sizes, jax.grad(total)(sizes), None)
+    return score_functions.saliency(Event(sizes, jax.grad(total)(sizes)))
 
 
 @functools.partial(jax.jit, static_argnames="prunable")
@@ -362,7 +362,7 @@ def _select(
     pairs = zip(trees.pick(scores, leaves), trees.pick(masks, leaves), strict=True)
     largest = [jnp.max(jnp.where(mask, jnp.abs(x), 0.0)) for x, mask in pairs]
     prune = prune_to(lambda *_: num_keep, score=lambda *_: scores, prunable=prunable)
-    kept, _ = prune(masks, masks, scores, None, jnp.int32(0), None)
+    kept, _ = prune(masks, masks, Event(scores))
     return kept, largest
 
 

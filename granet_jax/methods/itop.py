@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from granet_jax import distributions, scores, trees
 from granet_jax.methods.rigl import rigl
-from granet_jax.types import Distribution, MaskState, Method, PyTree, ScoreFn
+from granet_jax.types import Distribution, Event, MaskState, Method, PyTree, ScoreFn
 
 
 def track_exploration(method: Method) -> Method:
@@ -36,10 +36,8 @@ def track_exploration(method: Method) -> Method:
         state = method.init(params)
         return state._replace(explored=jax.tree.map(jnp.copy, state.masks))
 
-    def update(
-        state: MaskState, params: PyTree, grads: PyTree, step: jax.Array
-    ) -> tuple[MaskState, PyTree]:
-        state, keep = method.update(state, params, grads, step)
+    def update(state: MaskState, event: Event) -> tuple[MaskState, PyTree]:
+        state, keep = method.update(state, event)
         explored = jax.tree.map(jnp.logical_or, state.explored, state.masks)
         return state._replace(explored=explored), keep
 
@@ -158,14 +156,12 @@ def set_itop(
             key=key,
         )
 
-    def update(
-        state: MaskState, params: PyTree, grads: PyTree, step: jax.Array
-    ) -> tuple[MaskState, PyTree]:
-        def grow(params: PyTree, grads: PyTree, key: jax.Array | None) -> PyTree:
-            draws = scores.random(params, grads, key)  # in [0, 1)
+    def update(state: MaskState, event: Event) -> tuple[MaskState, PyTree]:
+        def grow(event: Event) -> PyTree:
+            draws = scores.random(event)  # in [0, 1)
             return jax.tree.map(lambda draw, e: draw - e.astype(draw.dtype), draws, state.explored)
 
-        return growing_by(grow).update(state, params, grads, step)
+        return growing_by(grow).update(state, event)
 
     method = growing_by(scores.random)._replace(name="set_itop")
     return method._replace(update=update) if unexplored_first else method

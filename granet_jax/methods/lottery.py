@@ -48,7 +48,7 @@ import jax.numpy as jnp
 from granet_jax import scores, selection, structures, trees
 from granet_jax.masks import ceil_of_share, check_dense, check_masks, prune_to
 from granet_jax.methods.at_init import warn_of_collapse
-from granet_jax.types import PyTree, ScoreFn
+from granet_jax.types import Event, PyTree, ScoreFn
 
 
 def prune(
@@ -73,8 +73,8 @@ def prune(
       masks: bool tree of ``params``, under which they were trained.
       fraction: share of the live weights to remove, in [0, 1); may be traced.
       by_layer: take the share of each layer for itself, instead of ranking all layers together.
-      score: the lowest go. It is called with the parameters alone (gradients and key are None); a
-        function that closes over the initial weights scores by how far weights have moved.
+      score: the lowest go. It is shown parameters and masks alone; a function that closes over the
+        initial weights scores by how far weights have moved.
       prunable: path rules, see :func:`granet_jax.trees.describe`.
 
     Returns:
@@ -108,7 +108,7 @@ def prune(
         num_live = jnp.sum(num_live, dtype=jnp.int32)
     num_keep = num_live - ceil_of_share(fraction, num_live)
     step = prune_to(lambda shapes, step: num_keep, score=score, prunable=prunable)
-    fewer, _ = step(masks, masks, params, None, jnp.zeros([], jnp.int32), None)
+    fewer, _ = step(masks, masks, Event(params))
     instead = "Take a smaller fraction, or by_layer=True"
     warn_of_collapse(fewer, params, prunable, before=masks, instead=instead)
     return fewer

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from granet_jax import blocks, distributions, schedules, scores, selection, sortable, trees
 from granet_jax.composition import compose, start_from
 from granet_jax.masks import regenerate
-from granet_jax.types import Distribution, MaskState, Method, PyTree
+from granet_jax.types import Distribution, Event, MaskState, Method, PyTree
 
 
 def average_gradients(method: Method, decay: float = 0.9) -> Method:
@@ -52,10 +52,8 @@ def average_gradients(method: Method, decay: float = 0.9) -> Method:
         )
         return state._replace(average=average)
 
-    def update(
-        state: MaskState, params: PyTree, grads: PyTree, step: jax.Array
-    ) -> tuple[MaskState, PyTree]:
-        return method.update(state, params, state.average, step)
+    def update(state: MaskState, event: Event) -> tuple[MaskState, PyTree]:
+        return method.update(state, event._replace(grads=state.average))
 
     name = f"average_gradients({method.name})"
     return method._replace(init=init, update=update, observe=observe, name=name)

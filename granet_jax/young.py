@@ -1,0 +1,179 @@
+"""What newly grown weights need of an optimizer: transformations to stand inside ``sparsify``."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from granet_jax import trees
+from granet_jax.transform import is_trained
+from granet_jax.types import PyTree
+
+OLD = 2**16 - 1  # the age of weights that were there from the start, and of any that reach it
+
+
+class YoungState(NamedTuple):
+    """State of :func:`correct_young`."""
+
+    young_step: jax.Array  # int32, updates done
+    age: PyTree  # uint16, steps in which a weight has been live since it grew; OLD = from the start
+
+
+def correct_young(
+    b1: float = 0.9, b2: float = 0.999, ramp: int = 100
+) -> optax.GradientTransformationExtraArgs:
+    """Gives regrown weights the steps of an optimizer that has just begun with them.
+
+    Adam divides its moments by ``1 - b^t``, where t counts all steps. A weight that grew late
+    starts with moments of 0 but with a large t, so its first step is ``(1 - b1) / sqrt(1 - b2)``,
+    3.2 times the learning rate, instead of once. With a, the number of steps since a weight grew,
+    its update is multiplied by ::
+
+        min(a / ramp, 1) * (1 - b1^t) / (1 - b1^a) * sqrt((1 - b2^a) / (1 - b2^t))
+
+    which is what Adam restarted for this weight alone would do (up to epsilon), times a ramp.
+    Weights that were there from the start are left alone.
+
+    To be chained after the part that divides by moments, and before weight decay, inside
+    :func:`granet_jax.sparsify` (or ``compact.sparsify``), which tells it what is kept::
+
+        sparsify(
+            optax.chain(
+                optax.scale_by_adam(), correct_young(), optax.scale_by_learning_rate(1e-3)
+            ),
+            method,
+        )
+
+    After a whole ``optax.adamw`` it scales the decay of young weights as well, for 100 steps.
+
+    Source: SMET (arXiv 2606.00888), where moments are corrected by a weight's own age; as a factor
+    of the finished update it serves any optimizer with these two decays.
+
+    Args:
+      b1: decay of the first moment of the optimizer before it; 0 = it has none (RMSprop).
+      b2: decay of the second moment; 0 = it has none, and all that is left is the ramp (Lion).
+      ramp: steps in which updates of a regrown weight rise to full size; 1 = no ramp.
+
+    Returns:
+      A transformation with two bytes of state for each weight.
+
+    Raises:
+      ValueError: a decay outside [0, 1), or ``ramp < 1``; in ``update``, where no ``keep`` is told,
+        for it stands outside of ``sparsify``.
+
+    Differs from the paper's code in that: the ramp does not feed back into the moments; the first
+    step of a weight has age 1, not 2; dense parameters have no ramp.
+
+    Example: a weight that grew at step 999 takes its first step at 1000.
+      >>> import jax.numpy as jnp
+      >>> tx = correct_young(ramp=1)
+      >>> params = {"kernel": jnp.zeros(2)}
+      >>> state = tx.init(params)
+      >>> state = state._replace(young_step=jnp.int32(998))
+      >>> keep = {"kernel": jnp.array([True, False])}
+      >>> _, state = tx.update(params, state, params, keep=keep)
+      >>> keep = {"kernel": jnp.array([True, True])}
+      >>> updates, _ = tx.update({"kernel": jnp.ones(2)}, state, params, keep=keep)
+      >>> [round(float(x), 4) for x in updates["kernel"]]  # 1 / 2.515
+      [1.0, 0.3977]
+    """
+    if not (0.0 <= b1 < 1.0 and 0.0 <= b2 < 1.0):
+        raise ValueError(f"b1 and b2 must be in [0, 1), as those of the optimizer; got {b1}, {b2}.")
+    if ramp < 1:
+        raise ValueError(f"ramp is a number of steps, at least 1 (no ramp); got {ramp}.")
+
+    def init(params: PyTree) -> YoungState:
+        age = jax.tree.map(lambda p: jnp.full_like(p, OLD, dtype=jnp.uint16), params)
+        return YoungState(jnp.zeros([], jnp.int32), age)
+
+    def update(
+        updates: PyTree, state: YoungState, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, YoungState]:
+        if "keep" not in extra_args:
+            raise ValueError(
+                "correct_young is told by granet_jax.sparsify which weights are kept: put it "
+                "inside, sparsify(optax.chain(..., correct_young()), method)."
+            )
+        t = optax.safe_increment(state.young_step)
+        age = jax.tree.map(_older, state.age, extra_args["keep"])
+
+        def scaled(u: jax.Array, age: jax.Array) -> jax.Array:
+            return (u * _factor(age, t, b1, b2, ramp)).astype(u.dtype) if is_trained(u) else u
+
+        return jax.tree.map(scaled, updates, age), YoungState(t, age)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _older(age: jax.Array, keep: jax.Array) -> jax.Array:
+    return jnp.where(keep, age + (age < OLD), 0).astype(jnp.uint16)
+
+
+def _factor(age: jax.Array, t: jax.Array, b1: float, b2: float, ramp: int) -> jax.Array:
+    a = jnp.clip(age.astype(jnp.int32), 1, t).astype(jnp.float32)
+
+    def gone(decay: float, steps: jax.Array) -> jax.Array:
+        """``1 - decay^steps``, exact where it is small."""
+        return -jnp.expm1(steps * jnp.log(decay)) if decay else jnp.ones_like(steps)
+
+    now = t.astype(jnp.float32)
+    factor = gone(b1, now) / gone(b1, a) * jnp.sqrt(gone(b2, a) / gone(b2, now))
+    factor *= jnp.minimum(a / ramp, 1.0)
+    return jnp.where(age.astype(jnp.int32) >= t, 1.0, factor)
+
+
+def scale_by_density(
+    exponent: float = 1.0, prunable: trees.Rules = ()
+) -> optax.GradientTransformationExtraArgs:
+    """Divides the updates of each prunable layer by ``density^exponent``.
+
+    Sparse layers sum over fewer inputs, so that a step moves their outputs less: SμPar divides
+    Adam's learning rate of hidden matrices by ``width * density``. The density is that of the
+    weights kept in this step, of each layer of a stack for itself.
+
+    Source: Dey et al. 2024, "Sparse maximal update parameterization" (arXiv 2405.15743), exponent
+    1; the part of the width is left to the learning rate. Others take the root, ``exponent=0.5``.
+
+    Args:
+      exponent: of the density; 0 = no change.
+      prunable: path rules, see :func:`granet_jax.trees.describe`.
+
+    Raises:
+      ValueError: in ``update``, without parameters, or where no ``keep`` is told, for it stands
+        outside of ``sparsify``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tx = scale_by_density()
+      >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+      >>> keep = {"kernel": jnp.array([[True, False]] * 2), "bias": jnp.array([True] * 2)}
+      >>> updates, _ = tx.update(params, tx.init(params), params, keep=keep)
+      >>> updates["kernel"].tolist(), updates["bias"].tolist()
+      ([[2.0, 2.0], [2.0, 2.0]], [1.0, 1.0])
+    """
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        if params is None or "keep" not in extra_args:
+            raise ValueError(
+                "scale_by_density is told by granet_jax.sparsify which weights are kept: put it "
+                "inside, sparsify(optax.chain(..., scale_by_density()), method)."
+            )
+        leaves = trees.describe(params, prunable)
+        keep = trees.split(extra_args["keep"], leaves)
+        scaled = [
+            (u * _power(k, exponent).astype(u.dtype))
+            for u, k in zip(trees.split(updates, leaves), keep, strict=True)
+        ]
+        return trees.join(scaled, updates, leaves), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _power(keep: jax.Array, exponent: float) -> jax.Array:
+    """``density^-exponent`` of each layer of a stack, to be multiplied with it; 1 of empty ones."""
+    axes = tuple(range(1, keep.ndim))
+    density = jnp.mean(keep, axis=axes, keepdims=True, dtype=jnp.float32)
+    return jnp.where(density > 0, density, 1.0) ** -exponent

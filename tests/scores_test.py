@@ -1,0 +1,135 @@
+"""Scores that look at more than weights and gradients: by hand, and through sparsify."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import granet_jax as gj
+from tests import tables
+
+PARAMS = {"kernel": jnp.array([[4.0, -2.0], [0.0, 6.0], [1.0, 0.0]])}
+
+
+def score_of(score, **event):
+    return np.asarray(score(gj.Event(PARAMS, **event))["kernel"])
+
+
+def test_relative_importance_by_hand():
+    """Sums of outputs are 5 and 8, of inputs 6, 6 and 1."""
+    expected = [[4 / 5 + 4 / 6, 2 / 8 + 2 / 6], [0, 6 / 8 + 6 / 6], [1 / 5 + 1 / 1, 0]]
+    np.testing.assert_allclose(score_of(gj.scores.relative_importance()), expected, rtol=1e-4)
+    stack = {"kernel": jnp.stack([PARAMS["kernel"], 9 * PARAMS["kernel"]])}
+    rules = (("kernel", gj.Stacked(1)),)
+    stacked = gj.scores.relative_importance(rules)(gj.Event(stack))["kernel"]
+    np.testing.assert_allclose(stacked, [expected] * 2, rtol=1e-4)
+
+
+def test_scores_from_the_moments_of_the_optimizer():
+    """Two steps of Adam by hand; live weights of small moments go first."""
+    grads = {"kernel": jnp.array([[0.5, 0.1], [0.0, -1.0], [0.2, 0.3]])}
+    state = optax.adam(1e-3).init(PARAMS)
+    for _ in range(2):
+        _, state = optax.adam(1e-3).update(grads, state, PARAMS)
+    g = np.asarray(grads["kernel"])
+    np.testing.assert_allclose(
+        score_of(gj.scores.momentum, inner=state), np.abs(0.19 * g), rtol=1e-5
+    )
+    nu = 0.001 * (1 + 0.999) * g**2
+    fisher = np.asarray(PARAMS["kernel"]) ** 2 * nu
+    np.testing.assert_allclose(score_of(gj.scores.adam_fisher, inner=state), fisher, rtol=1e-5)
+    trace = optax.sgd(0.1, momentum=0.9).init(PARAMS)
+    assert not score_of(gj.scores.momentum, inner=trace).any()
+    for inner in (optax.sgd(0.1).init(PARAMS), (state, state)):
+        with pytest.raises(ValueError, match="needs one nu in the optimizer's state, found"):
+            score_of(gj.scores.adam_fisher, inner=inner)
+
+
+def test_a_method_that_drops_by_the_moments_of_adam():
+    """What sparsify hands over is the state before the step, on slots as on dense weights."""
+    params = {"kernel": jax.random.normal(tables.KEY, (8, 6))}
+    method = gj.set_(
+        sparsity=0.5,
+        update_every=2,
+        total_steps=20,
+        drop=gj.scores.adam_fisher,
+        key=tables.KEY,
+    )
+    dense = gj.sparsify(optax.adam(0.1), method)
+    slots = gj.compact.sparsify(optax.adam(0.1), method)
+    state, other = dense.init(params), slots.init(params)
+    values = gj.compact.to_slots(params, gj.compact.get_layouts(other))
+    params = gj.apply_masks(params, gj.get_masks(state))
+    for t in range(1, 9):
+        grads = {"kernel": jax.random.normal(jax.random.fold_in(tables.KEY, t), (8, 6))}
+        before = gj.get_masks(state)["kernel"]
+        updates, state = dense.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        of_slots = gj.compact.to_slots(grads, gj.compact.get_layouts(other))
+        updates, other = slots.update(of_slots, other, values, dense_grads=lambda g=grads: g)
+        values = optax.apply_updates(values, updates)
+        layouts = gj.compact.get_layouts(other)
+        after = gj.get_masks(state)["kernel"]
+        np.testing.assert_array_equal(gj.compact.masks(values, layouts)["kernel"], after)
+        assert (t % 2 == 0) == bool((before != after).any())
+
+
+def test_draws_by_a_score_have_its_odds():
+    """Of weights 1 and 3 at T = 2 the first is drawn one time in ten; zeros come last."""
+    params = {"kernel": jnp.tile(jnp.array([1.0, 3.0, 0.0]), (4000, 1))}
+    score = gj.scores.sampled(gj.scores.magnitude, lambda step: 2.0)
+    drawn = np.asarray(score(gj.Event(params, key=tables.KEY))["kernel"])
+    first = (drawn[:, 0] > drawn[:, 1]).mean()
+    np.testing.assert_allclose(first, 0.1, atol=0.02)
+    assert np.all(np.isneginf(drawn[:, 2]))
+    with pytest.raises(ValueError, match="Random scores need a key"):
+        score(gj.Event(params))
+
+
+def test_growth_sees_the_masks_after_the_drop():
+    seen = []
+
+    def grow(event):
+        seen.append(event.masks["kernel"])
+        return jax.tree.map(lambda m: m.astype(jnp.float32) * 0.0, event.masks)
+
+    step = gj.regenerate(lambda step: 0.5, grow=grow)
+    masks = {"kernel": jnp.array([[True, True], [True, True], [False, False]])}
+    with jax.disable_jit():
+        new, _ = step(masks, masks, gj.Event(PARAMS, PARAMS))
+    assert np.asarray(seen[-1]).tolist() == [[True, False], [False, True], [False, False]]
+    assert int(new["kernel"].sum()) == 4
+
+
+def test_a_method_of_ten_lines_that_looks_at_all_there_is():
+    """Step, moments, and the norms of activations that the training loop passes by name."""
+
+    def grow(event):
+        decay = 1.0 / (1.0 + event.step)
+        return jax.tree.map(
+            lambda g, m: decay * jnp.abs(g) * event.extra["norms"][:, None] + jnp.abs(m),
+            event.grads,
+            event.inner[0].mu,
+        )
+
+    method = gj.compose(
+        gj.start_from(None, 0.5, gj.uniform, (), tables.KEY),
+        gj.regenerate(lambda step: 0.34, drop=gj.scores.adam_fisher, grow=grow),
+        is_update_step=gj.every(2),
+        key=tables.KEY,
+    )
+    tx = gj.sparsify(optax.adam(0.1), method)
+    params = {"kernel": jnp.ones((3, 4))}
+    state = tx.init(params)
+    params = gj.apply_masks(params, gj.get_masks(state))
+    norms = jnp.array([0.0, 0.0, 9.0])  # nothing comes but from the third input
+    start = np.asarray(gj.get_masks(state)["kernel"])
+    grads = {"kernel": jnp.ones((3, 4))}
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(grads, state, params, norms=norms)
+        params = optax.apply_updates(params, updates)
+    grown = np.asarray(gj.get_masks(state)["kernel"]) & ~start
+    assert int(gj.get_masks(state)["kernel"].sum()) == 6
+    assert not start[2].all()
+    assert grown[2].any()
