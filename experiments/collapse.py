@@ -82,7 +82,7 @@ def _ranked(network: Network, scores: Any) -> Pruner:
 
 
 def _random(network: Network) -> Pruner:
-    return _ranked(network, gj.scores.random(network.params, None, network.key))
+    return _ranked(network, gj.scores.random(gj.Event(network.params, key=network.key)))
 
 
 def _magnitude(network: Network) -> Pruner:

@@ -139,7 +139,7 @@ def test_wrong_flags_end_in_one_line(program, given, message):
         ("train", ["--epochs=1", "--update_every=99"], "Lower update_every"),
         ("train", ["--learning_rate=1e9", "--out_dir={}"], "error: the loss is "),
         ("train", ["--young_ramp=10"], "--young_ramp is for --optimizer=adamw"),
-        ("train", ["--method=rigl_fisher", "--out_dir={}"], "needs one nu in the optimizer's state"),
+        ("train", ["--method=rigl_fisher", "--out_dir={}"], "needs one nu in"),
         ("train", ["--out_dir=/dev/null/x"], "error: "),
         ("compare", ["--sparsity=0.99999"], "error: erk cannot meet sparsity 0.99999"),
     ],
