@@ -244,6 +244,8 @@ def test_regeneration_fractions_are_those_of_the_methods():
             (0.1, 0.1 + 0.9 / 3 / 11, True),
         ),
         ("ac_dc", {}, None),
+        ("ste", {}, None),
+        ("sr_ste", {"structure": "2:4", "sparsity": 0.5}, None),
         ("gmp", {"dense_layers": ("fc3",)}, None),
         ("dst", {"penalty": 0.1, "init": "uniform", "normalise": False}, None),
         ("str", {"penalty": 0.05}, None),

@@ -139,6 +139,7 @@ class Entry(NamedTuple):
     dense_gradients: Callable[[int], float] = lambda update_every: 0.0  # share of steps with them
     at_init: Callable[[AtInit], Any] | None = None  # gives the masks of the start
     needs_apply: bool = False  # at_init looks at AtInit.apply
+    has_penalty: bool = False  # a coefficient steers the sparsity
     grows_dense: bool = False  # again and again: live weights alone would not fit
 
 
@@ -256,6 +257,19 @@ def _magnitude_at_init(start: AtInit) -> Any:
     return gj.at_init.magnitude(start.params, sparsity=start.sparsity, prunable=start.prunable)
 
 
+def _ste(plan: Plan) -> gj.reparam.Reparameterisation:
+    return gj.reparam.ste(
+        sparsity=plan.sparsity,
+        end_step=plan.prune_end_step,
+        scope=plan.start,
+        prunable=plan.prunable,
+    )
+
+
+def _sr_ste(plan: Plan) -> gj.reparam.Reparameterisation:
+    return gj.reparam.sr_ste(sparsity=plan.sparsity, scope=plan.start, prunable=plan.prunable)
+
+
 def _str(plan: Plan) -> gj.reparam.Reparameterisation:
     return gj.reparam.str_(initial=plan.initial_threshold, prunable=plan.prunable)
 
@@ -290,6 +304,8 @@ METHODS: dict[str, Entry] = {
     "granet": _granet(0.0, gj.global_ranking),
     "granet_st": _granet(0.5, gj.global_ranking),
     "granet_uniform": _granet(0.0, gj.uniform),
-    "dst": Entry(lambda plan: gj.reparam.dst(prunable=plan.prunable)),
-    "str": Entry(_str),
+    "ste": Entry(_ste, dense_gradients=lambda update_every: 1.0),
+    "sr_ste": Entry(_sr_ste, dense_gradients=lambda update_every: 1.0),
+    "dst": Entry(lambda plan: gj.reparam.dst(prunable=plan.prunable), has_penalty=True),
+    "str": Entry(_str, has_penalty=True),
 }

@@ -106,8 +106,8 @@ def inner(
 
 def coefficient(config: Settings, length: Length) -> float | gj.reparam.Controller:
     """Of the penalty of dst and str."""
-    if config.penalty >= 0:
-        return config.penalty
+    if config.penalty >= 0 or not methods.METHODS[config.method].has_penalty:
+        return max(config.penalty, 0.0)
     return gj.reparam.steer(config.sparsity, round(config.prune_until * length.steps))
 
 

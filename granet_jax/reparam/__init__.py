@@ -1,4 +1,4 @@
-"""Reparameterisations: sparsity that is trained by gradients, with extra parameters.
+"""Reparameterisations: sparsity that follows from the weights in every step.
 
 A method is a :class:`Reparameterisation`, a tuple of pure functions; the network uses
 ``method.effective(params, extra)``, and :func:`penalise` makes an optimizer train the pair::
@@ -26,4 +26,6 @@ from granet_jax.reparam.penalise import at_bound as at_bound
 from granet_jax.reparam.penalise import penalise as penalise
 from granet_jax.reparam.penalise import shortfall as shortfall
 from granet_jax.reparam.penalise import steer as steer
+from granet_jax.reparam.ste import sr_ste as sr_ste
+from granet_jax.reparam.ste import ste as ste
 from granet_jax.reparam.str_ import str_ as str_

@@ -14,8 +14,8 @@ from granet_jax.types import PyTree
 class Reparameterisation(NamedTuple):
     """Weights as a function of trained parameters and of extra ones: pure functions.
 
-    The network uses ``effective(params, extra)``. Which weights are left out follows from values
-    that are trained by gradients, in every step; there are no events.
+    The network uses ``effective(params, extra)``. Which weights are left out follows from values in
+    every step; there are no events.
 
     Attributes:
       init: ``params -> extra``, a pytree of float arrays to train beside ``params``. Accepts
@@ -26,6 +26,8 @@ class Reparameterisation(NamedTuple):
         :func:`export` keeps.
       penalty: ``extra -> float32`` scalar, the regulariser without its coefficient.
       reset: ``(params, extra) -> extra``, to be called after every step, outside the gradient.
+      advance: ``extra -> extra``, where ``extra`` is counted and not trained: what it is after a
+        step, whatever the optimizer made of it; None = it is trained, and reset.
       prunable: the path rules that it was made with, for counts and reports.
     """
 
@@ -35,6 +37,7 @@ class Reparameterisation(NamedTuple):
     penalty: Callable[[PyTree], jax.Array]
     reset: Callable[[PyTree, PyTree], PyTree]
     prunable: trees.Rules = ()
+    advance: Callable[[PyTree], PyTree] | None = None
 
 
 def export(method: Reparameterisation, params: PyTree, extra: PyTree) -> tuple[PyTree, PyTree]:

@@ -131,12 +131,15 @@ def penalise(
             _like(grads, task_grads, extra_grads), state.inner, params, **extra_args
         )
         new_weights, new_extra = optax.apply_updates(params, updates)
+        left = method.reset(new_weights, new_extra)
+        if method.advance is not None:
+            left = method.advance(extra)
         extra_updates = jax.tree.map(
             lambda u, old, new, reset: jnp.where(reset == new, u, reset - old),
             updates[1],
             extra,
             new_extra,
-            method.reset(new_weights, new_extra),
+            left,
         )
         updates = _like(updates, updates[0], extra_updates)
         return updates, PenaltyState(step, coefficient, sparsity, inner_state)

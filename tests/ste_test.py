@@ -1,0 +1,106 @@
+"""Straight-through training: masks of this step's weights, gradients to all of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import granet_jax as gj
+from tests import tables
+
+RULES = [("", gj.structures.n_of_m(4))]
+
+
+def params_of(*shape):
+    return {"kernel": jax.random.normal(tables.KEY, shape), "bias": jnp.ones(shape[-1])}
+
+
+@pytest.mark.parametrize("decay", [0.0, 2e-4])
+def test_gradients_are_those_of_the_forward_pass_and_the_decay_bit_for_bit(decay):
+    """g + decay (1 - m) w."""
+    method = gj.reparam.sr_ste(sparsity=0.5, decay=decay, prunable=RULES)
+    params = params_of(8, 6)
+    extra, x = method.init(params), jax.random.normal(jax.random.key(1), (5, 8))
+
+    def loss(params):
+        return jnp.sum(jnp.sin(x @ params["kernel"] + params["bias"][None]))
+
+    mask = method.masks(params, extra)["kernel"]
+    groups = np.asarray(mask).reshape(2, 4, 6).sum(1)
+    np.testing.assert_array_equal(groups, 2)
+    inside = jax.jit(jax.grad(loss))(gj.apply_masks(params, method.masks(params, extra)))
+    found = jax.jit(jax.grad(lambda p: loss(method.effective(p, extra))))(params)
+    wanted = jax.jit(lambda g, w: g + decay * jnp.where(mask, 0.0, w))(
+        inside["kernel"], params["kernel"]
+    )
+    np.testing.assert_array_equal(found["kernel"], wanted)
+    np.testing.assert_array_equal(found["bias"], inside["bias"])
+
+
+@pytest.mark.parametrize(
+    "inner", [optax.sgd(0.1, momentum=0.9), optax.adamw(0.2, weight_decay=0.5)]
+)
+@pytest.mark.parametrize("scope", [gj.uniform, gj.global_ranking])
+def test_masks_are_the_largest_weights_of_each_step(inner, scope):
+    """Stored weights are dense, the step counts itself whatever the optimizer does to it."""
+    method = gj.reparam.ste(sparsity=0.8, end_step=6, scope=scope)
+    tx = gj.reparam.penalise(inner, method, 0.0)
+    params = {"a": jax.random.normal(tables.KEY, (10, 5)), "b": 3 * jnp.ones((5, 10))}
+    params["b"] += jax.random.normal(tables.KEY, (5, 10))
+    pair = (params, method.init(params))
+    state = tx.init(pair)
+    step = jax.jit(lambda grads, state, pair: tx.update(grads, state, pair))
+    came_back = False
+    before = gj.ones(params)
+    for t in range(1, 13):
+        sparsity = 0.8 * (1 - (1 - min(t, 6) / 6) ** 3)
+        masks = method.masks(*pair)
+        sizes = {k: np.abs(np.asarray(w)) for k, w in pair[0].items()}
+        if scope is gj.uniform:
+            for k, size in sizes.items():
+                num = round(50 - (50 - 10) * (1 - (1 - min(t, 6) / 6) ** 3))
+                assert abs(int(masks[k].sum()) - num) <= 1, (t, k)
+                assert size[np.asarray(masks[k])].min() >= size[~np.asarray(masks[k])].max(
+                    initial=0
+                )
+        total = sum(int(m.sum()) for m in masks.values())
+        assert abs(total - 100 * (1 - sparsity)) <= 2
+        came_back |= any(bool((masks[k] & ~before[k]).any()) for k in masks)
+        before = masks
+        grads = jax.tree.map(
+            lambda p, t=t: jax.random.normal(jax.random.fold_in(tables.KEY, t), p.shape), pair
+        )
+        grads = (grads[0], jax.tree.map(jnp.zeros_like, pair[1]))
+        updates, state = step(grads, state, pair)
+        pair = optax.apply_updates(pair, updates)
+        assert float(pair[1]["step"]) == t
+    assert total == 20
+    assert came_back
+    assert all(bool((w != 0).all()) for w in pair[0].values())
+    np.testing.assert_allclose(float(state.sparsity), 0.8, atol=1e-6)
+    exported, masks = gj.reparam.export(method, *pair)
+    for k, w in exported.items():
+        np.testing.assert_array_equal(w, np.where(masks[k], pair[0][k], 0.0))
+
+
+def test_layers_of_a_stack_are_layers():
+    rules = [("stack", gj.Stacked(1, gj.structures.n_of_m(4)))]
+    method = gj.reparam.sr_ste(sparsity=0.5, prunable=rules)
+    params = {"stack": jax.random.normal(tables.KEY, (3, 8, 4))}
+    mask = np.asarray(method.masks(params, method.init(params))["stack"])
+    np.testing.assert_array_equal(mask.reshape(3, 2, 4, 4).sum(2), 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sparsity": 98}, r"must be in \[0, 1\)"),
+        ({"sparsity": 0.5, "end_step": 0}, "end_step"),
+        ({"sparsity": 0.5, "decay": -1.0}, "decay must be >= 0"),
+        ({"sparsity": 0.7, "prunable": RULES}, "sparsity"),
+    ],
+)
+def test_what_cannot_be_is_told(given, message):
+    with pytest.raises(ValueError, match=message):
+        gj.reparam.ste(**given).init(params_of(8, 6))
