@@ -6,6 +6,7 @@ parameters, in any optax optimizer, without a list of optimizers.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,21 @@ import optax
 
 from granet_jax import jaxprs, trees
 from granet_jax.types import PyTree
+
+
+def told_keep(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The optimizer with ``keep=`` among its extra arguments, passed on where it takes any such.
+
+    Optax asks transformations with extra arguments to take those they do not know; SAM does not.
+    """
+    inner = optax.with_extra_args_support(inner)
+    named = inspect.signature(inner.update).parameters.values()
+    takes = any(x.name == "keep" or x.kind is inspect.Parameter.VAR_KEYWORD for x in named)
+
+    def update(grads: PyTree, state: Any, params: PyTree, *, keep: PyTree, **extra: Any) -> Any:
+        return inner.update(grads, state, params, **extra, **({"keep": keep} if takes else {}))
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def reset(state: Any, initial: Any, mirrored: dict[Any, Any], keep: PyTree) -> Any:

@@ -91,7 +91,7 @@ def sparsify(
             f"sparsify needs a Method, got {type(method).__name__}. "
             "Call the method first: sparsify(inner, granet_jax.granet(...))."
         )
-    inner = optax.with_extra_args_support(inner)
+    inner = moments.told_keep(inner)
 
     def init(params: PyTree) -> SparseState:
         check_params(params)

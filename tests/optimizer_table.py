@@ -226,7 +226,7 @@ def method():
 
         return (jax.tree.map(half, params),)
 
-    def step_on(state, params, grads, step):
+    def step_on(state, event):
         masks = jax.tree.map(lambda m: jnp.roll(m, 1, axis=-1), state[0])
         return (masks,), jax.tree.map(jnp.logical_and, masks, state[0])
 

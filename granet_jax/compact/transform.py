@@ -109,7 +109,7 @@ def sparsify(
       {'bias': (4,), 'kernel': (4,)}
     """
     masked.sparsify(inner, method)  # raises where one is something else
-    inner = optax.with_extra_args_support(inner)
+    inner = moments.told_keep(inner)
 
     def init(params: PyTree) -> CompactState:
         masked.check_params(params)
