@@ -271,7 +271,7 @@ def test_observe_sees_every_gradient():
     base = method()
     average = base._replace(
         init=lambda p: (base.init(p).masks, jax.tree.map(jnp.zeros_like, p)),
-        update=lambda s, p, g, t: (s, s[0]),
+        update=lambda s, event: (s, s[0]),
         observe=lambda s, g: (s[0], jax.tree.map(lambda a, b: 0.9 * a + b, s[1], g)),
     )
     tx = gj.sparsify(optax.sgd(0.1), average)

@@ -242,7 +242,9 @@ def step(
 
 
 def forward_ratio(setup: Setup, params: Any, opt_state: Any) -> jax.Array:
-    """Forward FLOPs under the masks over those of the dense network."""
+    """Forward FLOPs under the masks over those of the dense network; NaN where there are none."""
+    if not any(cost.macs for cost in setup.costs.leaves):
+        return jnp.float32(jnp.nan)
     masks = setup.family.masks(params, opt_state)
     densities = gj.metrics.densities(masks, setup.abstract_params, setup.rules)
     return jnp.asarray(gj.flops.ratio(setup.costs, densities), jnp.float32)
