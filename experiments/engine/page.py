@@ -295,7 +295,7 @@ def _ratio(values: Iterable[float]) -> str:
 
 def mean_and_std(values: Sequence[float], form: str = "5.2f") -> str:
     """Of seeds, for a table: 97.50 ± 0.25, or the value of a single one."""
-    std = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+    std = f" ± {np.std(values, ddof=1):{form[form.index('.') :]}}" if len(values) > 1 else ""
     return f"{np.mean(values):{form}}{std}"
 
 
