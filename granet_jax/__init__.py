@@ -15,8 +15,8 @@ selection -> masks -> updates``. Modules import only from those before them::
     structures     N:M, blocks, channels, constant fan-in: how weights are grouped for selection
     masks          prune_to, regenerate
     composition    compose: a start and mask steps make a method
-    methods        granet, gmp, rigl, set_, snfs, rigl_itop, set_itop, ac_dc, static, magnitude;
-                   at_init (SNIP, GraSP, SynFlow) and lottery, which give masks
+    methods        granet, gmp, rigl, set_, snfs, rigl_itop, set_itop, ac_dc, chts, static,
+                   magnitude; at_init (SNIP, GraSP, SynFlow) and lottery, which give masks
     moments        what an optimizer's state holds of each parameter
     transform      sparsify: a method around any optax optimizer
     young          what newly grown weights need of an optimizer
@@ -64,6 +64,7 @@ from granet_jax.methods import ac_dc as ac_dc
 from granet_jax.methods import at_init as at_init
 from granet_jax.methods import average_gradients as average_gradients
 from granet_jax.methods import by_mean_score as by_mean_score
+from granet_jax.methods import chts as chts
 from granet_jax.methods import gmp as gmp
 from granet_jax.methods import granet as granet
 from granet_jax.methods import lottery as lottery

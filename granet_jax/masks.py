@@ -206,7 +206,9 @@ def regenerate(
         parts = _by_sign(live, event.params, layout, leaves) if by_sign else [live]
         num_live = [blocks.count(part, layout) for part in parts]
         num_dropped = [ceil_of_share(fraction(event.step), num) for num in num_live]
-        drop_scores = _scores(drop, event, leaves, lambda: masks)
+        # Growth has the event's own key, and the drop another, where both of them draw.
+        seen = event._replace(key=None if event.key is None else jax.random.fold_in(event.key, 1))
+        drop_scores = _scores(drop, seen, leaves, lambda: masks)
         kept = [
             selection.top_k_of(drop_scores, num - dropped, layout, part)
             for part, num, dropped in zip(parts, num_live, num_dropped, strict=True)

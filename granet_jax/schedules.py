@@ -1,10 +1,11 @@
-"""When masks change, and by how much: thin names over optax schedules.
+"""When masks change, and by how much.
 
 A schedule maps a step (an int or a scalar of ints, the first update is 1) to a float32 scalar, with
 ``jax_enable_x64``, too: so that counts are the same with and without it. The numbers of steps that
 schedules are made from are Python ints; sparsities and fractions may be traced.
 """
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -30,11 +31,7 @@ def cubic(initial: Any, final: Any, begin_step: int, end_step: int) -> optax.Sch
       >>> [round(float(sparsity(t)), 4) for t in (0, 5, 10, 99)]
       [0.0, 0.7875, 0.9, 0.9]
     """
-    check_steps(begin_step=begin_step, end_step=end_step)
-    if end_step <= begin_step:
-        raise ValueError(
-            f"end_step must come after begin_step; got {begin_step=}, {end_step=} (in updates)."
-        )
+    _check_order(begin_step, end_step)
     unit = optax.polynomial_schedule(
         _number(initial), _number(final), power=3, transition_steps=end_step - begin_step
     )
@@ -63,6 +60,67 @@ def cosine(initial: Any, final: Any, end_step: int) -> optax.Schedule:
     unit = optax.cosine_decay_schedule(1.0, end_step)
     initial, final = _number(initial), _number(final)
     return lambda step: final + (initial - final) * unit(_elapsed(step, 0, end_step))
+
+
+def sigmoid(initial: Any, final: Any, begin_step: int, end_step: int) -> optax.Schedule:
+    """A logistic curve from ``initial`` to ``final``, slow at both ends, flat outside.
+
+    ``initial + (final - initial) * (1 + tanh(3 (2u - 1)) / tanh(3)) / 2`` with u = (t - begin) /
+    (end - begin): the sigmoid of slope 6, stretched to meet both ends.
+
+    Source: Zhang et al. 2025 (CHTss), the sigmoid gradual density decay.
+
+    Raises:
+      ValueError: ``end_step <= begin_step``.
+
+    Example:
+      >>> sparsity = sigmoid(0.5, 0.9, begin_step=0, end_step=10)
+      >>> [round(float(sparsity(t)), 4) for t in (0, 2, 5, 8, 10, 99)]
+      [0.5, 0.5097, 0.7, 0.8903, 0.9, 0.9]
+    """
+    _check_order(begin_step, end_step)
+    initial, final = _number(initial), _number(final)
+
+    def schedule(step: Any) -> jax.Array:
+        u = _elapsed(step, begin_step, end_step) / (end_step - begin_step)
+        share = (1 + jnp.tanh(3 * (2 * u - 1)) / math.tanh(3)) / 2
+        share = jnp.where(u <= 0, 0.0, jnp.where(u >= 1, 1.0, share))  # exactly
+        return initial + (final - initial) * share
+
+    return schedule
+
+
+def stairs(num_stairs: int) -> Callable[[Any, Any, int, int], optax.Schedule]:
+    """A curve ``(initial, final, begin_step, end_step) -> schedule`` of as many equal stairs.
+
+    The first is taken at ``begin_step``, the last at ``end_step``.
+
+    Raises:
+      ValueError: ``num_stairs < 1``; in the curve, ``end_step <= begin_step``.
+
+    Example:
+      >>> leak = stairs(4)(1.0, 0.0, 10, 40)
+      >>> [float(leak(t)) for t in (9, 10, 19, 20, 30, 40, 99)]
+      [1.0, 0.75, 0.75, 0.5, 0.25, 0.0, 0.0]
+    """
+    check_steps(num_stairs=num_stairs)
+    if num_stairs < 1:
+        raise ValueError(f"There has to be a stair at least; got {num_stairs=}.")
+
+    def curve(initial: Any, final: Any, begin_step: int, end_step: int) -> optax.Schedule:
+        _check_order(begin_step, end_step)
+        first, last = _number(initial), _number(final)
+        length = end_step - begin_step
+
+        def schedule(step: Any) -> jax.Array:
+            elapsed = jnp.clip(step, begin_step, end_step) - begin_step
+            taken = elapsed * (num_stairs - 1) // length + (jnp.asarray(step) >= begin_step)
+            taken = jnp.where(jnp.asarray(step) >= end_step, num_stairs, taken)
+            return first + (last - first) * (taken.astype(jnp.float32) / num_stairs)
+
+        return schedule
+
+    return curve
 
 
 def every(
@@ -110,18 +168,19 @@ def gradual_num_keep(
     final_sparsity: Any,
     begin_step: int,
     end_step: int,
+    curve: Callable[[Any, Any, int, int], optax.Schedule] = cubic,
 ) -> NumKeep:
-    """How many weights to keep at a step, on the cubic from the initial to the final sparsity.
+    """How many weights to keep at a step, on a curve from the initial to the final sparsity.
 
-    The cubic runs on counts, ``final + round((initial - final) * cubic)``: at and after
-    ``end_step`` the count is the final integer itself, whatever float32 does on the way (there it
-    may differ by a weight in 10^7 from exact arithmetic).
+    The curve (``cubic``, ``sigmoid``, ``stairs(n)``) runs on counts, ``final + round((initial -
+    final) * curve)``: at and after ``end_step`` the count is the final integer itself, whatever
+    float32 does on the way (there it may differ by a weight in 10^7 from exact arithmetic).
 
     Returns:
       ``(shapes, step) -> counts`` (int32), a scalar or one a layer as ``distribution`` decides.
 
     Raises:
-      ValueError: as ``cubic`` and ``distribution``; or sparsity would fall.
+      ValueError: as ``curve`` and ``distribution``; or sparsity would fall.
 
     Example:
       >>> from granet_jax.distributions import global_ranking
@@ -136,7 +195,7 @@ def gradual_num_keep(
             f"Gradual pruning only removes weights: initial_sparsity {initial_sparsity} is above "
             f"final_sparsity {final_sparsity}."
         )
-    remaining = cubic(1.0, 0.0, begin_step, end_step)
+    remaining = curve(1.0, 0.0, begin_step, end_step)
 
     def num_keep(shapes: Shapes, step: jax.Array) -> Counts:
         initial = jnp.asarray(distribution(shapes, initial_sparsity), jnp.int32)
@@ -156,6 +215,14 @@ def check_end(update_every: int, end_step: int, total_steps: int) -> None:
             f"Pruning would stop short of its final sparsity: {end_step=}, but with "
             f"{update_every=} the last event within {total_steps=} is step {last_event}. "
             f"Use end_step <= {last_event}."
+        )
+
+
+def _check_order(begin_step: int, end_step: int) -> None:
+    check_steps(begin_step=begin_step, end_step=end_step)
+    if end_step <= begin_step:
+        raise ValueError(
+            f"end_step must come after begin_step; got {begin_step=}, {end_step=} (in updates)."
         )
 
 

@@ -12,7 +12,7 @@ Example:
   [[2.0, 1.0]]
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +129,120 @@ def adam_fisher(event: Event) -> PyTree:
         return p * p * nu
 
     return jax.tree.map(of_leaf, event.params, _moment(event, "nu"))
+
+
+def movement(event: Event) -> PyTree:
+    """``sum -w g`` over the steps so far: how much training has moved each weight away from 0.
+
+    It may be negative, so that a large weight that shrinks goes before a small one that grows. It
+    is kept by :func:`track_movement` in the optimizer's state; masked weights have 0 there, and
+    begin anew when they regrow.
+
+    Raises:
+      ValueError: ``track_movement()`` is not in the optimizer, or more than once.
+
+    Source: Sanh et al. 2020, "Movement pruning: adaptive sparsity by fine-tuning", section 4. There
+    scores are trained parameters of a straight-through mask, whose gradient this sum is; a constant
+    learning rate changes no order. Here it ranks live weights alone, so what is pruned does not
+    come back.
+    """
+    return _moment(event, "movement")
+
+
+class MovementState(NamedTuple):
+    """State of :func:`track_movement`."""
+
+    movement: PyTree  # float32 or wider, shapes of params
+
+
+def track_movement() -> optax.GradientTransformation:
+    """Adds up ``-w g`` in its state and leaves gradients as they are: first in the inner chain.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp, optax
+      >>> tx = gj.sparsify(
+      ...     optax.chain(gj.scores.track_movement(), optax.adam(1e-3)),
+      ...     gj.gmp(final_sparsity=0.9, end_step=9, update_every=3, score=gj.scores.movement),
+      ... )
+      >>> track = gj.scores.track_movement()
+      >>> params = {"kernel": jnp.array([[2.0, -1.0]])}
+      >>> grads = {"kernel": jnp.array([[0.5, 0.5]])}
+      >>> updates, state = track.update(grads, track.init(params), params)
+      >>> state.movement["kernel"].tolist()
+      [[-1.0, 0.5]]
+    """
+
+    def init(params: PyTree) -> MovementState:
+        return MovementState(
+            jax.tree.map(lambda p: jnp.zeros_like(p, jax.eval_shape(size, p).dtype), params)
+        )
+
+    def update(
+        updates: PyTree, state: MovementState, params: PyTree | None = None
+    ) -> tuple[PyTree, MovementState]:
+        if params is None:
+            raise ValueError(
+                "track_movement needs the parameters: tx.update(grads, state, params)."
+            )
+
+        def moved(total: jax.Array, p: jax.Array, g: jax.Array) -> jax.Array:
+            return total - jnp.real(jnp.conj(p) * g).astype(total.dtype)
+
+        return updates, MovementState(jax.tree.map(moved, state.movement, params, updates))
+
+    return optax.GradientTransformation(init, update)
+
+
+def cannistraci_hebb(prunable: Rules = ()) -> ScoreFn:
+    """CH3-L3: how many short paths the masks have between the ends of a missing link.
+
+    A path from output i to input v that lacks its link has three links: i shares inputs with
+    another output k, and k has v. It counts ``1 / max(e, 1)``, where e is the number of inputs that
+    i has and k has not: neurons that are wired alike count most. Paths through another input that
+    shares outputs with v are counted likewise, and both are added. Weights and data do not matter.
+    Links without such a path score below 0, drawn at random.
+
+    Source: Muscoloni et al. 2022 for CH3-L3; its node-based form for training: Zhang et al. 2024 and
+    2025 (CHT, CHTs), which grow the highest.
+
+    Differs from the papers' code in that: where all is 0, as in very sparse layers, growth is
+    random and not by index; kernels of convolutions are matrices with all axes but the last as
+    inputs.
+
+    Args:
+      prunable: the path rules of the method, for stack axes are no inputs.
+
+    Raises:
+      ValueError: when it scores, without a key.
+
+    Example: the first two inputs share an output, and the second lacks the other of the first.
+      >>> import jax, jax.numpy as jnp
+      >>> masks = {"w": jnp.array([[1, 1, 0], [0, 1, 0], [0, 0, 1]], bool)}
+      >>> event = Event({"w": jnp.zeros((3, 3))}, masks=masks, key=jax.random.key(0))
+      >>> scores = cannistraci_hebb()(event)["w"]
+      >>> float(scores[1, 0]), bool(scores[2, 0] < 0)
+      (2.0, True)
+    """
+
+    def paths(a: jax.Array) -> jax.Array:
+        """Through other rows; ``a`` is a matrix of 0 and 1."""
+        shared = jnp.matmul(a, a.T, precision="highest")
+        outside = jnp.sum(a, axis=1)[:, None] - shared
+        alike = jnp.where(shared > 0, 1 / jnp.maximum(outside, 1), 0.0)
+        return jnp.matmul(alike, a, precision="highest")
+
+    def of_layer(mask: jax.Array) -> jax.Array:
+        a = mask.reshape(-1, mask.shape[-1]).astype(jnp.float32)
+        return (paths(a) + paths(a.T).T).reshape(mask.shape)
+
+    def score(event: Event) -> PyTree:
+        leaves = trees.describe(event.params, prunable)
+        found = [jax.vmap(of_layer)(mask) for mask in trees.split(event.masks, leaves)]
+        draws = random(event)
+        counts = trees.join(found, draws, leaves)
+        return jax.tree.map(lambda n, draw: jnp.where(n > 0, n, draw - 1), counts, draws)
+
+    return score
 
 
 def sampled(score: ScoreFn, temperature: Any) -> ScoreFn:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import granet_jax as gj
@@ -203,3 +204,57 @@ def test_apply_masks_gives_plus_zero_even_for_nan():
     np.testing.assert_array_equal(
         np.asarray(out).view(np.uint32), np.float32([0, 0, 0, 2]).view(np.uint32)
     )
+
+
+def test_phases_of_ac_dc_by_hand():
+    """Four weights, half of them: dense to 1, sparse from 2, dense from 4, sparse from 6 on."""
+    method = gj.ac_dc(
+        sparsity=0.5, warmup_steps=2, phase_steps=2, last_dense_step=4, last_sparse_step=6
+    )
+    tx = gj.sparsify(optax.sgd(1.0, momentum=0.5), method)
+    params = {"kernel": jnp.array([[4.0, 1.0], [3.0, -2.0]])}
+    state = tx.init(params)
+    grads = {"kernel": jnp.array([[0.0, -1.0], [0.5, 0.0]])}
+    on, sparse = [[True, True], [True, True]], [[True, True], [False, False]]
+    wanted = {
+        1: ([[4.0, 2.0], [2.5, -2.0]], on),
+        2: ([[4.0, 3.5], [0.0, 0.0]], sparse),
+        3: ([[4.0, 5.25], [0.0, 0.0]], sparse),
+        4: ([[4.0, 7.125], [0.0, 0.0]], on),  # at 0, without moments
+        5: ([[4.0, 9.0625], [-0.5, 0.0]], on),
+        6: ([[4.0, 11.03125], [0.0, 0.0]], sparse),
+        7: ([[4.0, 13.015625], [0.0, 0.0]], sparse),
+    }
+    for step, (kernel, mask) in wanted.items():
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        assert params["kernel"].tolist() == kernel, step
+        assert gj.get_masks(state)["kernel"].tolist() == mask, step
+
+
+def test_chts_drops_by_importance_and_grows_where_paths_lead():
+    """At a temperature at which nothing is left to chance."""
+    method = gj.chts(
+        sparsity=0.5,
+        update_every=1,
+        total_steps=4,
+        temperature=1e6,
+        fraction=0.25,
+        key=jax.random.key(0),
+        masks={"kernel": jnp.array([[1, 1, 0, 0], [0, 1, 1, 0], [1, 0, 0, 1], [0, 0, 1, 1]], bool)},
+    )
+    params = {"kernel": jnp.array([[4.0, 1, 0, 0], [0, 4, 4, 0], [1.0, 0, 0, 4], [0, 0, 4, 4]])}
+    state = method.init(params)
+    event = gj.Event(params, masks=state.masks, step=jnp.int32(1))
+    new, keep = method.update(state, event)
+    # The two ones matter least, 1/5 + 1/5. Without them row 0 has one link and row 2 one, and
+    # a path of three links leads from row 1 by column 1 to column 0, and from row 3 likewise, so
+    # that what is grown is as good as the best among the missing.
+    left = np.asarray(state.masks["kernel"]) & (np.asarray(params["kernel"]) != 1)
+    np.testing.assert_array_equal(keep["kernel"] & left, left)
+    seen = event._replace(masks={"kernel": jnp.asarray(left)}, key=jax.random.key(1))
+    scores = np.asarray(gj.scores.cannistraci_hebb()(seen)["kernel"])
+    grown = np.asarray(new.masks["kernel"]) & ~left
+    assert grown.sum() == 2
+    assert scores[grown].min() >= scores[~grown & ~left].max()
+    assert (scores[~left] > 0).sum() > 2

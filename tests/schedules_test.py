@@ -78,3 +78,34 @@ def test_sparsity_and_fraction_may_be_traced():
     np.testing.assert_allclose(got, [0.7, 0.35], rtol=1e-6)
     got = jax.vmap(lambda f: gj.cosine(f, 0.0, 20)(jnp.int32(10)))(final)
     np.testing.assert_allclose(got, [0.4, 0.2], rtol=1e-6)
+
+
+def test_the_sigmoid_of_chtss():
+    """s0 + (s1 - s0) ((sig(u) - 1/2) / (sig(1) - sig(0)) + 1/2), sig of slope 6 about 1/2."""
+
+    def sig(u):
+        return 1 / (1 + np.exp(-6 * (2 * u - 1)))
+
+    sparsity = gj.schedules.sigmoid(0.5, 0.99, 10, 50)
+    for t in range(10, 51):
+        wanted = 0.5 + 0.49 * ((sig((t - 10) / 40) - 0.5) / (sig(1) - sig(0)) + 0.5)
+        np.testing.assert_allclose(sparsity(t), wanted, rtol=1e-6)
+    assert float(sparsity(3)) == 0.5
+    assert float(sparsity(50)) == float(sparsity(60)) == np.float32(0.99)
+    num_keep = gj.gradual_num_keep(gj.uniform, 0.5, 0.99, 10, 50, gj.schedules.sigmoid)
+    shapes = [(1000, 3000), (1000, 1000)]
+    assert num_keep(shapes, 50).tolist() == [30_000, 10_000]
+    assert num_keep(shapes, 30).tolist() == [765_000, 255_000]
+
+
+@pytest.mark.parametrize("num_stairs", [1, 3, 16])
+def test_stairs_are_equal_and_meet_both_ends(num_stairs):
+    curve = gj.schedules.stairs(num_stairs)(1.0, 0.0, 5, 65)
+    values = np.array([curve(t) for t in range(70)])
+    assert np.all(values[:5] == 1.0)
+    assert np.all(values[65:] == 0.0)
+    assert len(np.unique(values)) == num_stairs + 1
+    np.testing.assert_allclose(-np.diff(np.unique(values)[::-1]), 1 / num_stairs, rtol=1e-5)
+    for wrong in (0, 1.5):
+        with pytest.raises(ValueError, match="num_stairs"):
+            gj.schedules.stairs(wrong)

@@ -75,6 +75,76 @@ def test_a_method_that_drops_by_the_moments_of_adam():
         assert (t % 2 == 0) == bool((before != after).any())
 
 
+def test_paths_by_hand():
+    """CH3-L3 on 4 inputs and 5 outputs.
+
+    1 1 . . .    Input 1 shares output 1 with input 0, and 2 with input 2. For the link (1, 0):
+    . 1 1 . .    through input 0, which has output 0: input 1 has one output (2) that input 0 has
+    . . 1 1 .    not, so 1/1. Through output 1, which input 1 has: output 0 has no input but those
+    . . . . 1    of output 1, so 1/max(0, 1). Together 2.
+    """
+    mask = jnp.array([[1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]], bool)
+    event = gj.Event({"kernel": jnp.zeros((4, 5))}, masks={"kernel": mask}, key=tables.KEY)
+    scores = np.asarray(gj.scores.cannistraci_hebb()(event)["kernel"])
+    # (0, 2): input 0 with 1, of which it lacks one and has one more: 1; output 2 with 1: 1.
+    # (0, 3) is five links away; no way leads to the last row and column but their own.
+    missing = {(0, 2): 2.0, (1, 0): 2.0, (1, 3): 2.0, (2, 1): 2.0}
+    for (i, o), on in np.ndenumerate(np.asarray(mask)):
+        if not on:
+            wanted = missing.get((i, o))
+            assert scores[i, o] == wanted if wanted else -1 <= scores[i, o] < 0, (i, o)
+    stacked = gj.Event(
+        {"kernel": jnp.zeros((2, 4, 5))}, masks={"kernel": jnp.stack([mask, mask])}, key=tables.KEY
+    )
+    both = np.asarray(gj.scores.cannistraci_hebb([("", gj.Stacked(1))])(stacked)["kernel"])
+    np.testing.assert_array_equal(np.maximum(both, 0), np.maximum(np.stack([scores] * 2), 0))
+
+
+def test_paths_through_neurons_that_are_wired_otherwise_count_less():
+    """Against sums over all paths, written out."""
+    mask = np.asarray(jax.random.bernoulli(tables.KEY, 0.3, (9, 7)))
+    event = gj.Event({"kernel": jnp.zeros(mask.shape)}, masks={"kernel": mask}, key=tables.KEY)
+    scores = np.asarray(gj.scores.cannistraci_hebb()(event)["kernel"])
+    inputs, outputs = (
+        [set(np.flatnonzero(row)) for row in mask],
+        [set(np.flatnonzero(c)) for c in mask.T],
+    )
+    for (i, o), on in np.ndenumerate(mask):
+        if on:
+            continue
+        paths = [
+            1 / max(len(inputs[i] - inputs[k]), 1) for k in outputs[o] if inputs[i] & inputs[k]
+        ]
+        paths += [
+            1 / max(len(outputs[o] - outputs[k]), 1) for k in inputs[i] if outputs[o] & outputs[k]
+        ]
+        if paths:
+            np.testing.assert_allclose(scores[i, o], sum(paths), rtol=1e-6)
+        else:
+            assert scores[i, o] < 0
+
+
+def test_movement_is_what_descent_did_to_the_size_of_weights():
+    """With SGD at rate 1 the sum is that of w times its steps; a weight that regrows begins at 0."""
+    method = gj.gmp(final_sparsity=0.5, end_step=4, update_every=2, score=gj.scores.movement)
+    tx = gj.sparsify(optax.chain(gj.scores.track_movement(), optax.sgd(1.0)), method)
+    params = {"kernel": jnp.array([[4.0, 1.0], [-2.0, -1.0]])}
+    state, total = tx.init(params), np.zeros((2, 2))
+    grads = {"kernel": jnp.array([[0.5, -0.25], [0.5, 0.125]])}  # 4 shrinks, the others grow
+    for t in range(1, 5):
+        total -= np.asarray(params["kernel"] * grads["kernel"])
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        masks = np.asarray(gj.get_masks(state)["kernel"])
+        total *= masks
+        np.testing.assert_allclose(state.inner[0].movement["kernel"], total, rtol=1e-6)
+        assert masks.tolist() == [[t < 2, True], [True, t < 2]]
+    with pytest.raises(ValueError, match="needs one movement in the optimizer's state, found 0"):
+        score_of(gj.scores.movement, inner=optax.sgd(0.1).init(PARAMS))
+    with pytest.raises(ValueError, match="needs the parameters"):
+        gj.scores.track_movement().update(grads, gj.scores.track_movement().init(params))
+
+
 def test_draws_by_a_score_have_its_odds():
     """Of weights 1 and 3 at T = 2 the first is drawn one time in ten; zeros come last."""
     params = {"kernel": jnp.tile(jnp.array([1.0, 3.0, 0.0]), (4000, 1))}

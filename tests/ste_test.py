@@ -92,6 +92,35 @@ def test_layers_of_a_stack_are_layers():
     np.testing.assert_array_equal(mask.reshape(3, 2, 4, 4).sum(2), 2)
 
 
+def test_what_is_off_fades_in_stairs_and_is_trained_with_the_share_it_has():
+    """w (m + a (1 - m)), a = 3/4, 1/2, 1/4, 0 from steps 2, 4, 6 and 8 on."""
+    method = gj.reparam.mask_decay(sparsity=0.5, begin_step=2, end_step=8, num_stairs=4)
+    params = {"kernel": jnp.array([[4.0, 1.0], [-2.0, 3.0]])}
+    for step, leak in enumerate([1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0, 0]):
+        extra = {"step": jnp.float32(step)}  # updates done
+        share = np.array([[1, leak], [leak, 1]])
+        used = method.effective(params, extra)["kernel"]
+        grads = jax.grad(lambda p: jnp.sum(method.effective(p, extra)["kernel"]))(params)  # noqa: B023
+        np.testing.assert_array_equal(used, share * params["kernel"])
+        np.testing.assert_array_equal(grads["kernel"], share)
+        np.testing.assert_array_equal(method.masks(params, extra)["kernel"], share > 0)
+
+
+def test_groups_lose_one_weight_at_a_time():
+    method = gj.reparam.structure_decay(
+        sparsity=0.75, m=4, begin_step=2, end_step=6, prunable=RULES
+    )
+    params = params_of(8, 6)
+    for step, kept in enumerate([4, 3, 3, 2, 2, 1, 1]):  # updates done
+        mask = np.asarray(method.masks(params, {"step": jnp.float32(step)})["kernel"])
+        np.testing.assert_array_equal(mask.reshape(2, 4, 6).sum(1), kept)
+        size = np.abs(np.asarray(params["kernel"])).reshape(2, 4, 6)
+        ranks = np.argsort(np.argsort(-size, axis=1), axis=1)
+        np.testing.assert_array_equal(mask.reshape(2, 4, 6), ranks < kept)
+    with pytest.raises(ValueError, match="takes 2.8: give it k/m"):
+        gj.reparam.structure_decay(sparsity=0.7, m=4, end_step=6)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -66,6 +66,10 @@ METHODS = {
         ),
         lambda t: kept(0.8) if 3 <= t < 7 or 11 <= t < 13 or t >= 18 else TOTAL,
     ),
+    "chts": (
+        lambda: gj.chts(sparsity=0.8, update_every=4, total_steps=STEPS, key=KEY),
+        lambda t: kept(0.8),
+    ),
     "static": (lambda: gj.static(sparsity=0.8, key=KEY), lambda t: kept(0.8)),
     "magnitude": (
         lambda: gj.magnitude(sparsity=0.8, at=5),
@@ -80,6 +84,12 @@ VARIANTS = {
             final_sparsity=0.8, end_step=12, update_every=4, total_steps=STEPS, scope=gj.erk
         ),
         lambda t: kept(0.8) if t >= 12 else None,
+    ),
+    "chtss": (
+        lambda: gj.chts(
+            sparsity=0.8, initial_sparsity=0.4, update_every=4, total_steps=STEPS, key=KEY
+        ),
+        lambda t: kept(0.8) if t >= 16 else None,
     ),
     "rigl_itop": (
         lambda: gj.rigl_itop(sparsity=0.8, update_every=4, total_steps=STEPS, key=KEY),

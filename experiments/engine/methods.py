@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import optax
 
 import granet_jax as gj
-from granet_jax.types import Distribution
+from granet_jax.types import Distribution, ScoreFn
 
 SparseMethod: TypeAlias = gj.Method | gj.reparam.Reparameterisation
 
@@ -43,6 +44,12 @@ def parse_block(text: str) -> tuple[int, ...] | None:
     """The sides of the blocks of a ``--structure``; None = it has others, or none."""
     name, _, number = text.partition(":")
     return tuple(int(side) for side in number.split("x")) if name == "block" else None
+
+
+def parse_group(text: str) -> int:
+    """M of a ``--structure`` such as 2:4; 0 = it has none."""
+    name, _, number = text.partition(":")
+    return int(number) if name.isdecimal() and number.isdecimal() else 0
 
 
 def check_block_kernel(config: Any) -> None:
@@ -104,6 +111,7 @@ class Plan(NamedTuple):
     prunable: gj.trees.Rules
     start: Distribution  # how a random start is spread over layers
     key: jax.Array
+    group: int = 0  # M of an N:M structure; 0 = it is another, or none
 
 
 class Regeneration(NamedTuple):
@@ -141,6 +149,7 @@ class Entry(NamedTuple):
     needs_apply: bool = False  # at_init looks at AtInit.apply
     has_penalty: bool = False  # a coefficient steers the sparsity
     grows_dense: bool = False  # again and again: live weights alone would not fit
+    inside: Callable[[], optax.GradientTransformation] | None = None  # first in the inner chain
 
 
 RIGL = Regeneration(0.3, 0.0, 0.75)  # the defaults of the library, told for reports
@@ -193,7 +202,7 @@ def _ac_dc(plan: Plan) -> gj.Method:
     )
 
 
-def _gmp(scope: Distribution) -> Entry:
+def _gmp(scope: Distribution, score: ScoreFn = gj.scores.magnitude) -> Entry:
     def make(plan: Plan) -> gj.Method:
         gj.schedules.check_end(plan.update_every, plan.prune_end_step, plan.total_steps)
         return gj.gmp(
@@ -201,6 +210,7 @@ def _gmp(scope: Distribution) -> Entry:
             end_step=plan.prune_end_step,
             update_every=plan.update_every,
             scope=scope,
+            score=score,
             prunable=plan.prunable,
         )
 
@@ -270,6 +280,42 @@ def _sr_ste(plan: Plan) -> gj.reparam.Reparameterisation:
     return gj.reparam.sr_ste(sparsity=plan.sparsity, scope=plan.start, prunable=plan.prunable)
 
 
+def _mask_decay(plan: Plan) -> gj.reparam.Reparameterisation:
+    return gj.reparam.mask_decay(
+        sparsity=plan.sparsity,
+        end_step=plan.prune_end_step,
+        scope=plan.start,
+        prunable=plan.prunable,
+    )
+
+
+def _structure_decay(plan: Plan) -> gj.reparam.Reparameterisation:
+    if not plan.group:
+        raise ValueError("--method=structure_decay goes from M-1:M to N:M: give --structure=2:4.")
+    return gj.reparam.structure_decay(
+        sparsity=plan.sparsity,
+        m=plan.group,
+        end_step=plan.prune_end_step,
+        scope=plan.start,
+        prunable=plan.prunable,
+    )
+
+
+def _chts(initial_sparsity: float | None) -> Entry:
+    def make(plan: Plan) -> gj.Method:
+        return gj.chts(
+            sparsity=plan.sparsity,
+            initial_sparsity=initial_sparsity,
+            update_every=plan.update_every,
+            total_steps=plan.total_steps,
+            scope=plan.start,
+            prunable=plan.prunable,
+            key=plan.key,
+        )
+
+    return Entry(make, Regeneration(0.3, 0.3, 0.75))
+
+
 def _str(plan: Plan) -> gj.reparam.Reparameterisation:
     return gj.reparam.str_(initial=plan.initial_threshold, prunable=plan.prunable)
 
@@ -297,15 +343,22 @@ METHODS: dict[str, Entry] = {
         RIGL,
         lambda update_every: 1 / (update_every + 1),
     ),
+    "chts": _chts(None),
+    "chtss": _chts(0.5),
     "ac_dc": Entry(_ac_dc, grows_dense=True),
     "magnitude": Entry(_magnitude),
     "gmp": _gmp(gj.global_ranking),
     "gmp_uniform": _gmp(gj.uniform),
+    "movement": _gmp(gj.global_ranking, gj.scores.movement)._replace(
+        inside=gj.scores.track_movement
+    ),
     "granet": _granet(0.0, gj.global_ranking),
     "granet_st": _granet(0.5, gj.global_ranking),
     "granet_uniform": _granet(0.0, gj.uniform),
     "ste": Entry(_ste, dense_gradients=lambda update_every: 1.0),
     "sr_ste": Entry(_sr_ste, dense_gradients=lambda update_every: 1.0),
+    "mask_decay": Entry(_mask_decay, dense_gradients=lambda update_every: 1.0),
+    "structure_decay": Entry(_structure_decay, dense_gradients=lambda update_every: 1.0),
     "dst": Entry(lambda plan: gj.reparam.dst(prunable=plan.prunable), has_penalty=True),
     "str": Entry(_str, has_penalty=True),
 }

@@ -56,6 +56,7 @@ def make_method(
         prunable=prunable,
         start=gj.erk if config.structure == "none" else gj.uniform,
         key=key,
+        group=methods.parse_group(config.structure),
     )
     return methods.METHODS[config.method].make(plan)
 
@@ -76,7 +77,7 @@ def make_optimizer(
 def inner(
     config: Settings, length: Length, compact: Collection[str] = ()
 ) -> optax.GradientTransformation:
-    """SGD or AdamW, as the settings say.
+    """SGD or AdamW, as the settings say, and what the method needs inside.
 
     Args:
       config: the settings.
@@ -101,7 +102,9 @@ def inner(
             optax.add_decayed_weights(config.weight_decay, decayed),
             optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), tx) if config.clip_norm else tx
+    tx = optax.chain(optax.clip_by_global_norm(config.clip_norm), tx) if config.clip_norm else tx
+    inside = methods.METHODS[config.method].inside
+    return optax.chain(inside(), tx) if inside else tx
 
 
 def coefficient(config: Settings, length: Length) -> float | gj.reparam.Controller:

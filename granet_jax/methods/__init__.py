@@ -1,6 +1,7 @@
 """Sparse-training methods, one paper a file; each returns a :class:`granet_jax.types.Method`."""
 
 from granet_jax.methods.ac_dc import ac_dc as ac_dc
+from granet_jax.methods.chts import chts as chts
 from granet_jax.methods.gmp import gmp as gmp
 from granet_jax.methods.granet import granet as granet
 from granet_jax.methods.itop import rigl_itop as rigl_itop

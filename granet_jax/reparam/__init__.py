@@ -26,6 +26,8 @@ from granet_jax.reparam.penalise import at_bound as at_bound
 from granet_jax.reparam.penalise import penalise as penalise
 from granet_jax.reparam.penalise import shortfall as shortfall
 from granet_jax.reparam.penalise import steer as steer
+from granet_jax.reparam.ste import mask_decay as mask_decay
 from granet_jax.reparam.ste import sr_ste as sr_ste
 from granet_jax.reparam.ste import ste as ste
+from granet_jax.reparam.ste import structure_decay as structure_decay
 from granet_jax.reparam.str_ import str_ as str_

@@ -1,14 +1,16 @@
-"""Straight-through training: masks from the weights at every step, gradients to all of them."""
+"""Masks from the weights at every step; what is off is trained on, fully or with what it has left."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from granet_jax import distributions, schedules, scores, structures, trees
 from granet_jax.masks import ones, prune_to
 from granet_jax.reparam.base import Reparameterisation
-from granet_jax.types import Distribution, Event, PyTree, ScoreFn
+from granet_jax.types import Distribution, Event, NumKeep, PyTree, ScoreFn
 
 
 def ste(
@@ -63,43 +65,14 @@ def ste(
       >>> jax.grad(lambda p: method.effective(p, extra)["kernel"].sum())(params)["kernel"].tolist()
       [[1.0, 1.0], [1.0, 1.0]]
     """
-    num_keep = schedules.gradual_num_keep(scope, 0.0, sparsity, begin_step, end_step)
     if decay < 0:
         raise ValueError(f"decay must be >= 0, a share of each weight that is off; got {decay}.")
-    prune = prune_to(num_keep, score=score, prunable=prunable)
+    num_keep = schedules.gradual_num_keep(scope, 0.0, sparsity, begin_step, end_step)
 
-    def init(params: PyTree) -> dict[str, jax.Array]:
-        leaves = trees.describe(params, prunable)
-        if leaves:
-            counts = scope(structures.shapes(leaves), sparsity)
-            structures.check_counts(leaves, counts, sparsity)
-        return {"step": jnp.zeros([], jnp.float32)}  # exact up to 2^24
+    def use(step: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
+        return _masked(decay, w, mask)
 
-    def masks(params: PyTree, extra: dict[str, jax.Array]) -> PyTree:
-        step = extra["step"].astype(jnp.int32) + 1  # the one now being taken
-        fixed = jax.lax.stop_gradient(params)
-        on = ones(fixed)
-        return prune(on, on, Event(fixed, None, on, step))[0]
-
-    def effective(params: PyTree, extra: dict[str, jax.Array]) -> PyTree:
-        leaves = trees.describe(params, prunable)
-        pairs = zip(
-            trees.split(params, leaves), trees.split(masks(params, extra), leaves), strict=True
-        )
-        return trees.join([_masked(decay, w, mask) for w, mask in pairs], params, leaves)
-
-    def advance(extra: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {"step": extra["step"] + 1}
-
-    return Reparameterisation(
-        init,
-        effective,
-        masks,
-        lambda extra: jnp.float32(0),
-        lambda params, extra: extra,
-        prunable,
-        advance,
-    )
+    return _masks_of_each_step(use, num_keep, (scope, sparsity), score, prunable)
 
 
 def sr_ste(
@@ -134,6 +107,170 @@ def sr_ste(
       [1.0, 1.25, 0.5, 1.0]
     """
     return ste(sparsity=sparsity, decay=decay, scope=scope, prunable=prunable)
+
+
+def mask_decay(
+    *,
+    sparsity: Any,
+    end_step: int,
+    begin_step: int = 0,
+    num_stairs: int = 16,
+    scope: Distribution = distributions.uniform,
+    score: ScoreFn = scores.magnitude,
+    prunable: trees.Rules = (),
+) -> Reparameterisation:
+    """Weights that are off fade: the network uses ``w * (mask + leak (1 - mask))``.
+
+    The leak falls from 1 to 0 in equal stairs. Gradients are those of this product, so a weight that
+    is off is trained with the share that it still has, and after ``end_step`` no longer. Until then
+    nothing is left out: ``method.masks`` and :func:`export` tell a dense network.
+
+    Source: Kao et al. 2022 (arXiv 2209.07617), "Training recipe for N:M structured sparsity with
+    decaying pruning mask"; Bambhaniya et al. 2024 (arXiv 2402.04744).
+
+    Args:
+      sparsity: fraction of prunable weights that fade, in [0, 1).
+      end_step: the update from which what is off is 0.
+      begin_step: the update with the first stair.
+      num_stairs: at most 16 in the paper.
+      scope: as in :func:`ste`.
+      score: as in :func:`ste`.
+      prunable: path rules, with a structure such as ``granet_jax.structures.n_of_m(4)``.
+
+    Raises:
+      ValueError: as :func:`ste`; or there is no stair.
+
+    Example: half of the way down.
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> method = gj.reparam.mask_decay(sparsity=0.5, end_step=9, num_stairs=2)
+      >>> params = {"kernel": jnp.array([[3.0, 1.0], [-2.0, 0.5]])}
+      >>> extra = {"step": jnp.float32(4)}
+      >>> method.effective(params, extra)["kernel"].tolist()
+      [[3.0, 0.5], [-2.0, 0.25]]
+    """
+    leak = schedules.stairs(num_stairs)(1.0, 0.0, begin_step, end_step)
+
+    def use(step: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
+        return jnp.where(mask, w, leak(step).astype(w.dtype) * w)
+
+    num_keep = schedules.gradual_num_keep(scope, 0.0, sparsity, 0, 1)  # from the first step on
+    return _masks_of_each_step(use, num_keep, (scope, sparsity), score, prunable, leak)
+
+
+def structure_decay(
+    *,
+    sparsity: Any,
+    m: int,
+    end_step: int,
+    begin_step: int = 0,
+    scope: Distribution = distributions.uniform,
+    prunable: trees.Rules = (),
+) -> Reparameterisation:
+    """:func:`ste` that takes one weight more of each ``m`` at a time: M-1:M, M-2:M ... N:M.
+
+    Source: Kao et al. 2022 (arXiv 2209.07617), section 3.
+
+    Args:
+      sparsity: at the end, of the structure: .5 for 2:4.
+      m: weights of a group.
+      end_step: the update from which it is N:M.
+      begin_step: the update from which it is M-1:M; dense before.
+      scope: as in :func:`ste`.
+      prunable: path rules that give the structure, ``[("", granet_jax.structures.n_of_m(4))]``.
+
+    Raises:
+      ValueError: as :func:`ste`; or the sparsity takes no whole number of ``m``.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> rules = [("", gj.structures.n_of_m(4))]
+      >>> method = gj.reparam.structure_decay(sparsity=0.75, m=4, end_step=9, prunable=rules)
+      >>> params = {"kernel": jnp.array([[4.0], [3.0], [2.0], [1.0]])}
+      >>> [
+      ...     int(method.masks(params, {"step": jnp.float32(step)})["kernel"].sum())
+      ...     for step in (0, 4, 8)
+      ... ]
+      [3, 2, 1]
+    """
+    distributions.check_sparsity("sparsity", sparsity)
+    num_stairs = round(m * float(sparsity))
+    if num_stairs < 1 or abs(num_stairs - m * float(sparsity)) > 1e-6:
+        raise ValueError(
+            f"structure_decay takes one weight of each m={m} at a time, and a sparsity of "
+            f"{float(sparsity):g} takes {m * float(sparsity):g}: give it k/m with a whole k >= 1."
+        )
+    num_keep = schedules.gradual_num_keep(
+        scope, 0.0, sparsity, begin_step, end_step, schedules.stairs(num_stairs)
+    )
+
+    def use(step: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
+        return _masked(0.0, w, mask)
+
+    return _masks_of_each_step(use, num_keep, (scope, sparsity), scores.magnitude, prunable)
+
+
+def _masks_of_each_step(
+    use: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    num_keep: NumKeep,
+    end: tuple[Distribution, Any],
+    score: ScoreFn,
+    prunable: trees.Rules,
+    leak: optax.Schedule | None = None,
+) -> Reparameterisation:
+    """The network uses ``use(step, w, mask)``, masks being the best of this step's weights.
+
+    Args:
+      use: of a leaf.
+      num_keep: how many are kept at a step.
+      end: distribution and sparsity at the end; for errors alone.
+      score: of the parameters.
+      prunable: path rules.
+      leak: the share that weights have which are off: as long as there is some, none is left out.
+    """
+    prune = prune_to(num_keep, score=score, prunable=prunable)
+
+    def init(params: PyTree) -> dict[str, jax.Array]:
+        leaves = trees.describe(params, prunable)
+        if leaves:
+            scope, sparsity = end
+            counts = scope(structures.shapes(leaves), sparsity)
+            structures.check_counts(leaves, counts, sparsity)
+        return {"step": jnp.zeros([], jnp.float32)}  # exact up to 2^24
+
+    def this_step(extra: dict[str, jax.Array]) -> jax.Array:
+        return extra["step"].astype(jnp.int32) + 1
+
+    def best(params: PyTree, extra: dict[str, jax.Array]) -> PyTree:
+        fixed = jax.lax.stop_gradient(params)
+        on = ones(fixed)
+        return prune(on, on, Event(fixed, None, on, this_step(extra)))[0]
+
+    def masks(params: PyTree, extra: dict[str, jax.Array]) -> PyTree:
+        if leak is None:
+            return best(params, extra)
+        leaks = leak(this_step(extra)) > 0
+        return jax.tree.map(lambda mask: mask | leaks, best(params, extra))
+
+    def effective(params: PyTree, extra: dict[str, jax.Array]) -> PyTree:
+        leaves = trees.describe(params, prunable)
+        pairs = zip(
+            trees.split(params, leaves), trees.split(best(params, extra), leaves), strict=True
+        )
+        used = [use(this_step(extra), w, mask) for w, mask in pairs]
+        return trees.join(used, params, leaves)
+
+    def advance(extra: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {"step": extra["step"] + 1}
+
+    return Reparameterisation(
+        init,
+        effective,
+        masks,
+        lambda extra: jnp.float32(0),
+        lambda params, extra: extra,
+        prunable,
+        advance,
+    )
 
 
 @jax.custom_vjp

@@ -1,0 +1,100 @@
+"""CHTs and CHTss: Cannistraci-Hebb training, growth by the shape of the network alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from granet_jax import distributions, schedules, scores, trees
+from granet_jax.composition import compose, start_from
+from granet_jax.masks import prune_to, regenerate
+from granet_jax.types import Distribution, Method, PyTree
+
+
+def chts(
+    *,
+    sparsity: Any,
+    update_every: int,
+    total_steps: int,
+    key: jax.Array,
+    initial_sparsity: Any = None,
+    begin_step: int = 0,
+    last_step: int | None = None,
+    fraction: Any = 0.3,
+    temperature: Any = None,
+    scope: Distribution = distributions.uniform,
+    masks: PyTree | None = None,
+    prunable: trees.Rules = (),
+) -> Method:
+    """Drops softly by relative importance, grows where many short paths lead: no gradients needed.
+
+    At each event every layer loses ``ceil(fraction * live)`` weights, drawn so that the chance to
+    stay is proportional to :func:`granet_jax.scores.relative_importance` to the power T, and grows
+    as many where :func:`granet_jax.scores.cannistraci_hebb` is highest. T rises from 1 to 3, so
+    that the drop is ever less a matter of chance. With ``initial_sparsity`` (.5 in the paper) it is
+    CHTss: before that, the same draw thins layers out along a sigmoid curve until ``last_step``.
+
+    Source: Zhang et al. 2024, "Epitopological learning and Cannistraci-Hebb network shape
+    intelligence brain-inspired theory for ultra-sparse advantage in deep learning" (CHT), and 2025
+    (CHTs, CHTss).
+
+    Args:
+      sparsity: fraction of zeros among prunable weights, in [0, 1); at ``last_step``, with
+        ``initial_sparsity``.
+      update_every: updates between events.
+      total_steps: updates in all.
+      key: typed key, for the start and for what is drawn.
+      initial_sparsity: at the start; None = ``sparsity`` all the time.
+      begin_step: no event before it.
+      last_step: last event, and end of both curves; None = 3/4 of ``total_steps``.
+      fraction: exchanged at each event; .3 in the paper, .1 for language models.
+      temperature: T, a number or a schedule; None = from 1 at step 0 to 3 at ``last_step``.
+      scope: counts for each layer, ``uniform`` or ``erk``, of the start and of what is kept.
+      masks: start from these instead of random ones (bool, tree of params).
+      prunable: path rules, see :func:`granet_jax.trees.describe`.
+
+    Raises:
+      ValueError: a sparsity outside [0, 1) or falling, no event between ``begin_step`` and
+        ``last_step``, or one alone with ``initial_sparsity``.
+
+    Differs from the paper's code in that: neurons without incoming or outgoing links keep the rest
+    of their links (a layer does not know the next one), and starts are random, not by correlations
+    of the inputs; a weight just dropped may come back at once; exact counts; see also the two
+    scores.
+
+    Example:
+      >>> import granet_jax as gj, jax, optax
+      >>> key = jax.random.key(0)
+      >>> method = gj.chts(sparsity=0.99, update_every=100, total_steps=1000, key=key)
+      >>> chtss = gj.chts(
+      ...     sparsity=0.99, initial_sparsity=0.5, update_every=100, total_steps=1000, key=key
+      ... )
+      >>> tx = gj.sparsify(optax.sgd(0.1), method)
+    """
+    schedules.check_steps(total_steps=total_steps)
+    last = 3 * total_steps // 4 if last_step is None else last_step
+    is_update_step = schedules.every(update_every, begin_step, last)
+    last = last // update_every * update_every  # the last event itself
+    initial = sparsity if initial_sparsity is None else initial_sparsity
+    if temperature is None:
+        temperature = optax.linear_schedule(1.0, 3.0, last)
+    stay = scores.sampled(scores.relative_importance(prunable), temperature)
+    regrow = regenerate(
+        lambda step: jnp.float32(fraction),
+        drop=stay,
+        grow=scores.cannistraci_hebb(prunable),
+        prunable=prunable,
+    )
+    thin = prune_to(
+        schedules.gradual_num_keep(scope, initial, sparsity, begin_step, last, schedules.sigmoid),
+        score=stay,
+        prunable=prunable,
+    )
+    return compose(
+        start_from(masks, initial, scope, prunable, key, (scope, sparsity)),
+        *([regrow] if initial_sparsity is None else [thin, regrow]),
+        is_update_step=is_update_step,
+        key=key,
+        name="chts",
+    )
