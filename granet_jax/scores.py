@@ -202,8 +202,8 @@ def cannistraci_hebb(prunable: Rules = ()) -> ScoreFn:
     shares outputs with v are counted likewise, and both are added. Weights and data do not matter.
     Links without such a path score below 0, drawn at random.
 
-    Source: Muscoloni et al. 2022 for CH3-L3; its node-based form for training: Zhang et al. 2024 and
-    2025 (CHT, CHTs), which grow the highest.
+    Source: Muscoloni et al. 2022 for CH3-L3; its node-based form for training: Zhang et al. 2024
+    and 2025 (CHT, CHTs), which grow the highest.
 
     Differs from the papers' code in that: where all is 0, as in very sparse layers, growth is
     random and not by index; kernels of convolutions are matrices with all axes but the last as

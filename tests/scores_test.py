@@ -125,7 +125,7 @@ def test_paths_through_neurons_that_are_wired_otherwise_count_less():
 
 
 def test_movement_is_what_descent_did_to_the_size_of_weights():
-    """With SGD at rate 1 the sum is that of w times its steps; a weight that regrows begins at 0."""
+    """The sum of -w g over steps; 0 where masked."""
     method = gj.gmp(final_sparsity=0.5, end_step=4, update_every=2, score=gj.scores.movement)
     tx = gj.sparsify(optax.chain(gj.scores.track_movement(), optax.sgd(1.0)), method)
     params = {"kernel": jnp.array([[4.0, 1.0], [-2.0, -1.0]])}

@@ -117,7 +117,7 @@ def test_groups_lose_one_weight_at_a_time():
         size = np.abs(np.asarray(params["kernel"])).reshape(2, 4, 6)
         ranks = np.argsort(np.argsort(-size, axis=1), axis=1)
         np.testing.assert_array_equal(mask.reshape(2, 4, 6), ranks < kept)
-    with pytest.raises(ValueError, match="takes 2.8: give it k/m"):
+    with pytest.raises(ValueError, match=r"takes 2\.8: give it k/m"):
         gj.reparam.structure_decay(sparsity=0.7, m=4, end_step=6)
 
 

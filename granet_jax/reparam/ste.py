@@ -1,4 +1,4 @@
-"""Masks from the weights at every step; what is off is trained on, fully or with what it has left."""
+"""Masks from the weights at every step, while what is off is trained on."""
 
 from collections.abc import Callable
 from typing import Any
@@ -121,9 +121,9 @@ def mask_decay(
 ) -> Reparameterisation:
     """Weights that are off fade: the network uses ``w * (mask + leak (1 - mask))``.
 
-    The leak falls from 1 to 0 in equal stairs. Gradients are those of this product, so a weight that
-    is off is trained with the share that it still has, and after ``end_step`` no longer. Until then
-    nothing is left out: ``method.masks`` and :func:`export` tell a dense network.
+    The leak falls from 1 to 0 in equal stairs. Gradients are those of this product, so a weight
+    that is off is trained with the share that it still has, and after ``end_step`` no longer. Until
+    then nothing is left out: ``method.masks`` and :func:`export` tell a dense network.
 
     Source: Kao et al. 2022 (arXiv 2209.07617), "Training recipe for N:M structured sparsity with
     decaying pruning mask"; Bambhaniya et al. 2024 (arXiv 2402.04744).
