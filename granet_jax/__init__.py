@@ -28,6 +28,7 @@ selection -> masks -> updates``. Modules import only from those before them::
     export         compact files, sparse execution: a model that is smaller and faster to run
     compact        live weights only: training that costs what its live weights cost
     reparam        dst and str_: thresholds that are trained, a family of its own
+    scaling        what loss a sparsity will have, which is best for a budget
     testing        the conformance kit for methods
 """
 
@@ -39,6 +40,7 @@ from granet_jax import kernels as kernels
 from granet_jax import metrics as metrics
 from granet_jax import reparam as reparam
 from granet_jax import report as report
+from granet_jax import scaling as scaling
 from granet_jax import schedules as schedules
 from granet_jax import scores as scores
 from granet_jax import sharding as sharding
