@@ -27,6 +27,7 @@ selection -> masks -> updates``. Modules import only from those before them::
     kernels        a block-sparse product for GPUs
     export         compact files, sparse execution: a model that is smaller and faster to run
     compact        live weights only: training that costs what its live weights cost
+    one_shot       trained models pruned with one call: Wanda, SparseGPT and their kin
     reparam        dst and str_: thresholds that are trained, a family of its own
     scaling        what loss a sparsity will have, which is best for a budget
     testing        the conformance kit for methods
@@ -38,6 +39,7 @@ from granet_jax import flops as flops
 from granet_jax import init as init
 from granet_jax import kernels as kernels
 from granet_jax import metrics as metrics
+from granet_jax import one_shot as one_shot
 from granet_jax import reparam as reparam
 from granet_jax import report as report
 from granet_jax import scaling as scaling

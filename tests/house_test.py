@@ -32,7 +32,7 @@ ORDER = [
     ),
     "checkpoint",
     *("kernels", "compact", "export"),
-    *("reparam", "scaling", "testing"),
+    *("one_shot", "reparam", "scaling", "testing"),
 ]
 # Never import methods.
 SERVICES = ("metrics", "products", "flops", "report", "sharding", "checkpoint", "export", "testing")

@@ -9,6 +9,7 @@ else sees the leaf unpacked. :func:`table` tells which.
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,13 @@ class Walk(NamedTuple):
     cuts: dict[str, int]  # by path, how many axes the first product sums over
     zeros: dict[str, Any]  # by path, what stands for dense leaves, see :class:`View`
     within: tuple[int, ...] = ()
+    rules: Mapping[str, "_Rule"] = MappingProxyType({})  # that come before those of this module
+    sums: dict[str, Any] = {}  # noqa: RUF012  # what rules add to, here and inside loops
+
+    def rule(self, eqn: Any) -> "_Rule":
+        """For an equation that is given views."""
+        name = jaxprs.name(eqn)
+        return self.rules.get(name) or _RULES.get(name, _no_product)
 
     def inside(self, eqn: Any) -> "Walk":
         return self._replace(within=(*self.within, id(eqn)))
@@ -188,7 +196,7 @@ def on_slots(
         return fn(params, *args, **kwargs)
 
     jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*_arrays(flat))
-    outs = _run(walk, jaxpr, _arrays(given))
+    outs = run(walk, jaxpr, _arrays(given))
     outs = walk.dense("output", "output", outs, "returned")
     outs = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in outs]  # numbers of a trace
     return jax.tree.unflatten(jax.tree.structure(shapes), outs)
@@ -226,7 +234,7 @@ def _density(layout: Layout) -> float:
     return layout.capacity / max(layout.layer_size, 1)
 
 
-def _run(walk: Walk, jaxpr: Any, given: Sequence[Any]) -> list[Any]:
+def run(walk: Walk, jaxpr: Any, given: Sequence[Any]) -> list[Any]:
     """The outputs of a jaxpr, with or without constants. Views may come in and out."""
     opened = jaxprs.opened(jaxpr)
     env = dict(zip(opened.constvars, jaxprs.consts(jaxpr), strict=True))
@@ -252,17 +260,21 @@ def _run(walk: Walk, jaxpr: Any, given: Sequence[Any]) -> list[Any]:
     return [value(x) for x in opened.outvars]
 
 
-def _inside(walk: Walk, eqn: Any, jaxpr: Any, given: Sequence[Any]) -> list[Any]:
-    """The outputs of a jaxpr of an equation, all of them dense."""
-    walk, place = walk.inside(eqn), id(jaxprs.opened(jaxpr))  # a conditional has several
-    return walk.dense(place, jaxprs.name(eqn), _run(walk, jaxpr, given), "returned")
+def _inside(
+    walk: Walk, eqn: Any, jaxpr: Any, given: Sequence[Any], sums: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """The outputs of a jaxpr of an equation, all of them dense; and sums with what it adds."""
+    walk = walk.inside(eqn)._replace(sums=dict(sums))
+    place = id(jaxprs.opened(jaxpr))  # a conditional has several
+    outs = walk.dense(place, jaxprs.name(eqn), run(walk, jaxpr, given), "returned")
+    return outs, walk.sums
 
 
 def _equation(walk: Walk, jaxpr: Any, eqn: Any, given: list[Any], read: list[int]) -> list[Any]:
     """The results of an equation that are read."""
     if any(isinstance(x, View) for x in given):
         name = jaxprs.name(eqn)
-        outs = _RULES.get(name, _no_product)(walk, eqn, given)
+        outs = walk.rule(eqn)(walk, eqn, given)
         if not isinstance(outs, str):
             return [outs[k] for k in read]
         given = walk.dense(id(eqn), name, given, outs)
@@ -409,7 +421,7 @@ def _unstack(walk: Walk, eqn: Any, given: list[Any]) -> Any:
 
 
 def _call(walk: Walk, eqn: Any, given: list[Any]) -> Any:
-    return _run(walk.inside(eqn), jaxprs.called(eqn), given)
+    return run(walk.inside(eqn), jaxprs.called(eqn), given)
 
 
 def _checkpoint(walk: Walk, eqn: Any, given: list[Any]) -> Any:
@@ -418,20 +430,24 @@ def _checkpoint(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     if eqn.params["differentiated"] and prevent_cse:  # part of a gradient, to be computed again
         given = _barrier(walk, eqn, given)
 
-    def function(*given: Any) -> Any:
-        return _inside(walk, eqn, jaxprs.called(eqn), given)
+    def function(sums: dict[str, Any], *given: Any) -> Any:
+        return _inside(walk, eqn, jaxprs.called(eqn), given, sums)
 
     again = jax.checkpoint(function, prevent_cse=prevent_cse, policy=eqn.params["policy"])
-    return again(*given)
+    outs, sums = again(walk.sums, *given)
+    walk.sums.update(sums)
+    return outs
 
 
 def _cond(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     branches = [functools.partial(_branch, walk, eqn, x) for x in eqn.params["branches"]]
-    return jax.lax.switch(given[0], branches, *given[1:])
+    outs, sums = jax.lax.switch(given[0], branches, walk.sums, *given[1:])
+    walk.sums.update(sums)
+    return outs
 
 
-def _branch(walk: Walk, eqn: Any, jaxpr: Any, *given: Any) -> list[Any]:
-    return _inside(walk, eqn, jaxpr, given)
+def _branch(walk: Walk, eqn: Any, jaxpr: Any, sums: dict[str, Any], *given: Any) -> Any:
+    return _inside(walk, eqn, jaxpr, given, sums)
 
 
 def _while(walk: Walk, eqn: Any, given: list[Any]) -> Any:
@@ -439,13 +455,16 @@ def _while(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     n, m = parts.num_test, parts.num_test + parts.num_body
     carry = walk.dense(id(eqn), "while", given[m:], "carried")
 
-    def test(carry: list[Any]) -> Any:
-        return _inside(walk, eqn, parts.test, [*given[:n], *carry])[0]
+    def test(state: Any) -> Any:
+        (is_on,), _ = _inside(walk, eqn, parts.test, [*given[:n], *state[0]], state[1])
+        return is_on
 
-    def body(carry: list[Any]) -> Any:
-        return _inside(walk, eqn, parts.body, [*given[n:m], *carry])
+    def body(state: Any) -> Any:
+        return _inside(walk, eqn, parts.body, [*given[n:m], *state[0]], state[1])
 
-    return jax.lax.while_loop(test, body, carry)
+    outs, sums = jax.lax.while_loop(test, body, (carry, walk.sums))
+    walk.sums.update(sums)
+    return outs
 
 
 def _scan(walk: Walk, eqn: Any, given: list[Any]) -> Any:
@@ -462,15 +481,18 @@ def _scan(walk: Walk, eqn: Any, given: list[Any]) -> Any:
             return x.moved(0) if x.axes[0] else None
         return x
 
-    def body(carry: list[Any], xs: list[Any]) -> Any:
+    def body(state: Any, xs: list[Any]) -> Any:
+        carry, sums = state
         pairs = zip(scanned, xs, strict=True)
         inner = [x.without(0, one) if isinstance(x, View) else one for x, one in pairs]
-        outs = _inside(walk, eqn, parts.body, [*given[:n], *carry, *inner])
-        return outs[: parts.num_carry], outs[parts.num_carry :]
+        outs, sums = _inside(walk, eqn, parts.body, [*given[:n], *carry, *inner], sums)
+        return (outs[: parts.num_carry], sums), outs[parts.num_carry :]
 
     steps = {"length": parts.length, "reverse": eqn.params["reverse"]}
     xs = [arrays(x) for x in scanned]
-    carry, ys = jax.lax.scan(body, carry, xs, **steps, unroll=eqn.params["unroll"])
+    state = carry, walk.sums
+    (carry, sums), ys = jax.lax.scan(body, state, xs, **steps, unroll=eqn.params["unroll"])
+    walk.sums.update(sums)
     return [*carry, *ys]
 
 

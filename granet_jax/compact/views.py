@@ -62,10 +62,10 @@ class View:
     def with_axes(self, axes: Sequence[tuple[_Part, ...]], arrays: Any = None) -> "View":
         """The view with other axes, and other arrays if the layers are not the same."""
         values, layout, zeros = arrays or (self.values, self.layout, self.zeros)
-        parts = _in_leaf(part for axis in axes for part in axis)
+        parts = in_leaf(part for axis in axes for part in axis)
         stack = tuple(n for stride, n in parts if stride >= layout.layer_size)
         sizes = layouts.written(stack, layout.inputs, layout.outputs)
-        return View(values, layout._replace(sizes=sizes), zeros, self.path, tuple(axes))
+        return type(self)(values, layout._replace(sizes=sizes), zeros, self.path, tuple(axes))
 
     def map(self, f: Callable[[Any], Any]) -> "View":
         """The view of ``f`` of the values; it has to be linear."""
@@ -117,10 +117,10 @@ class View:
         dense = layouts.dense(self.values, self.layout)
         if self.zeros is not None:
             dense += self.zeros.reshape(dense.shape)
-        return _from_leaf(dense.reshape([n for _, n in _in_leaf(parts)]), parts).reshape(self.shape)
+        return from_leaf(dense.reshape([n for _, n in in_leaf(parts)]), parts).reshape(self.shape)
 
     def _each(self, i: int, f: Callable[[Any, int], Any]) -> Any:
-        parts = _in_leaf(part for axis in self.axes for part in axis)
+        parts = in_leaf(part for axis in self.axes for part in axis)
         axis = parts.index(self.axes[i][0])  # layers have the largest strides
         return jax.tree.map(lambda a: f(a, axis), (self.values, self.layout, self.zeros))
 
@@ -205,7 +205,7 @@ def _of_layer(view: View, x: Any, dot: Dot, free: list[int]) -> Any:
     sizes = [x.shape[j] for j in x_free]
     rows = math.prod(sizes)
     x = x.transpose(*x_free, *dot.x_sums).reshape(rows, *(n for _, n in summed))
-    x = x.transpose(0, *(1 + summed.index(part) for part in _in_leaf(summed)))
+    x = to_leaf(x, summed)
     x = x.reshape(rows, math.prod(n for _, n in summed))
     transposed = bool(is_transposed(view, dot))
     if view.zeros is None:
@@ -214,21 +214,27 @@ def _of_layer(view: View, x: Any, dot: Dot, free: list[int]) -> Any:
     else:
         given = view.values, view.layout, view.zeros, x
         y = products.multiply_and_sample_all(dot.how, transposed, *given)
-    y = _from_leaf(y.reshape(rows, *(n for _, n in _in_leaf(kept))), kept)
+    y = from_leaf(y.reshape(rows, *(n for _, n in in_leaf(kept))), kept)
     y = y.reshape(*sizes, *(view.shape[i] for i in free))
     last = list(range(-len(sizes), 0))
     return jnp.moveaxis(y, list(range(len(sizes))), last) if dot.is_first else y
 
 
-def _in_leaf(parts: Any) -> list[_Part]:
+def in_leaf(parts: Any) -> list[_Part]:
     """Parts in the order in which they lie in the leaf."""
     return sorted(parts, reverse=True)
 
 
-def _from_leaf(x: Any, parts: list[_Part]) -> Any:
+def from_leaf(x: Any, parts: list[_Part]) -> Any:
     """An array whose last axes are parts as they lie in the leaf, with these in another order."""
-    places, first = _in_leaf(parts), x.ndim - len(parts)
+    places, first = in_leaf(parts), x.ndim - len(parts)
     return x.transpose(*range(first), *(first + places.index(part) for part in parts))
+
+
+def to_leaf(x: Any, parts: list[_Part]) -> Any:
+    """An array whose last axes are parts in any order, with these as they lie in the leaf."""
+    first = x.ndim - len(parts)
+    return x.transpose(*range(first), *(first + parts.index(part) for part in in_leaf(parts)))
 
 
 def _less(axes: Sequence[int], gone: int) -> tuple[int, ...]:

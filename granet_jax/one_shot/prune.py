@@ -1,0 +1,298 @@
+"""A model pruned with one call: layer after layer through the ones pruned before, or all at once."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from granet_jax import distributions, structures, trees
+from granet_jax.masks import ones
+from granet_jax.one_shot import statistics as calibration
+from granet_jax.one_shot.methods import Keep, OneShot
+from granet_jax.one_shot.statistics import Statistic
+from granet_jax.types import Distribution, PyTree
+
+
+class Pruned(NamedTuple):
+    """What pruning gives."""
+
+    params: PyTree  # of the dtypes before, exactly 0 where masked
+    masks: PyTree  # bool, as methods and :func:`granet_jax.static` take them
+
+
+def prune(
+    method: OneShot,
+    apply_fn: Callable[[PyTree, Any], Any],
+    params: PyTree,
+    batches: Iterable[Any],
+    *,
+    sparsity: float,
+    scope: Distribution = distributions.uniform,
+    prunable: trees.Rules = (),
+    sequential: bool = True,
+) -> Pruned:
+    """Prunes a trained model once, with a few batches of data and no training.
+
+    Any function of any tree: Flax, NNX, Equinox, Haiku or bare; the trace tells which product
+    reads which weights. On from there with ``gj.static(masks=pruned.masks)``, or as the start of
+    any dynamic method.
+
+    Args:
+      method: ``magnitude()``, ``wanda()``, ``ria()``, ``sparsegpt()``, ``alps()`` of this package.
+      apply_fn: ``(params, batch) -> anything``, the forward pass.
+      params: tree of arrays, of any float dtype; arithmetic is float32.
+      batches: of data as in use, pytrees of arrays; a few thousand rows (tokens) are enough.
+      sparsity: fraction of zeros among prunable weights, in [0, 1).
+      scope: counts for each layer, ``uniform`` or ``erk`` or ``by_path``.
+      prunable: path rules; ``n_of_m(4)`` along inputs and ``fan_in()`` are the structures that
+        one-shot methods know. Layers of a ``scan`` need a ``Stacked`` rule
+        (:func:`granet_jax.prunable_from` writes it).
+      sequential: each layer sees inputs as the layers pruned before it make them, at the cost of a
+        pass over the batches for each; False = one pass through the dense model.
+
+    Returns:
+      New parameters and masks.
+
+    Raises:
+      ValueError: no batch; a sparsity that layers or structures do not have; a prunable leaf that
+        no product reads, or whose inputs the trace cannot tell (the message has its path and why);
+        a layer that no row reached; statistics that are not finite; weights that are not.
+
+    Source: for the order of layers Frantar & Alistarh 2023, section 3.4.
+
+    Example:
+      >>> import granet_jax as gj, jax, jax.numpy as jnp
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}
+      >>> batches = [jax.random.normal(jax.random.key(1), (100, 8))]
+      >>> pruned = gj.one_shot.prune(
+      ...     gj.one_shot.sparsegpt(), lambda p, x: x @ p["kernel"], params, batches, sparsity=0.5
+      ... )
+      >>> int(pruned.masks["kernel"].sum())
+      16
+    """
+    batches = list(batches)
+    if method.statistic is None:
+        return prune_from(method, params, {}, sparsity=sparsity, scope=scope, prunable=prunable)
+    if not sequential:
+        found = calibration.calibrate(
+            apply_fn, params, batches, method.statistic, prunable=prunable
+        )
+        return prune_from(method, params, found, sparsity=sparsity, scope=scope, prunable=prunable)
+    leaves = trees.describe(params, prunable)
+    if not batches:
+        raise ValueError("prune needs a batch at least; got none.")
+    seen = calibration.plan(apply_fn, params, batches[0], leaves, method.statistic)
+    layers = _layers(method, params, {p: x.axes for p, x in seen.items()}, sparsity, scope, leaves)
+    numbers = {path: x.number for path, x in seen.items()}
+    add = calibration.of_layer(apply_fn, leaves, method.statistic, numbers)
+    work = _Work(method, params, leaves)
+    for path, i in _in_order(seen):
+        sums = calibration.zeros_by_size(seen, method.statistic)
+        for batch in batches:
+            sums = add(work.params, batch, sums, (numbers[path], i))
+        values, rows = sums[str(seen[path].size)]
+        work.prune(layers[path, i], values, rows)
+    return Pruned(work.params, work.masks)
+
+
+def prune_from(
+    method: OneShot,
+    params: PyTree,
+    statistics: Mapping[str, Statistic],
+    *,
+    sparsity: float,
+    scope: Distribution = distributions.uniform,
+    prunable: trees.Rules = (),
+) -> Pruned:
+    """Prunes by statistics that are there already: one calibration serves many sparsities.
+
+    Args:
+      method: as in :func:`prune`.
+      params: those that were calibrated.
+      statistics: of :func:`calibrate`, with the method's statistic and the same rules.
+      sparsity: as in :func:`prune`, and so are scope, prunable, result and errors.
+      scope: counts for each layer.
+      prunable: path rules.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> params = {"kernel": jnp.array([[1.0], [5.0], [2.0], [1.0]])}
+      >>> batch = jnp.array([[2.0, 0.0, 1.0, 0.5]])
+      >>> found = gj.one_shot.calibrate(lambda p, x: x @ p["kernel"], params, [batch])
+      >>> for s in (0.25, 0.5):
+      ...     masks = gj.one_shot.prune_from(gj.one_shot.wanda(), params, found, sparsity=s).masks
+      ...     masks["kernel"].ravel().astype(int).tolist()
+      [1, 0, 1, 1]
+      [1, 0, 1, 0]
+    """
+    leaves = trees.describe(params, prunable)
+    axes = {path: x.inputs for path, x in statistics.items()}
+    if method.statistic is None:
+        axes = {x.path: tuple(range(len(x.layer_shape) - 1)) for x in leaves if x.prunable}
+    layers = _layers(method, params, axes, sparsity, scope, leaves)
+    work = _Work(method, params, leaves)
+    for (path, i), layer in layers.items():
+        if method.statistic is None:
+            work.prune(layer, None, np.float32(1))
+        else:
+            work.prune(layer, statistics[path].values[i], statistics[path].rows[i])
+    return Pruned(work.params, work.masks)
+
+
+class _Layer(NamedTuple):
+    """One layer, and what is to be kept of it."""
+
+    path: str
+    index: int  # in the stack of its leaf
+    inputs: tuple[int, ...]  # axes
+    keep: Keep
+
+
+def _in_order(seen: Mapping[str, calibration.Inputs]) -> list[tuple[str, int]]:
+    """Layers in the order in which data reach them: of leaves that stack alike, one after another."""
+    order = []
+    for num_layers, group in itertools.groupby(seen, lambda path: seen[path].num_layers):
+        paths = list(group)
+        order += [(path, i) for i in range(num_layers) for path in paths]
+    return order
+
+
+def _layers(
+    method: OneShot,
+    params: PyTree,
+    axes: Mapping[str, tuple[int, ...]],
+    sparsity: float,
+    scope: Distribution,
+    leaves: Sequence[trees.Leaf],
+) -> dict[tuple[str, int], _Layer]:
+    """What is to be done, checked."""
+    distributions.check_sparsity("sparsity", sparsity)
+    counts = scope(structures.shapes(leaves), sparsity)
+    structures.check_counts(leaves, counts, sparsity)
+    if np.ndim(counts) == 0:
+        raise ValueError(
+            "One-shot methods prune layer by layer, and global_ranking gives one count for all: "
+            "pass scope=granet_jax.uniform or erk."
+        )
+    found, left = {}, iter(np.asarray(counts).tolist())
+    for leaf in leaves:
+        if not leaf.prunable:
+            continue
+        if leaf.path not in axes:
+            raise ValueError(
+                f"{leaf.path} has no statistic: calibrate with the rules that you prune with, "
+                f"{list(axes)} have one. Or keep it dense by a rule, ({leaf.path!r}, False)."
+            )
+        size = math.prod(leaf.layer_shape[i] for i in axes[leaf.path])
+        group = size if method.by_output else 0
+        if leaf.structure is not None:
+            group = _group(leaf, axes[leaf.path])
+        for i in range(leaf.num_layers):
+            keep = Keep(next(left), group)
+            found[leaf.path, i] = _Layer(leaf.path, i, axes[leaf.path], keep)
+    return found
+
+
+def _group(leaf: trees.Leaf, inputs: tuple[int, ...]) -> int:
+    """How many inputs in a row make a group of a structure.
+
+    Raises:
+      ValueError: its groups are not of inputs in a row of one output.
+    """
+    structure = leaf.structure
+    assert structure is not None
+    if structure.grouped:
+        size = math.prod(leaf.layer_shape[i] for i in inputs)
+        places = np.arange(leaf.size // leaf.num_layers, dtype=np.int32)
+        groups = np.asarray(
+            structure.gather(jnp.asarray(places.reshape(1, *leaf.layer_shape)), leaf)
+        )
+        length = groups.shape[-1]
+        matrix = np.asarray(_matrix(places.reshape(leaf.layer_shape), inputs)).T
+        wanted = matrix.reshape(-1, length) if size % length == 0 else matrix
+        found = groups.reshape(-1, length)
+        if {tuple(x) for x in np.sort(wanted)[:, :2]} == {tuple(x) for x in np.sort(found)[:, :2]}:
+            return length
+    raise ValueError(
+        f"The structure of {leaf.path} {leaf.layer_shape} has no groups of inputs: its products "
+        f"sum over axes {inputs}. One-shot methods know n_of_m(m, axis=...) along these, and "
+        "fan_in(axis=...) with the axis of the outputs."
+    )
+
+
+def _matrix(layer: Any, inputs: tuple[int, ...]) -> Any:
+    """``(inputs, outputs)`` of a layer."""
+    outputs = [i for i in range(layer.ndim) if i not in inputs]
+    size = math.prod(layer.shape[i] for i in inputs)
+    return layer.transpose(*inputs, *outputs).reshape(size, -1)
+
+
+def _layer_of(matrix: Any, shape: tuple[int, ...], inputs: tuple[int, ...]) -> Any:
+    """Undoes :func:`_matrix`."""
+    order = [*inputs, *(i for i in range(len(shape)) if i not in inputs)]
+    return matrix.reshape([shape[i] for i in order]).transpose(np.argsort(order))
+
+
+class _Work:
+    """Parameters and masks that layers are pruned in, one by one."""
+
+    def __init__(self, method: OneShot, params: PyTree, leaves: Sequence[trees.Leaf]) -> None:
+        self.flat, self.tree = jax.tree.flatten(params)
+        self.flat_masks = jax.tree.leaves(ones(params))
+        self.places = {leaf.path: (i, leaf) for i, leaf in enumerate(leaves)}
+        self._one = jax.jit(functools.partial(_one, method), static_argnums=(2, 3, 4))
+
+    @property
+    def params(self) -> PyTree:
+        return jax.tree.unflatten(self.tree, self.flat)
+
+    @property
+    def masks(self) -> PyTree:
+        return jax.tree.unflatten(self.tree, self.flat_masks)
+
+    def prune(self, layer: _Layer, values: Any, rows: Any) -> None:
+        """Prunes one layer.
+
+        Raises:
+          ValueError: no row reached it, or something is not finite.
+        """
+        i, leaf = self.places[layer.path]
+        name = layer.path if leaf.num_layers == 1 else f"{layer.path}[{layer.index}]"
+        if float(rows) == 0:
+            raise ValueError(
+                f"No row reached {name} in these batches, so nothing is known of its inputs. Give "
+                "more data, or keep it dense by a rule."
+            )
+        place = np.unravel_index(layer.index, leaf.shape[: leaf.stack_axes])
+        new, mask, is_finite = self._one(
+            self.flat[i][place], values, layer.keep, leaf.layer_shape, layer.inputs
+        )
+        if not bool(is_finite):
+            raise ValueError(
+                f"{name} cannot be pruned: its weights, or the statistic of its inputs, are not "
+                "finite, or their Gram matrix is singular. Look at the batches; raise damping."
+            )
+        self.flat[i] = self.flat[i].at[place].set(new)
+        self.flat_masks[i] = self.flat_masks[i].at[place].set(mask)
+
+
+def _one(
+    method: OneShot,
+    layer: jax.Array,
+    values: Any,
+    keep: Keep,
+    shape: tuple[int, ...],
+    inputs: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A layer pruned, its mask, and whether all is finite."""
+    w = _matrix(layer, inputs).astype(jnp.float32)
+    new, mask = method.prune(w, values, keep)
+    given = [w, new] if values is None else [w, new, values]
+    is_finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in given]))
+    new, mask = (_layer_of(x, shape, inputs) for x in (new, mask))
+    return new.astype(layer.dtype), mask, is_finite

@@ -1,0 +1,359 @@
+"""Calibration: what the inputs of each product were, over batches, for any function of params.
+
+The trace is walked as :mod:`granet_jax.compact.trace` does, with whole leaves instead of slots:
+through transpositions, reshapes, casts, slices of stacks, ``scan``, ``remat`` and branches. Where a
+product reads a leaf, a statistic of its other operand is added up.
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from granet_jax import jaxprs, trees
+from granet_jax.compact import trace, views
+from granet_jax.compact.layouts import Layout, written
+from granet_jax.compact.views import View
+from granet_jax.types import PyTree
+
+StatisticFn = Callable[[jax.Array], jax.Array]  # float32 (rows, inputs) -> array; it is added up
+
+
+def squares(x: jax.Array) -> jax.Array:
+    """The sum of squares of each input, ``(inputs,)``: for Wanda and RIA."""
+    return jnp.sum(x * x, axis=0)
+
+
+def gram(x: jax.Array) -> jax.Array:
+    """The Gram matrix ``x.T @ x``, ``(inputs, inputs)``: for SparseGPT and ALPS."""
+    return jnp.matmul(x.T, x, precision="highest")
+
+
+class Statistic(NamedTuple):
+    """What the products that read one leaf were given.
+
+    Attributes:
+      values: float32 ``(layers, ...)``, a sum over rows for each layer that the leaf stacks.
+      rows: float32 ``(layers,)``, how many rows there were (tokens, positions of a convolution).
+      inputs: the axes of a layer that products sum over; the others are outputs.
+    """
+
+    values: jax.Array
+    rows: jax.Array
+    inputs: tuple[int, ...]
+
+
+def calibrate(
+    apply_fn: Callable[[PyTree, Any], Any],
+    params: PyTree,
+    batches: Iterable[Any],
+    statistic: StatisticFn = squares,
+    *,
+    prunable: trees.Rules = (),
+) -> dict[str, Statistic]:
+    """Sums a statistic of the inputs of each product that reads a prunable leaf, over batches.
+
+    Every row counts, of padding as well. Stacked layers (``Stacked`` rules) get a statistic each,
+    be they in a ``scan``, sliced or batched as experts; a leaf that is read several times gets the
+    sum. Convolutions have patches as rows.
+
+    Args:
+      apply_fn: ``(params, batch) -> anything``, the forward pass; bare, or of any library.
+      params: tree of arrays.
+      batches: of one or a few shapes; each is a pytree of arrays.
+      statistic: of the rows of one product, ``squares``, ``gram`` or your own; float32, whatever
+        the dtype of the inputs. Results are added up.
+      prunable: path rules, see :func:`granet_jax.trees.describe`.
+
+    Returns:
+      ``{path: Statistic}`` for the leaves that products read. Others have none; the methods tell.
+
+    Warns:
+      UserWarning: a leaf is read by something that is no product as well, whose inputs are not in
+        the sum.
+
+    Raises:
+      ValueError: no batch; a leaf is summed over other axes in one product than in another.
+
+    Example: two rows, three inputs.
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.ones((3, 2))}
+      >>> batch = jnp.array([[1.0, 0.0, 2.0], [1.0, 0.0, 0.0]])
+      >>> found = calibrate(lambda p, x: x @ p["kernel"], params, [batch])
+      >>> found["kernel"].values.tolist(), found["kernel"].rows.tolist()
+      ([[2.0, 0.0, 4.0]], [2.0])
+    """
+    leaves, sums, inputs = trees.describe(params, prunable), None, {}
+    for batch in batches:
+        if sums is None:
+            inputs = plan(apply_fn, params, batch, leaves, statistic)
+            sums = {path: _zeros(x, statistic) for path, x in inputs.items()}
+            add = jax.jit(functools.partial(_add, apply_fn, leaves, statistic), donate_argnums=2)
+        sums = add(params, batch, sums)
+    if sums is None:
+        raise ValueError("calibrate needs a batch at least; got none.")
+    return {path: Statistic(*sums[path], inputs[path].axes) for path in inputs}
+
+
+class Inputs(NamedTuple):
+    """What a leaf is multiplied with."""
+
+    number: int  # of the leaf in the order of its first product
+    axes: tuple[int, ...]  # of a layer, that products sum over
+    size: int  # inputs of a layer
+    num_layers: int
+
+
+def plan(
+    apply_fn: Callable[[PyTree, Any], Any],
+    params: PyTree,
+    batch: Any,
+    leaves: Sequence[trees.Leaf],
+    statistic: StatisticFn,
+) -> dict[str, Inputs]:
+    """The prunable leaves that products read, in the order in which they do; nothing is computed.
+
+    Warns and raises as :func:`calibrate`.
+    """
+    seen: dict[str, tuple[int, ...]] = {}
+    uses: dict[Any, Any] = {}
+
+    def note(view: View, x: Any, axes: tuple[int, ...], rows: Any, sums: Any) -> None:
+        if seen.setdefault(view.path, axes) != axes:
+            raise ValueError(
+                f"{view.path} is summed over axes {seen[view.path]} in one product and over {axes} "
+                "in another, so its weights have no inputs of their own. Keep it dense by a rule."
+            )
+
+    jax.eval_shape(functools.partial(_walk, apply_fn, leaves, note, uses), params, batch, {})
+    told = [f"{x.path} ({x.way}: {x.why})" for x in uses.values() if x.path in seen and x.way]
+    if told:
+        warnings.warn(
+            f"Leaves are read by what is no product as well, {', '.join(sorted(set(told)))}; what "
+            "they meet there is not in their statistics.",
+            stacklevel=3,
+        )
+    by_path = {leaf.path: leaf for leaf in leaves}
+    return {
+        path: Inputs(
+            number,
+            axes,
+            math.prod(by_path[path].layer_shape[i] for i in axes),
+            by_path[path].num_layers,
+        )
+        for number, (path, axes) in enumerate(seen.items())
+    }
+
+
+def _zeros(x: Inputs, statistic: StatisticFn) -> tuple[jax.Array, jax.Array]:
+    one = jax.eval_shape(statistic, jax.ShapeDtypeStruct((1, x.size), jnp.float32))
+    return jnp.zeros((x.num_layers, *one.shape), one.dtype), jnp.zeros(x.num_layers)
+
+
+def _add(
+    apply_fn: Callable[..., Any],
+    leaves: Sequence[trees.Leaf],
+    statistic: StatisticFn,
+    params: PyTree,
+    batch: Any,
+    sums: dict[str, Any],
+) -> dict[str, Any]:
+    """The sums with those of a batch."""
+
+    def note(view: View, x: jax.Array, axes: Any, rows: Any, sums: dict[str, Any]) -> None:
+        values, count = sums[view.path]
+        layers = view.zeros.reshape(-1)
+        found = jax.vmap(statistic)(rows.reshape(-1, *rows.shape[-2:]))
+        found = jnp.broadcast_to(found, (len(layers), *found.shape[1:]))
+        sums[view.path] = values.at[layers].add(found), count.at[layers].add(rows.shape[-2])
+
+    return _walk(apply_fn, leaves, note, {}, params, batch, sums)
+
+
+def of_layer(
+    apply_fn: Callable[..., Any],
+    leaves: Sequence[trees.Leaf],
+    statistic: StatisticFn,
+    numbers: Mapping[str, int],
+) -> Callable[..., Any]:
+    """``(params, batch, sums, (number, layer)) -> sums`` of one layer of one leaf, both traced.
+
+    ``sums`` holds one statistic for each number of inputs, so that one is made at a time and one
+    program serves all layers.
+    """
+
+    def add(params: PyTree, batch: Any, sums: dict[str, Any], which: Any) -> dict[str, Any]:
+        def note(view: View, x: Any, axes: Any, rows: jax.Array, sums: dict[str, Any]) -> None:
+            key = str(rows.shape[-1])
+            layers = view.zeros.reshape(-1)
+            is_this = (layers == which[1]) & (numbers[view.path] == which[0])
+            stacked = rows.reshape(-1, *rows.shape[-2:])
+
+            def added(state: Any) -> Any:
+                place = jnp.argmax(is_this) if len(stacked) > 1 else 0
+                return state[0] + statistic(stacked[place]), state[1] + rows.shape[-2]
+
+            sums[key] = jax.lax.cond(jnp.any(is_this), added, lambda state: state, sums[key])
+
+        return _walk(apply_fn, leaves, note, {}, params, batch, sums)
+
+    return jax.jit(add, donate_argnums=2)
+
+
+def zeros_by_size(found: Mapping[str, Inputs], statistic: StatisticFn) -> dict[str, Any]:
+    """Where :func:`of_layer` begins."""
+    each = {str(x.size): _zeros(x._replace(num_layers=1), statistic) for x in found.values()}
+    return {size: (values[0], rows[0]) for size, (values, rows) in each.items()}
+
+
+Note = Callable[[View, Any, tuple[int, ...], Any, dict[str, Any]], None]
+
+
+def _walk(
+    apply_fn: Callable[..., Any],
+    leaves: Sequence[trees.Leaf],
+    note: Note,
+    uses: dict[Any, Any],
+    params: PyTree,
+    batch: Any,
+    sums: dict[str, Any],
+) -> dict[str, Any]:
+    """Evaluates a function; ``note(view, x, axes, rows, sums)`` sees each product with a leaf."""
+    walk = trace.Walk(False, uses, {}, {}, rules=_rules(note), sums=dict(sums))
+    flat, tree = jax.tree.flatten((params, batch))
+    given = list(flat)
+    for i, leaf in enumerate(leaves):
+        if leaf.prunable:
+            stack = leaf.shape[: leaf.stack_axes]
+            layout = Layout(None, None, None, written(stack, leaf.layer_shape, ()))  # type: ignore[arg-type]
+            index = jnp.arange(leaf.num_layers).reshape(stack)
+            given[i] = Whole.of_leaf(leaf.path, flat[i], layout, index)
+
+    def function(*arrays: Any) -> Any:
+        return apply_fn(*jax.tree.unflatten(tree, arrays))
+
+    jaxpr = jax.make_jaxpr(function)(*flat)
+    walk.dense("output", "output", trace.run(walk, jaxpr, given), "returned")
+    return walk.sums
+
+
+@jax.tree_util.register_pytree_node_class
+class Whole(View):
+    """A dense leaf as equations see it; ``zeros`` tell which layer is which."""
+
+    def map(self, f: Callable[[Any], Any]) -> "Whole":
+        """The view of ``f`` of the weights."""
+        return Whole(f(self.values), self.layout, self.zeros, self.path, self.axes)
+
+    def unpacked(self) -> jax.Array:
+        """The array."""
+        parts = [part for axis in self.axes for part in axis]
+        return views.from_leaf(
+            self.values.reshape([n for _, n in views.in_leaf(parts)]), parts
+        ).reshape(self.shape)
+
+
+def _rules(note: Note) -> dict[str, Any]:
+    """What products do, and what compact leaves treat otherwise."""
+
+    def call(walk: trace.Walk, eqn: Any, given: list[Any]) -> Any:
+        return trace.run(walk.inside(eqn), jaxprs.called(eqn), given)
+
+    inlined = dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), call)
+    return {
+        "dot_general": functools.partial(_dot_general, note),
+        "conv_general_dilated": functools.partial(_convolution, note),
+        **inlined,
+    }
+
+
+def _dot_general(note: Note, walk: trace.Walk, eqn: Any, given: list[Any]) -> Any:
+    if all(isinstance(x, View) for x in given):
+        return "of two leaves"
+    side = 0 if isinstance(given[0], View) else 1
+    view, x = given[side], given[1 - side]
+    sums, batch = eqn.params["dimension_numbers"]
+    axes = _summed_axes(view, sums[side])
+    if isinstance(axes, str):
+        return axes
+    if any(view.axes[i] and not view.stacks(i) for i in batch[side]):
+        return "batched along a layer: stack it by a rule, gj.Stacked(1)"
+    note(view, x, axes, _rows(view, x, side, sums, batch), walk.sums)
+    operands = (view.unpacked(), x) if side == 0 else (x, view.unpacked())
+    return [eqn.primitive.bind(*operands, **eqn.params)]
+
+
+def _summed_axes(view: View, sums: Sequence[int]) -> tuple[int, ...] | str:
+    """The axes of a layer that a product sums over; or why it cannot be told."""
+    shape = view.layout.layer_shape
+    summed = [part for i in sums for part in view.axes[i]]
+    if any(stride >= view.layout.layer_size for stride, _ in summed):
+        return "sums over layers: stack no axis of it by a rule"
+    axes = []
+    for i, n in enumerate(shape):
+        stride = math.prod(shape[i + 1 :])
+        within = math.prod(m for s, m in summed if stride <= s < stride * n)
+        if within == n > 1:
+            axes.append(i)
+        elif within > 1:
+            return "sums over a part of an axis"
+    if math.prod(shape[i] for i in axes) != math.prod(m for _, m in summed):
+        return "sums over a part of an axis"
+    return tuple(axes)
+
+
+def _rows(view: View, x: Any, side: int, sums: Any, batch: Any) -> jax.Array:
+    """``(*layers, rows, inputs)`` of the data of a product, inputs as they lie in the leaf."""
+    parts = [part for i in sums[side] for part in view.axes[i]]
+    x_sums, x_batch = sums[1 - side], batch[1 - side]
+    stacked = sorted(  # batched layers, those of largest stride first as in the view's arrays
+        (pair for pair in zip(batch[side], x_batch, strict=True) if view.axes[pair[0]]),
+        key=lambda pair: -view.axes[pair[0]][0][0],
+    )
+    layers = [j for _, j in stacked]
+    rest = [j for j in range(x.ndim) if j not in layers and j not in x_sums]
+    x = x.astype(jnp.float32).transpose(*layers, *rest, *x_sums)
+    lead = x.shape[: len(layers)]
+    num_rows = math.prod(x.shape[len(lead) : len(lead) + len(rest)])
+    x = views.to_leaf(x.reshape(*lead, num_rows, *(n for _, n in parts)), parts)
+    x = x.reshape(*lead, num_rows, math.prod(n for _, n in parts))
+    free = [i for i, axis in enumerate(view.axes) if view.stacks(i) and i not in batch[side]]
+    for i in free:  # layers that share their input, such as experts
+        place = sum(view.axes[j][0][0] > view.axes[i][0][0] for j, _ in stacked)
+        x = jnp.broadcast_to(
+            jnp.expand_dims(x, place), (*x.shape[:place], view.shape[i], *x.shape[place:])
+        )
+    return x
+
+
+def _convolution(note: Note, walk: trace.Walk, eqn: Any, given: list[Any]) -> Any:
+    x, view = given
+    params = eqn.params
+    if not isinstance(view, View) or isinstance(x, View):
+        return "as the image of a convolution"
+    if params["feature_group_count"] * params["batch_group_count"] > 1:
+        return "a grouped convolution"
+    numbers = params["dimension_numbers"]
+    out, *rest = numbers.rhs_spec  # output, input, space
+    axes = _summed_axes(view, rest)
+    if isinstance(axes, str):
+        return axes
+    patches = jax.lax.conv_general_dilated_patches(
+        x.astype(jnp.float32),
+        [view.shape[i] for i in rest[1:]],
+        params["window_strides"],
+        params["padding"],
+        params["lhs_dilation"],
+        params["rhs_dilation"],
+        numbers,
+        precision=jax.lax.Precision.HIGHEST,
+    )  # channels (input, space), as rest has them
+    patches = jnp.moveaxis(patches, numbers.out_spec[1], -1)
+    parts = [part for i in rest for part in view.axes[i]]
+    rows = views.to_leaf(patches.reshape(-1, *(n for _, n in parts)), parts)
+    note(view, x, axes, rows.reshape(len(rows), -1), walk.sums)
+    return [eqn.primitive.bind(x, view.unpacked(), **params)]
