@@ -45,7 +45,7 @@ ENGINE = [
     *("files", "checkpoints", "training", "records", "page", "output", "run", "plan"),
 ]
 ROOMS = {  # that import each other within a wing, in this order
-    "data": ["streams", "images", "text", "augment"],
+    "data": ["streams", "images", "text", "sentences", "augment"],
     "engine": ENGINE,
 }
 

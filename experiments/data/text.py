@@ -37,7 +37,7 @@ def read(folder: str | pathlib.Path | None = None) -> Text:
     root = pathlib.Path(folder or sysconfig.get_paths()["stdlib"])
     if not root.is_dir():
         raise ValueError(f"--text_dir={root} is no folder.")
-    paths = _library(root) if folder is None else root.rglob("*")
+    paths = library(root) if folder is None else root.rglob("*")
     train: list[bytes] = []
     validation: list[bytes] = []
     for name in sorted(path.relative_to(root).as_posix() for path in paths if path.is_file()):
@@ -56,6 +56,13 @@ def read(folder: str | pathlib.Path | None = None) -> Text:
             "Take some files out."
         )
     return text
+
+
+def library(root: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The ``*.py`` of Python's own library below ``root``, without tests and installed packages."""
+    for path in root.rglob("*.py"):
+        if not _LEFT_OUT.intersection(path.relative_to(root).parts):
+            yield path
 
 
 def is_held_out(name: str) -> bool:
@@ -94,12 +101,6 @@ def _last_offset(split: np.ndarray, length: int) -> int:
             f"{len(split)}. Lower --context, or give more text."
         )
     return len(split) - length
-
-
-def _library(root: pathlib.Path) -> Iterator[pathlib.Path]:
-    for path in root.rglob("*.py"):
-        if not _LEFT_OUT.intersection(path.relative_to(root).parts):
-            yield path
 
 
 def _joined(contents: Iterable[bytes]) -> np.ndarray:
