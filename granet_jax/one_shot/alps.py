@@ -32,7 +32,7 @@ def alps(*, damping: float = 0.01, rho: float = 0.1, iterations: int = 300) -> O
       ValueError: a number that is not positive.
 
     Differs from the paper's code in that it never restarts: where nothing changes before rho has
-    risen, rho falls and it goes on from where it is.
+    risen, rho falls and it goes on from where it is; inputs that are never seen lose their weights.
 
     Example:
       >>> import jax.numpy as jnp
@@ -50,9 +50,10 @@ def _prune(
     damping: float, rho: float, iterations: int, w: jax.Array, values: jax.Array, keep: Keep
 ) -> tuple[jax.Array, jax.Array]:
     diagonal = jnp.diagonal(values)
+    w = jnp.where((diagonal > 0)[:, None], w, 0.0)
     g = values + damping * jnp.maximum(jnp.mean(diagonal), 1e-30) * jnp.eye(len(w))
     scale = jnp.sqrt(jnp.diagonal(g))
-    g, b0 = g / scale / scale[:, None], w * scale[:, None]
+    g, b0 = g / scale[None] / scale[:, None], w * scale[:, None]
     roots, q = jnp.linalg.eigh(g)
     goal = _times(g, b0)
 
@@ -89,9 +90,9 @@ def _polished(g: jax.Array, goal: jax.Array, d: jax.Array, mask: jax.Array) -> j
         d, rest, way, size = state
         along = jnp.where(mask, _times(g, way), 0.0)
         length = size / jnp.maximum(jnp.sum(way * along, axis=0), 1e-30)
-        d, rest = d + length * way, rest - length * along
+        d, rest = d + length[None] * way, rest - length[None] * along
         new = jnp.sum(rest**2, axis=0)
-        return d, rest, rest + new / jnp.maximum(size, 1e-30) * way, new
+        return d, rest, rest + (new / jnp.maximum(size, 1e-30))[None] * way, new
 
     rest = jnp.where(mask, goal - _times(g, d), 0.0)
     start = d, rest, rest, jnp.sum(rest**2, axis=0)

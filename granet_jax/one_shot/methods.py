@@ -36,7 +36,7 @@ class OneShot(NamedTuple):
 
     Attributes:
       prune: ``(w, values, keep) -> (w, mask)``: float32 ``(inputs, outputs)``, the statistic's
-        values, a :class:`Keep` with static numbers; what is masked comes back as 0.
+        mean over rows, a :class:`Keep` with static numbers; what is masked comes back as 0.
       statistic: what it has to know of the inputs; None = nothing.
       by_output: whether each output keeps as many weights, where no structure says how.
     """

@@ -1,4 +1,4 @@
-"""A model pruned with one call: layer after layer through the ones pruned before, or all at once."""
+"""A model pruned with one call, layer after layer or all layers from one pass."""
 
 import functools
 import itertools
@@ -75,7 +75,6 @@ def prune(
       >>> int(pruned.masks["kernel"].sum())
       16
     """
-    batches = list(batches)
     if method.statistic is None:
         return prune_from(method, params, {}, sparsity=sparsity, scope=scope, prunable=prunable)
     if not sequential:
@@ -83,21 +82,20 @@ def prune(
             apply_fn, params, batches, method.statistic, prunable=prunable
         )
         return prune_from(method, params, found, sparsity=sparsity, scope=scope, prunable=prunable)
-    leaves = trees.describe(params, prunable)
+    leaves, batches = trees.describe(params, prunable), list(batches)
     if not batches:
         raise ValueError("prune needs a batch at least; got none.")
     seen = calibration.plan(apply_fn, params, batches[0], leaves, method.statistic)
     layers = _layers(method, params, {p: x.axes for p, x in seen.items()}, sparsity, scope, leaves)
     numbers = {path: x.number for path, x in seen.items()}
     add = calibration.of_layer(apply_fn, leaves, method.statistic, numbers)
-    work = _Work(method, params, leaves)
+    tree, work = jax.tree.structure(params), _begin(method, params)
     for path, i in _in_order(seen):
         sums = calibration.zeros_by_size(seen, method.statistic)
         for batch in batches:
-            sums = add(work.params, batch, sums, (numbers[path], i))
-        values, rows = sums[str(seen[path].size)]
-        work.prune(layers[path, i], values, rows)
-    return Pruned(work.params, work.masks)
+            sums = add(jax.tree.unflatten(tree, work.params), batch, sums, (numbers[path], i))
+        work = _prune_layer(work, leaves, layers[path, i], *sums[str(seen[path].size)])
+    return work.pruned(tree)
 
 
 def prune_from(
@@ -135,26 +133,26 @@ def prune_from(
     if method.statistic is None:
         axes = {x.path: tuple(range(len(x.layer_shape) - 1)) for x in leaves if x.prunable}
     layers = _layers(method, params, axes, sparsity, scope, leaves)
-    work = _Work(method, params, leaves)
+    work = _begin(method, params)
     for (path, i), layer in layers.items():
-        if method.statistic is None:
-            work.prune(layer, None, np.float32(1))
-        else:
-            work.prune(layer, statistics[path].values[i], statistics[path].rows[i])
-    return Pruned(work.params, work.masks)
+        known: tuple[Any, Any] = (None, 1.0)
+        if method.statistic is not None:
+            known = statistics[path].values[i], statistics[path].rows[i]
+        work = _prune_layer(work, leaves, layer, *known)
+    return work.pruned(jax.tree.structure(params))
 
 
 class _Layer(NamedTuple):
     """One layer, and what is to be kept of it."""
 
     path: str
-    index: int  # in the stack of its leaf
+    place: int  # in the stack of its leaf
     inputs: tuple[int, ...]  # axes
     keep: Keep
 
 
 def _in_order(seen: Mapping[str, calibration.Inputs]) -> list[tuple[str, int]]:
-    """Layers in the order in which data reach them: of leaves that stack alike, one after another."""
+    """Layers in the order in which data reach them, those of one loop trip after trip."""
     order = []
     for num_layers, group in itertools.groupby(seen, lambda path: seen[path].num_layers):
         paths = list(group)
@@ -238,47 +236,50 @@ def _layer_of(matrix: Any, shape: tuple[int, ...], inputs: tuple[int, ...]) -> A
     return matrix.reshape([shape[i] for i in order]).transpose(np.argsort(order))
 
 
-class _Work:
-    """Parameters and masks that layers are pruned in, one by one."""
+class _Work(NamedTuple):
+    """Parameters and masks as far as layers have been pruned, in leaf order; what prunes one."""
 
-    def __init__(self, method: OneShot, params: PyTree, leaves: Sequence[trees.Leaf]) -> None:
-        self.flat, self.tree = jax.tree.flatten(params)
-        self.flat_masks = jax.tree.leaves(ones(params))
-        self.places = {leaf.path: (i, leaf) for i, leaf in enumerate(leaves)}
-        self._one = jax.jit(functools.partial(_one, method), static_argnums=(2, 3, 4))
+    params: list[jax.Array]
+    masks: list[jax.Array]
+    program: Callable[..., Any]
 
-    @property
-    def params(self) -> PyTree:
-        return jax.tree.unflatten(self.tree, self.flat)
+    def pruned(self, tree: PyTree) -> Pruned:
+        return Pruned(*(jax.tree.unflatten(tree, x) for x in (self.params, self.masks)))
 
-    @property
-    def masks(self) -> PyTree:
-        return jax.tree.unflatten(self.tree, self.flat_masks)
 
-    def prune(self, layer: _Layer, values: Any, rows: Any) -> None:
-        """Prunes one layer.
+def _begin(method: OneShot, params: PyTree) -> _Work:
+    program = jax.jit(functools.partial(_one, method), static_argnums=(2, 3, 4))
+    return _Work(jax.tree.leaves(params), jax.tree.leaves(ones(params)), program)
 
-        Raises:
-          ValueError: no row reached it, or something is not finite.
-        """
-        i, leaf = self.places[layer.path]
-        name = layer.path if leaf.num_layers == 1 else f"{layer.path}[{layer.index}]"
-        if float(rows) == 0:
-            raise ValueError(
-                f"No row reached {name} in these batches, so nothing is known of its inputs. Give "
-                "more data, or keep it dense by a rule."
-            )
-        place = np.unravel_index(layer.index, leaf.shape[: leaf.stack_axes])
-        new, mask, is_finite = self._one(
-            self.flat[i][place], values, layer.keep, leaf.layer_shape, layer.inputs
+
+def _prune_layer(
+    work: _Work, leaves: Sequence[trees.Leaf], layer: _Layer, values: Any, rows: Any
+) -> _Work:
+    """Prunes one layer.
+
+    Raises:
+      ValueError: no row reached it, or something is not finite.
+    """
+    i, leaf = next((i, x) for i, x in enumerate(leaves) if x.path == layer.path)
+    name = layer.path if leaf.num_layers == 1 else f"{layer.path}[{layer.place}]"
+    if float(rows) == 0:
+        raise ValueError(
+            f"No row reached {name} in these batches, so nothing is known of its inputs. Give more "
+            "data, or keep it dense by a rule."
         )
-        if not bool(is_finite):
-            raise ValueError(
-                f"{name} cannot be pruned: its weights, or the statistic of its inputs, are not "
-                "finite, or their Gram matrix is singular. Look at the batches; raise damping."
-            )
-        self.flat[i] = self.flat[i].at[place].set(new)
-        self.flat_masks[i] = self.flat_masks[i].at[place].set(mask)
+    place = np.unravel_index(layer.place, leaf.shape[: leaf.stack_axes])
+    mean = None if values is None else values / rows
+    given = work.params[i][place], mean, layer.keep, leaf.layer_shape, layer.inputs
+    new, mask, is_finite = work.program(*given)
+    if not bool(is_finite):
+        raise ValueError(
+            f"{name} cannot be pruned: its weights or the statistic of its inputs are not finite, "
+            "or their Gram matrix is singular. Look at the batches; raise damping."
+        )
+    params, masks = list(work.params), list(work.masks)
+    params[i] = params[i].at[place].set(new)
+    masks[i] = masks[i].at[place].set(mask)
+    return work._replace(params=params, masks=masks)
 
 
 def _one(

@@ -73,12 +73,11 @@ def inverse_factor(values: jax.Array, damping: float) -> jax.Array:
     """The upper U with ``U^T U = H^-1``, of a Gram matrix as H is made of it; NaN if singular.
 
     H reversed is ``L L^T``, so H is ``R R^T`` with the upper R, L reversed; U is the inverse of R.
-    The scale of H changes no weight, so it is set to make the mean of its diagonal 1.
+    ``H = 2 values``, with 1 on the diagonal of inputs that are never seen, plus damping.
     """
-    diagonal = jnp.diagonal(values)
-    scale = jnp.where(jnp.mean(diagonal) > 0, jnp.mean(diagonal), 1.0)
-    diagonal = jnp.where(diagonal > 0, diagonal / scale, 1.0)
-    h = jnp.where(jnp.eye(len(values), dtype=bool), diagonal, values / scale)
+    diagonal = jnp.diagonal(2 * values)
+    diagonal = jnp.where(diagonal > 0, diagonal, 1.0)
+    h = jnp.where(jnp.eye(len(values), dtype=bool), diagonal[None], 2 * values)
     h += damping * jnp.mean(diagonal) * jnp.eye(len(values))
     r = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
     return jax.scipy.linalg.solve_triangular(r, jnp.eye(len(values)))

@@ -70,14 +70,15 @@ def calibrate(
       prunable: path rules, see :func:`granet_jax.trees.describe`.
 
     Returns:
-      ``{path: Statistic}`` for the leaves that products read. Others have none; the methods tell.
+      ``{path: Statistic}`` of all prunable leaves.
 
     Warns:
       UserWarning: a leaf is read by something that is no product as well, whose inputs are not in
         the sum.
 
     Raises:
-      ValueError: no batch; a leaf is summed over other axes in one product than in another.
+      ValueError: no batch; no product reads a prunable leaf, or the trace cannot tell (the message
+        has its path and why); a leaf is summed over other axes in one product than in another.
 
     Example: two rows, three inputs.
       >>> import jax.numpy as jnp
@@ -130,11 +131,20 @@ def plan(
             )
 
     jax.eval_shape(functools.partial(_walk, apply_fn, leaves, note, uses), params, batch, {})
-    told = [f"{x.path} ({x.way}: {x.why})" for x in uses.values() if x.path in seen and x.way]
-    if told:
+    ways: dict[str, set[str]] = {leaf.path: set() for leaf in leaves if leaf.prunable}
+    for use in uses.values():
+        ways[use.path].add(f"{use.way}, {use.why}")
+    told = {path: "; ".join(sorted(each)) or "not read" for path, each in ways.items()}
+    if lost := [f"{path} ({why})" for path, why in told.items() if path not in seen]:
+        raise ValueError(
+            f"The trace finds no product that reads {', '.join(lost)}; its inputs are not known. "
+            "Keep it dense by a rule; where axes stack layers, say so by gj.Stacked(n); where "
+            "something is done to it first, do that to the parameters before."
+        )
+    if partly := [f"{path} ({why})" for path, why in told.items() if ways[path]]:
         warnings.warn(
-            f"Leaves are read by what is no product as well, {', '.join(sorted(set(told)))}; what "
-            "they meet there is not in their statistics.",
+            f"Some leaves are read by what is no product, too: {', '.join(partly)}. What they meet "
+            "there is not in their statistics.",
             stacklevel=3,
         )
     by_path = {leaf.path: leaf for leaf in leaves}
@@ -167,7 +177,7 @@ def _add(
     def note(view: View, x: jax.Array, axes: Any, rows: Any, sums: dict[str, Any]) -> None:
         values, count = sums[view.path]
         layers = view.zeros.reshape(-1)
-        found = jax.vmap(statistic)(rows.reshape(-1, *rows.shape[-2:]))
+        found = jax.vmap(statistic)(_stack(rows))
         found = jnp.broadcast_to(found, (len(layers), *found.shape[1:]))
         sums[view.path] = values.at[layers].add(found), count.at[layers].add(rows.shape[-2])
 
@@ -191,7 +201,7 @@ def of_layer(
             key = str(rows.shape[-1])
             layers = view.zeros.reshape(-1)
             is_this = (layers == which[1]) & (numbers[view.path] == which[0])
-            stacked = rows.reshape(-1, *rows.shape[-2:])
+            stacked = _stack(rows)
 
             def added(state: Any) -> Any:
                 place = jnp.argmax(is_this) if len(stacked) > 1 else 0
@@ -306,6 +316,11 @@ def _summed_axes(view: View, sums: Sequence[int]) -> tuple[int, ...] | str:
     return tuple(axes)
 
 
+def _stack(rows: jax.Array) -> jax.Array:
+    """``(layers, rows, inputs)``, of layers along any axes."""
+    return rows.reshape(math.prod(rows.shape[:-2]), *rows.shape[-2:])
+
+
 def _rows(view: View, x: Any, side: int, sums: Any, batch: Any) -> jax.Array:
     """``(*layers, rows, inputs)`` of the data of a product, inputs as they lie in the leaf."""
     parts = [part for i in sums[side] for part in view.axes[i]]
@@ -338,7 +353,7 @@ def _convolution(note: Note, walk: trace.Walk, eqn: Any, given: list[Any]) -> An
     if params["feature_group_count"] * params["batch_group_count"] > 1:
         return "a grouped convolution"
     numbers = params["dimension_numbers"]
-    out, *rest = numbers.rhs_spec  # output, input, space
+    _, *rest = numbers.rhs_spec  # output, input, space
     axes = _summed_axes(view, rest)
     if isinstance(axes, str):
         return axes
@@ -354,6 +369,7 @@ def _convolution(note: Note, walk: trace.Walk, eqn: Any, given: list[Any]) -> An
     )  # channels (input, space), as rest has them
     patches = jnp.moveaxis(patches, numbers.out_spec[1], -1)
     parts = [part for i in rest for part in view.axes[i]]
-    rows = views.to_leaf(patches.reshape(-1, *(n for _, n in parts)), parts)
-    note(view, x, axes, rows.reshape(len(rows), -1), walk.sums)
+    num_rows, num_inputs = math.prod(patches.shape[:-1]), patches.shape[-1]
+    rows = views.to_leaf(patches.reshape(num_rows, *(n for _, n in parts)), parts)
+    note(view, x, axes, rows.reshape(num_rows, num_inputs), walk.sums)
     return [eqn.primitive.bind(x, view.unpacked(), **params)]
