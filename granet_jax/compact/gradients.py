@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from granet_jax import trees
 from granet_jax.compact import packing
 from granet_jax.compact.layouts import Layouts
-from granet_jax.compact.trace import Walk, on_slots
+from granet_jax.compact.rules import RULES
+from granet_jax.compact.trace import on_slots
+from granet_jax.compact.walk import begin
 from granet_jax.types import PyTree
 
 
@@ -52,7 +54,7 @@ def value_and_dense_grad(
 
         def of_dense(zeros: dict[str, Any], dense: dict[str, Any]) -> Any:
             tree = packing.map_by_path(lambda path, x: dense.get(path, x), values)
-            return on_slots(Walk(native, {}, {}, zeros), fn, tree, layouts, args, kwargs)
+            return on_slots(begin(RULES, native, zeros), fn, tree, layouts, args, kwargs)
 
         value, grads = jax.value_and_grad(of_dense, (0, 1), has_aux=has_aux)(zeros, dense)
 

@@ -72,6 +72,11 @@ class Layout(NamedTuple):
         """Slots of one layer."""
         return self.index.shape[-1]
 
+    @property
+    def density(self) -> float:
+        """Share of slots among the weights of a layer."""
+        return self.capacity / max(self.layer_size, 1)
+
     def _sizes(self, i: int) -> tuple[int, ...]:
         (written,) = self.sizes
         return tuple(int(n) for n in written.split("|")[i].split("x") if n)

@@ -5,6 +5,9 @@ from granet_jax.export.compact import Cut as Cut
 from granet_jax.export.compact import channel_rules as channel_rules
 from granet_jax.export.compact import compact as compact
 from granet_jax.export.compact import cuts_table as cuts_table
+from granet_jax.export.dense import load_dense as load_dense
+from granet_jax.export.dense import masks_from as masks_from
+from granet_jax.export.dense import save_dense as save_dense
 from granet_jax.export.files import Saved as Saved
 from granet_jax.export.files import load as load
 from granet_jax.export.files import save as save

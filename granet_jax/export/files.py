@@ -74,7 +74,7 @@ def save(path: str | os.PathLike[str], params: PyTree, masks: PyTree | None = No
     tensors, leaves = {}, []
     for words, array in flat.items():
         name = "/".join(words)
-        array = _native(name, array)
+        array = native(name, array)
         if f"values/{name}" in tensors:
             raise ValueError(f"Two leaves are called {name} once their paths are joined.")
         leaf = _Stored.of(array, flat_masks.get(words))
@@ -89,7 +89,7 @@ def save(path: str | os.PathLike[str], params: PyTree, masks: PyTree | None = No
         "sha256": _digest(leaves, tensors),
     }
     data = serialize(tensors, metadata)
-    _write_whole(pathlib.Path(path), data)
+    write_whole(pathlib.Path(path), data)
     return len(data)
 
 
@@ -144,7 +144,7 @@ def load(path: str | os.PathLike[str], like: PyTree | None = None) -> Saved:
     return Saved(*(jax.tree.unflatten(structure, [pair[i] for pair in in_order]) for i in (0, 1)))
 
 
-def _native(name: str, array: np.ndarray) -> np.ndarray:
+def native(name: str, array: np.ndarray) -> np.ndarray:
     """In this machine's order of bytes, if a file can hold it."""
     dtype = array.dtype.newbyteorder("=")
     try:
@@ -234,7 +234,7 @@ def _check_like(path: pathlib.Path, found: dict[Any, Any], wanted: dict[Any, Any
             )
 
 
-def _write_whole(path: pathlib.Path, data: bytes) -> None:
+def write_whole(path: pathlib.Path, data: bytes) -> None:
     """A reader sees the old file or the new one, never a part."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

@@ -1,6 +1,6 @@
 """Calibration: what the inputs of each product were, over batches, for any function of params.
 
-The trace is walked as :mod:`granet_jax.compact.trace` does, with whole leaves instead of slots:
+The trace is walked as for live weights (:mod:`granet_jax.compact.walk`), with whole leaves instead of slots:
 through transpositions, reshapes, casts, slices of stacks, ``scan``, ``remat`` and branches. Where a
 product reads a leaf, a statistic of its other operand is added up.
 """
@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from granet_jax import jaxprs, trees
-from granet_jax.compact import trace, views
+from granet_jax.compact import views
 from granet_jax.compact.layouts import Layout, written
+from granet_jax.compact.rules import RULES
 from granet_jax.compact.views import View
+from granet_jax.compact.walk import Walk, begin, run
 from granet_jax.types import PyTree
 
 StatisticFn = Callable[[jax.Array], jax.Array]  # float32 (rows, inputs) -> array; it is added up
@@ -233,7 +235,7 @@ def _walk(
     sums: dict[str, Any],
 ) -> dict[str, Any]:
     """Evaluates a function; ``note(view, x, axes, rows, sums)`` sees each product with a leaf."""
-    walk = trace.Walk(False, uses, {}, {}, rules=_rules(note), sums=dict(sums))
+    walk = begin(RULES | _rules(note), sums=sums)._replace(uses=uses)
     flat, tree = jax.tree.flatten((params, batch))
     given = list(flat)
     for i, leaf in enumerate(leaves):
@@ -247,7 +249,7 @@ def _walk(
         return apply_fn(*jax.tree.unflatten(tree, arrays))
 
     jaxpr = jax.make_jaxpr(function)(*flat)
-    walk.dense("output", "output", trace.run(walk, jaxpr, given), "returned")
+    walk.dense("output", "output", run(walk, jaxpr, given), "returned")
     return walk.sums
 
 
@@ -270,8 +272,8 @@ class Whole(View):
 def _rules(note: Note) -> dict[str, Any]:
     """What products do, and what compact leaves treat otherwise."""
 
-    def call(walk: trace.Walk, eqn: Any, given: list[Any]) -> Any:
-        return trace.run(walk.inside(eqn), jaxprs.called(eqn), given)
+    def call(walk: Walk, eqn: Any, given: list[Any]) -> Any:
+        return run(walk.inside(eqn), jaxprs.called(eqn), given)
 
     inlined = dict.fromkeys(("custom_jvp_call", "custom_vjp_call"), call)
     return {
@@ -281,7 +283,7 @@ def _rules(note: Note) -> dict[str, Any]:
     }
 
 
-def _dot_general(note: Note, walk: trace.Walk, eqn: Any, given: list[Any]) -> Any:
+def _dot_general(note: Note, walk: Walk, eqn: Any, given: list[Any]) -> Any:
     if all(isinstance(x, View) for x in given):
         return "of two leaves"
     side = 0 if isinstance(given[0], View) else 1
@@ -345,7 +347,7 @@ def _rows(view: View, x: Any, side: int, sums: Any, batch: Any) -> jax.Array:
     return x
 
 
-def _convolution(note: Note, walk: trace.Walk, eqn: Any, given: list[Any]) -> Any:
+def _convolution(note: Note, walk: Walk, eqn: Any, given: list[Any]) -> Any:
     x, view = given
     params = eqn.params
     if not isinstance(view, View) or isinstance(x, View):

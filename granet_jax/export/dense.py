@@ -1,0 +1,196 @@
+"""Plain safetensors with exact zeros, in other libraries' names; and masks that others made.
+
+A checkpoint of PyTorch goes in, is pruned, and comes out as it was, with zeros: names and
+transpositions are those of a map that is given.
+"""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from granet_jax import trees
+from granet_jax.export.files import Saved, native, write_whole
+from granet_jax.masks import apply_masks, check_masks, masks_from_zeros, ones
+from granet_jax.types import PyTree
+
+Names = Mapping[str, tuple[str, bool]]  # path of a leaf -> (name in the file, is it transposed)
+
+
+def save_dense(
+    path: str | os.PathLike[str],
+    params: PyTree,
+    masks: PyTree | None = None,
+    names: Names | None = None,
+) -> int:
+    """Writes all values to a safetensors file that any library reads, whole or not at all.
+
+    Args:
+      path: of the file; overwritten.
+      params: tree of arrays, of numpy's dtypes or bfloat16.
+      masks: bool tree of params; weights under False are written as +0. None = as they are.
+      names: ``{path: (name in the file, transposed)}`` for all leaves; transposed ones have two
+        axes. None = the paths, with dots for slashes.
+
+    Returns:
+      The size of the file in bytes.
+
+    Raises:
+      ValueError: masks of another tree; ``names`` lack a leaf, or give two the same name; a dtype
+        that files lack.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp, os, tempfile
+      >>> params = {"fc": {"kernel": jnp.array([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0]])}}
+      >>> names = {"fc/kernel": ("fc.weight", True)}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     file = os.path.join(folder, "model.safetensors")
+      ...     size = gj.export.save_dense(file, params, names=names)
+      ...     saved = gj.export.load_dense(file, params, names)
+      >>> saved.masks["fc"]["kernel"].tolist()
+      [[True, False, True], [False, False, True]]
+    """
+    from safetensors import serialize
+
+    if masks is not None:
+        params = apply_masks(params, check_masks(masks, params))
+    tensors: dict[str, Any] = {}
+    for leaf, x in trees.paths(params).items():
+        name, transposed = _name(leaf, names)
+        if name in tensors:
+            raise ValueError(f"Two leaves are called {name!r} in the file; the second is {leaf}.")
+        array = native(leaf, np.asarray(jax.device_get(x)))
+        array = np.ascontiguousarray(array.T if transposed else array)
+        kind = {"dtype": array.dtype.name, "shape": array.shape}
+        tensors[name] = kind | {"data": array.tobytes()}
+    data = serialize(tensors, {"format": "pt"})
+    write_whole(pathlib.Path(path), data)
+    return len(data)
+
+
+def load_dense(
+    path: str | os.PathLike[str],
+    like: PyTree,
+    names: Names | None = None,
+    *,
+    prunable: trees.Rules = (),
+) -> Saved:
+    """Reads a plain safetensors file; masks are its zeros, or those of ``torch.nn.utils.prune``.
+
+    Where a file holds ``NAME_orig`` and ``NAME_mask`` in the place of ``NAME``, as modules under
+    ``torch.nn.utils.prune`` save them, the mask is taken as it is, and applied.
+
+    Args:
+      path: of the file. Tensors of other names are left alone.
+      like: tree of arrays or ``ShapeDtypeStruct``s, of the shapes and dtypes that are wanted.
+      names: as in :func:`save_dense`.
+      prunable: path rules; zeros elsewhere, such as biases that start so, mask nothing.
+
+    Returns:
+      Numpy arrays in trees of the kind of ``like``; parameters are 0 where masked.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no safetensors file, or lacks a leaf, or has it in another shape; a mask
+        holds something else than 0 and 1.
+    """
+    from safetensors.numpy import load as deserialize
+
+    data = pathlib.Path(path).read_bytes()
+    try:
+        tensors = _with_bfloat16(data, deserialize)
+    except Exception as error:
+        raise ValueError(f"{path} is no safetensors file: {error}.") from error
+    found, found_masks = [], {}
+    for leaf, wanted in trees.paths(like).items():
+        name, transposed = _name(leaf, names)
+        array, mask = _tensor(f"{path}", tensors, name)
+        if transposed:
+            array, mask = array.T, None if mask is None else mask.T
+        if array.shape != tuple(wanted.shape):
+            raise ValueError(
+                f"{path} holds {name!r} in shape {array.shape}, once transposed if so told; {leaf} "
+                f"has {tuple(wanted.shape)}."
+            )
+        found.append(array.astype(wanted.dtype))
+        found_masks[leaf] = mask
+    params = jax.tree.unflatten(jax.tree.structure(like), found)
+    masks = masks_from_zeros(params, prunable)
+    given = [
+        m if found_masks[leaf] is None else found_masks[leaf]
+        for leaf, m in trees.paths(masks).items()
+    ]
+    masks = jax.tree.unflatten(jax.tree.structure(like), [np.asarray(x) for x in given])
+    return Saved(jax.tree.map(lambda p, m: np.where(m, p, np.zeros_like(p)), params, masks), masks)
+
+
+def masks_from(masks: Any, params: PyTree) -> PyTree:
+    """Total bool masks from those of other libraries: 0 and 1 of any dtype, parts of a tree.
+
+    JaxPruner's states hold ``masks`` as a tree of uint8 with None for leaves that it does not
+    prune; PyTorch's ``weight_mask`` are floats. A leaf of ``params`` without a mask is all on.
+
+    Args:
+      masks: a tree, or ``{path: mask}``, matched by path.
+      params: tree of arrays.
+
+    Raises:
+      ValueError: a mask has no parameter, or one of another shape; or holds other numbers.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> params = {"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2)}
+      >>> state_masks = {"kernel": jnp.array([[1, 0]], jnp.uint8), "bias": None}
+      >>> gj.export.masks_from(state_masks, params)["kernel"].tolist()
+      [[True, False]]
+    """
+    found = {path: _is_on(path, np.asarray(x)) for path, x in trees.paths(masks).items()}
+    wanted = trees.paths(params)
+    for path, mask in found.items():
+        shape = tuple(wanted[path].shape) if path in wanted else "none"
+        if shape != mask.shape:
+            raise ValueError(
+                f"The mask of {path} has shape {mask.shape}, its parameter {shape}; the paths are: "
+                f"{', '.join(wanted)}."
+            )
+    total = trees.paths(ones(params))
+    each = [jnp.asarray(found[path]) if path in found else x for path, x in total.items()]
+    return jax.tree.unflatten(jax.tree.structure(params), each)
+
+
+def _name(leaf: str, names: Names | None) -> tuple[str, bool]:
+    if names is None:
+        return leaf.replace("/", "."), False
+    if leaf not in names:
+        raise ValueError(f"The map of names lacks {leaf}; it has {', '.join(names)}.")
+    return names[leaf]
+
+
+def _tensor(path: str, tensors: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """A tensor and its mask, if the file has one."""
+    if name in tensors:
+        return tensors[name], None
+    if f"{name}_orig" in tensors and f"{name}_mask" in tensors:
+        return tensors[f"{name}_orig"], _is_on(name, tensors[f"{name}_mask"])
+    few = ", ".join(sorted(tensors)[:5])
+    raise ValueError(f"{path} holds no {name!r}; the first of its {len(tensors)} tensors: {few}.")
+
+
+def _is_on(name: str, mask: np.ndarray) -> np.ndarray:
+    if not np.isin(mask, (0, 1)).all():
+        raise ValueError(f"The mask of {name} holds other numbers than 0 and 1.")
+    return mask.astype(bool)
+
+
+def _with_bfloat16(data: bytes, deserialize: Any) -> dict[str, np.ndarray]:
+    """Tensors by name; numpy alone does not know bfloat16."""
+    try:
+        return deserialize(data)
+    except (KeyError, TypeError, AttributeError):
+        from safetensors.flax import load
+
+        return {name: np.asarray(x) for name, x in load(data).items()}
