@@ -21,6 +21,7 @@ selection -> masks -> updates``. Modules import only from those before them::
     transform      sparsify: a method around any optax optimizer
     young          what newly grown weights need of an optimizer
     init           initial weights for sparse starts
+    lora           low-rank updates that wake no pruned weight
     metrics, report   numbers, a table
     products, flops   which parameters a model's products contract, what they cost
     sharding, checkpoint   where a state lies on many devices, whether one came back whole
@@ -38,6 +39,7 @@ from granet_jax import export as export
 from granet_jax import flops as flops
 from granet_jax import init as init
 from granet_jax import kernels as kernels
+from granet_jax import lora as lora
 from granet_jax import metrics as metrics
 from granet_jax import one_shot as one_shot
 from granet_jax import reparam as reparam

@@ -24,6 +24,7 @@ ORDER = [
         "transform",
         "young",
         "init",
+        "lora",
         "metrics",
         "report",
         "products",

@@ -54,7 +54,7 @@ def save_dense(
       >>> saved.masks["fc"]["kernel"].tolist()
       [[True, False, True], [False, False, True]]
     """
-    from safetensors import serialize
+    from safetensors.numpy import save as serialize
 
     if masks is not None:
         params = apply_masks(params, check_masks(masks, params))
@@ -64,9 +64,7 @@ def save_dense(
         if name in tensors:
             raise ValueError(f"Two leaves are called {name!r} in the file; the second is {leaf}.")
         array = native(leaf, np.asarray(jax.device_get(x)))
-        array = np.ascontiguousarray(array.T if transposed else array)
-        kind = {"dtype": array.dtype.name, "shape": array.shape}
-        tensors[name] = kind | {"data": array.tobytes()}
+        tensors[name] = np.ascontiguousarray(array.T if transposed else array)
     data = serialize(tensors, {"format": "pt"})
     write_whole(pathlib.Path(path), data)
     return len(data)
@@ -98,11 +96,9 @@ def load_dense(
       ValueError: it is no safetensors file, or lacks a leaf, or has it in another shape; a mask
         holds something else than 0 and 1.
     """
-    from safetensors.numpy import load as deserialize
-
     data = pathlib.Path(path).read_bytes()
     try:
-        tensors = _with_bfloat16(data, deserialize)
+        tensors = _tensors(data)
     except Exception as error:
         raise ValueError(f"{path} is no safetensors file: {error}.") from error
     found, found_masks = [], {}
@@ -186,11 +182,19 @@ def _is_on(name: str, mask: np.ndarray) -> np.ndarray:
     return mask.astype(bool)
 
 
-def _with_bfloat16(data: bytes, deserialize: Any) -> dict[str, np.ndarray]:
-    """Tensors by name; numpy alone does not know bfloat16."""
-    try:
-        return deserialize(data)
-    except (KeyError, TypeError, AttributeError):
-        from safetensors.flax import load
+_KINDS = {  # dtypes as safetensors calls them; its numpy reader lacks bfloat16
+    "BOOL": np.bool_,
+    **{f"{k}{8 * n}": np.dtype(f"{k.lower()}{n}") for k in "IU" for n in (1, 2, 4, 8)},
+    **{f"F{8 * n}": np.dtype(f"f{n}") for n in (2, 4, 8)},
+    "BF16": np.dtype(jnp.bfloat16),
+}
 
-        return {name: np.asarray(x) for name, x in load(data).items()}
+
+def _tensors(data: bytes) -> dict[str, np.ndarray]:
+    """Tensors by name."""
+    from safetensors import deserialize
+
+    return {
+        name: np.frombuffer(x["data"], _KINDS[x["dtype"]]).reshape(x["shape"])
+        for name, x in deserialize(data)
+    }

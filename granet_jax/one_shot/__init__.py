@@ -10,6 +10,7 @@ from granet_jax.one_shot.methods import OneShot as OneShot
 from granet_jax.one_shot.methods import magnitude as magnitude
 from granet_jax.one_shot.methods import ria as ria
 from granet_jax.one_shot.methods import wanda as wanda
+from granet_jax.one_shot.norms import recalibrate as recalibrate
 from granet_jax.one_shot.prune import Pruned as Pruned
 from granet_jax.one_shot.prune import prune as prune
 from granet_jax.one_shot.prune import prune_from as prune_from

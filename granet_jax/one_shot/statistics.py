@@ -1,8 +1,8 @@
 """Calibration: what the inputs of each product were, over batches, for any function of params.
 
-The trace is walked as for live weights (:mod:`granet_jax.compact.walk`), with whole leaves instead of slots:
-through transpositions, reshapes, casts, slices of stacks, ``scan``, ``remat`` and branches. Where a
-product reads a leaf, a statistic of its other operand is added up.
+The trace is walked as for live weights (:mod:`granet_jax.compact.walk`), with whole leaves instead
+of slots: through transpositions, reshapes, casts, slices of stacks, ``scan``, ``remat`` and
+branches. Where a product reads a leaf, a statistic of its other operand is added up.
 """
 
 import functools
