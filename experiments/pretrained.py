@@ -46,7 +46,7 @@ METHODS: dict[str, Callable[[], one_shot.OneShot]] = {
     "sparsegpt": one_shot.sparsegpt,
     "alps": one_shot.alps,
 }
-LENGTH = 24  # tokens of the sentences for calibration, which need no padding so
+LENGTH = 16  # tokens of the sentences for calibration, which need no padding so
 Batch = tuple[np.ndarray, np.ndarray]  # ids, mask
 
 
@@ -54,7 +54,7 @@ def define_flags() -> None:
     """Defines the flags."""
     flags.DEFINE_list("methods", ["magnitude", "wanda", "ria", "sparsegpt"], f"of {list(METHODS)}")
     flags.DEFINE_list("sparsities", ["0.5", "0.6", "0.7", "2:4"], "fractions of zeros, or N:M")
-    flags.DEFINE_integer("calibration", 128, "sentences to calibrate on", lower_bound=1)
+    flags.DEFINE_integer("calibration", 256, "sentences to calibrate on", lower_bound=1)
     flags.DEFINE_integer("test", 1024, "sentences to test on", lower_bound=2)
     flags.DEFINE_bool("sequential", True, "each layer sees what the pruned ones before it make")
     flags.DEFINE_integer("steps", 60, "of training under the masks; 0 = none", lower_bound=0)
@@ -102,7 +102,7 @@ def in_batches(ids: np.ndarray, mask: np.ndarray, size: int) -> list[Batch]:
 
 
 def load(folder: pathlib.Path, num_calibration: int, num_test: int, batch_size: int) -> Data:
-    """Sentences as tokens; those for calibration have exactly 24."""
+    """Sentences as tokens; those for calibration have exactly 16."""
     read = sentences.read()
     file = folder / "tokenizer.json"
     ids, mask = sentences.tokenize(read.calibration, file)
@@ -226,7 +226,7 @@ def study(
 def times(dense: Any, models: dict[str, Any], batch: Batch) -> list[dict[str, str]]:
     """Forward passes of a batch, in turns: dense, by ``export.compile``, of live weights."""
     table = []
-    ends = {name: models[name] for name in (list(models)[0], list(models)[-1])}
+    ends = {name: models[name] for name in (next(iter(models)), list(models)[-1])}
     for sparsity, (params, masks) in ends.items():
         values, layouts = gj.compact.pack(params, masks)
         live = jax.jit(gj.compact.sparse(embed))
