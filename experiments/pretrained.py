@@ -35,28 +35,22 @@ from experiments.benchmarks import timing
 from experiments.data import sentences
 from experiments.engine import output, settings
 from experiments.models import minilm
+from experiments.one_shot import METHODS, check_pruning_flags, define_pruning_flags, parse
 from granet_jax import one_shot
 
 matplotlib.use("Agg")
 
-METHODS: dict[str, Callable[[], one_shot.OneShot]] = {
-    "magnitude": one_shot.magnitude,
-    "wanda": one_shot.wanda,
-    "ria": one_shot.ria,
-    "sparsegpt": one_shot.sparsegpt,
-    "alps": one_shot.alps,
-}
 LENGTH = 16  # tokens of the sentences for calibration, which need no padding so
+LONGEST = 32  # tokens of sentences to train on
 Batch = tuple[np.ndarray, np.ndarray]  # ids, mask
 
 
 def define_flags() -> None:
     """Defines the flags."""
-    flags.DEFINE_list("methods", ["magnitude", "wanda", "ria", "sparsegpt"], f"of {list(METHODS)}")
-    flags.DEFINE_list("sparsities", ["0.5", "0.6", "0.7", "2:4"], "fractions of zeros, or N:M")
+    define_pruning_flags()
+    flags.FLAGS.set_default("sparsities", ["0.5", "0.6", "0.7", "2:4"])
     flags.DEFINE_integer("calibration", 256, "sentences to calibrate on", lower_bound=1)
     flags.DEFINE_integer("test", 1024, "sentences to test on", lower_bound=2)
-    flags.DEFINE_bool("sequential", True, "each layer sees what the pruned ones before it make")
     flags.DEFINE_integer("steps", 60, "of training under the masks; 0 = none", lower_bound=0)
     flags.DEFINE_integer("batch_size", 32, "sentences of a step", lower_bound=1)
     flags.DEFINE_float("learning_rate", 2e-4, "of Adam, falling as a cosine", lower_bound=0.0)
@@ -102,7 +96,7 @@ def in_batches(ids: np.ndarray, mask: np.ndarray, size: int) -> list[Batch]:
 
 
 def load(folder: pathlib.Path, num_calibration: int, num_test: int, batch_size: int) -> Data:
-    """Sentences as tokens; those for calibration have exactly 16."""
+    """Sentences as tokens; those for calibration have exactly 16, those to train on 32 at most."""
     read = sentences.read()
     file = folder / "tokenizer.json"
     ids, mask = sentences.tokenize(read.calibration, file)
@@ -113,8 +107,11 @@ def load(folder: pathlib.Path, num_calibration: int, num_test: int, batch_size: 
         )
     parts = np.array_split(rows, -(-len(rows) // 64))
     calibration = [(ids[part, :LENGTH], mask[part, :LENGTH]) for part in parts]
+    short = np.flatnonzero(mask.sum(1) <= LONGEST)
+    short = short[: len(short) // batch_size * batch_size].reshape(-1, batch_size)
+    train = [(ids[part, :LONGEST], mask[part, :LONGEST]) for part in short]
     tested = sentences.tokenize(read.test[:num_test], file)
-    return Data(calibration, in_batches(ids, mask, batch_size), in_batches(*tested, 64))
+    return Data(calibration, train, in_batches(*tested, 64))
 
 
 def embeddings(apply: Callable[..., Any], params: Any, batches: Sequence[Batch]) -> np.ndarray:
@@ -142,41 +139,39 @@ def fidelity(dense: np.ndarray, sparse: np.ndarray) -> tuple[float, float]:
     return float((dense * sparse).sum(1).mean()), same
 
 
-def rules_of(sparsity: str) -> tuple[float, gj.trees.Rules]:
-    """The fraction of zeros, and path rules, that a flag names.
+class Training(NamedTuple):
+    """How what is left is trained towards the dense embeddings; compiled once for all rows."""
 
-    Raises:
-      ValueError: it is neither a fraction nor N:M.
-    """
-    try:
-        if ":" in sparsity:
-            n, m = map(int, sparsity.split(":"))
-            return 1 - n / m, [("", gj.structures.n_of_m(m))]
-        return float(sparsity), []
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(
-            f"--sparsities: a fraction such as 0.5, or 2:4; got {sparsity}."
-        ) from error
+    init: Callable[[Any, Any], Any]  # params, masks -> state
+    step: Callable[..., Any]  # params, state, batch -> params, state
 
 
-def train(params: Any, masks: Any, dense: Any, data: Data, given: Any) -> Any:
-    """Trains what is left towards the dense embeddings, under the masks."""
-    schedule = optax.cosine_decay_schedule(given.learning_rate, given.steps)
-    tx = gj.sparsify(optax.adam(schedule), gj.static(masks=masks))
-    state = tx.init(params)
+def training(dense: Any, steps: int, learning_rate: float) -> Training:
+    """Adam under masks that stay."""
+    schedule = optax.cosine_decay_schedule(learning_rate, steps)
+    tx = gj.sparsify(optax.adam(schedule), gj.static())
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, goal: jax.Array, batch: Batch) -> Any:
+    def init(params: Any, masks: Any) -> Any:
+        return gj.set_masks(tx.init(params), masks)
+
+    @jax.jit
+    def step(params: Any, state: Any, batch: Batch) -> Any:
+        goal = embed(dense, batch)
+
         def loss(params: Any) -> jax.Array:
             return jnp.mean(jnp.sum(jnp.square(embed(params, batch) - goal), axis=1))
 
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 
-    target = jax.jit(embed)
-    params = jax.tree.map(jnp.copy, params)
-    for batch in _drawn(data.train, given.steps):
-        params, state = step(params, state, target(dense, batch), batch)
+    return Training(init, step)
+
+
+def train(trained: Training, pruned: one_shot.Pruned, batches: Sequence[Batch], steps: int) -> Any:
+    """Parameters after some steps."""
+    params, state = pruned.params, trained.init(*pruned)
+    for batch in _drawn(batches, steps):
+        params, state = trained.step(params, state, batch)
     return params
 
 
@@ -195,8 +190,10 @@ def study(
     """All rows, each shown as it is there; returns the last model of each sparsity."""
     apply = jax.jit(embed)
     goal, models = embeddings(apply, dense, data.test), {}
+    trained = training(dense, max(given.steps, 1), given.learning_rate)
     for sparsity in given.sparsities:
-        fraction, rules = rules_of(sparsity)
+        fraction, structure = parse(sparsity)
+        rules = () if structure is None else (("", structure),)
         for name in given.methods:
             start = time.perf_counter()
             pruned = one_shot.prune(
@@ -213,7 +210,7 @@ def study(
             for steps in sorted({0, given.steps}):
                 if steps:
                     start = time.perf_counter()
-                    params = train(pruned.params, pruned.masks, dense, data, given)
+                    params = train(trained, pruned, data.train, given.steps)
                     seconds = time.perf_counter() - start
                 found = fidelity(goal, embeddings(apply, params, data.test))
                 show(Row(sparsity, name, steps, zeros, *found, seconds))
@@ -291,10 +288,7 @@ def main(argv: list[str]) -> None:
         )
 
     with settings.errors_in_one_line():
-        if unknown := [name for name in given.methods if name not in METHODS]:
-            raise ValueError(f"--methods: some of {', '.join(METHODS)}; got {unknown[0]}.")
-        for sparsity in given.sparsities:
-            rules_of(sparsity)
+        check_pruning_flags()
         folder, out_dir = minilm.folder(), pathlib.Path(given.out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
         dense = minilm.read(folder / minilm.FILE)

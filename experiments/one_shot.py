@@ -1,0 +1,183 @@
+"""A trained run, pruned in one shot: what each method costs, before and after training on.
+
+Example:
+  python -m experiments.train --task=text --size=1m --method=dense --out_dir=runs/dense
+  python -m experiments.one_shot --run_dir=runs/dense
+
+Takes the newest checkpoint of a dense run of any task, calibrates on batches of its training data,
+prunes by each method to each sparsity, and evaluates; then trains on for --steps under the masks,
+with AdamW at --learning_rate. Leaves table.txt in --out_dir.
+"""
+
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from absl import app, flags
+from rich.console import Console
+
+import granet_jax as gj
+from experiments import tasks
+from experiments.engine import batches, checkpoints, files, mesh, output, settings, training
+from experiments.engine.training import State, Trainer
+from granet_jax import one_shot
+
+METHODS: dict[str, Callable[[], one_shot.OneShot]] = {
+    "magnitude": one_shot.magnitude,
+    "wanda": one_shot.wanda,
+    "ria": one_shot.ria,
+    "sparsegpt": one_shot.sparsegpt,
+    "alps": one_shot.alps,
+}
+DEFAULT_METHODS = ("magnitude", "wanda", "ria", "sparsegpt")
+
+
+def define_flags() -> None:
+    """Defines the flags."""
+    flags.DEFINE_string("run_dir", None, "folder of a dense run")
+    flags.DEFINE_string("data_dir", None, "where the task's data are, as the run had it")
+    flags.DEFINE_integer("batches", 8, "of training data to calibrate on", lower_bound=1)
+    flags.DEFINE_integer("steps", 100, "of training under the masks; 0 = none", lower_bound=0)
+    flags.DEFINE_float("learning_rate", 3e-4, "of AdamW, falling as a cosine", lower_bound=0.0)
+    flags.DEFINE_string("out_dir", None, "where to write (default: one_shot in the run's folder)")
+    define_pruning_flags()
+
+
+def define_pruning_flags() -> None:
+    """Defines the flags that say how to prune."""
+    flags.DEFINE_list("methods", list(DEFAULT_METHODS), f"some of {', '.join(METHODS)}")
+    flags.DEFINE_list("sparsities", ["0.5", "0.7", "2:4"], "fractions of zeros, or N:M")
+    flags.DEFINE_bool("sequential", True, "each layer sees what the pruned ones before it make")
+
+
+def check_pruning_flags() -> None:
+    """Raises a ValueError for a method or a sparsity that there is not."""
+    if unknown := [name for name in flags.FLAGS.methods if name not in METHODS]:
+        raise ValueError(f"--methods: some of {', '.join(METHODS)}; got {unknown[0]}.")
+    for sparsity in flags.FLAGS.sparsities:
+        parse(sparsity)
+
+
+def parse(sparsity: str) -> tuple[float, gj.trees.Structure | None]:
+    """The fraction of zeros, and the structure, of 0.5 or 2:4.
+
+    Raises:
+      ValueError: it is neither a fraction nor N:M.
+
+    Example:
+      >>> parse("0.7"), parse("1:4")[0]
+      ((0.7, None), 0.75)
+    """
+    try:
+        if ":" in sparsity:
+            n, m = map(int, sparsity.split(":"))
+            return 1 - n / m, gj.structures.n_of_m(m)
+        return float(sparsity), None
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"--sparsities: fractions such as 0.5, or 2:4; got {sparsity}.") from error
+
+
+def load(run_dir: pathlib.Path, data_dir: str | None) -> tuple[Trainer, State]:
+    """The trainer of a run and its newest state.
+
+    Raises:
+      ValueError: ``run_dir`` holds no run, or one without checkpoint, or that is not dense.
+    """
+    if not (run_dir / "settings.json").exists():
+        raise ValueError(f"--run_dir={run_dir} holds no run: there is no settings.json in it.")
+    written = files.read_json(run_dir, "settings.json")
+    kind = tasks.load(written["task"])
+    config = settings.from_json(kind.settings, written)
+    if config.method != "dense":
+        raise ValueError(f"--run_dir={run_dir} is a run of {config.method}; give a dense one.")
+    devices = mesh.make()
+    trainer = training.make_trainer(config, kind.make(config, devices, data_dir), devices)
+    with checkpoints.open_manager(run_dir / "checkpoints") as manager:
+        if manager.latest_step() is None:
+            raise ValueError(f"--run_dir={run_dir} has no checkpoint.")
+        state, _ = checkpoints.restore(manager, manager.latest_step(), trainer.abstract_state)
+    return trainer, state
+
+
+def train(trainer: Trainer, state: State, pruned: one_shot.Pruned, steps: int, rate: float) -> Any:
+    """Parameters after some steps on the training data under the masks."""
+    task, variables = trainer.setup.task, state.model_state
+    inner = optax.adamw(optax.cosine_decay_schedule(rate, steps), weight_decay=0.0)
+    tx = gj.sparsify(inner, gj.static(masks=pruned.masks))
+    params, opt_state = pruned.params, tx.init(pruned.params)
+
+    @jax.jit
+    def step(params: Any, opt_state: Any, batch: Any, key: jax.Array) -> Any:
+        grads = jax.grad(lambda p: task.loss(p, variables, batch, key)[0])(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    some = batches.first(task.train, steps, trainer.settings.batch_size)
+    for i in range(steps):
+        key = jax.random.fold_in(jax.random.key(1), i)
+        params, opt_state = step(params, opt_state, some[i % len(some)], key)
+    return params
+
+
+def study(trainer: Trainer, state: State) -> list[dict[str, str]]:
+    """The rows of the table."""
+    given, task, told = flags.FLAGS, trainer.setup.task, trainer.told
+    some = batches.first(task.train, given.batches, trainer.settings.batch_size)
+    column = told.metrics[0].label(told.shown)
+
+    def measured(params: Any) -> str:
+        found = trainer.evaluate(state._replace(params=params))
+        return f"{found[told.key(told.shown)]:.4f}"
+
+    table = [{"sparsity": "0", "method": "dense", "zeros": "0", column: measured(state.params)}]
+    after = f"after {given.steps} steps"
+    table[0][after] = "-"
+    for sparsity in given.sparsities:
+        fraction, structure = parse(sparsity)
+        rules = [*trainer.setup.rules] if structure is None else [*task.prunable(structure)]
+        for name in given.methods:
+            pruned = one_shot.prune(
+                METHODS[name](),
+                lambda params, batch: task.evaluate(params, state.model_state, batch),
+                state.params,
+                some,
+                sparsity=fraction,
+                prunable=rules,
+                sequential=given.sequential,
+            )
+            zeros = float(gj.metrics.sparsity(pruned.masks, state.params, rules))
+            row = {"sparsity": sparsity, "method": name, "zeros": f"{zeros:.4f}"}
+            row |= {column: measured(pruned.params), after: "-"}
+            if given.steps:
+                params = train(trainer, state, pruned, given.steps, given.learning_rate)
+                row[after] = measured(params)
+            print("  ".join(row.values()), flush=True)
+            table.append(row)
+    return table
+
+
+def main(argv: list[str]) -> None:
+    """Runs what the flags say."""
+    if len(argv) > 1:
+        sys.exit(f"error: {argv[1]!r} is no flag; flags look like --steps=100. See --help.")
+    given = flags.FLAGS
+    with settings.errors_in_one_line():
+        check_pruning_flags()
+        if given.run_dir is None:
+            raise ValueError("--run_dir: give the folder of a dense run.")
+        run_dir = pathlib.Path(given.run_dir)
+        trainer, state = load(run_dir, given.data_dir)
+        table = study(trainer, state)
+        out_dir = pathlib.Path(given.out_dir or run_dir / "one_shot")
+        out_dir.mkdir(parents=True, exist_ok=True)
+    caption = f"{trainer.told.title}; pruned in one shot, calibrated on {given.batches} batches"
+    (out_dir / "table.txt").write_text(output.print_table(Console(), caption, table))
+    print(f"written: {out_dir}/table.txt")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
