@@ -108,8 +108,8 @@ def load(folder: pathlib.Path, num_calibration: int, num_test: int, batch_size: 
     parts = np.array_split(rows, -(-len(rows) // 64))
     calibration = [(ids[part, :LENGTH], mask[part, :LENGTH]) for part in parts]
     short = np.flatnonzero(mask.sum(1) <= LONGEST)
-    short = short[: len(short) // batch_size * batch_size].reshape(-1, batch_size)
-    train = [(ids[part, :LONGEST], mask[part, :LONGEST]) for part in short]
+    groups = [short[i : i + batch_size] for i in range(0, len(short) - batch_size + 1, batch_size)]
+    train = [(ids[part, :LONGEST], mask[part, :LONGEST]) for part in groups]
     tested = sentences.tokenize(read.test[:num_test], file)
     return Data(calibration, train, in_batches(*tested, 64))
 
