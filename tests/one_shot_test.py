@@ -1,6 +1,5 @@
 """One-shot pruning: against plain numpy, layer by layer, and what cannot be."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +7,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import granet_jax as gj
-from experiments.models import transformer
 from granet_jax import one_shot
 from tests import one_shot_reference as reference
-from tests import tables
 
 GROUPS = [("", gj.structures.n_of_m(4))]
 
@@ -83,42 +80,6 @@ def test_the_more_a_method_knows_the_smaller_the_error(rules):
             reference.output_error(w, pruned(each, w, x, prunable=rules)[0], x) for each in methods
         ]
         assert errors == sorted(errors), seed
-
-
-def test_calibration_of_a_transformer_equals_hooks_by_hand():
-    """Layers in a scan, with remat; each statistic against the inputs of each dense layer."""
-    size = transformer.Size(width=32, depth=3, heads=2)
-    model = transformer.Transformer(size, remat=True)
-    tokens = [jax.random.randint(jax.random.key(i), (2, 8), 0, 256) for i in range(2)]
-    params = model.init(tables.KEY, tokens[0])["params"]
-    rules = [("embedding|norm", False), ("blocks", gj.Stacked(1))]
-
-    def apply_fn(params, tokens):
-        return model.apply({"params": params}, tokens)
-
-    found = one_shot.calibrate(apply_fn, params, tokens, one_shot.gram, prunable=rules)
-    seen = {}
-
-    def hook(call, args, kwargs, context):
-        if isinstance(context.module, nn.Dense):
-            x = np.asarray(args[0], np.float64)
-            path = f"blocks/{context.module.name}/kernel"
-            gram = seen.setdefault(path, np.zeros((3, x.shape[1], x.shape[1])))
-            gram[i] += x.T @ x
-        return call(*args, **kwargs)
-
-    block = transformer.Block(2, 3, 8, jnp.float32, None)
-    for batch in tokens:
-        x = params["embedding"][batch.reshape(-1)] * np.sqrt(32)
-        for i in range(3):
-            one = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
-            with nn.intercept_methods(hook):
-                x, _ = block.apply({"params": one}, x, None)
-    assert found.keys() == seen.keys()
-    for path, wanted in seen.items():
-        np.testing.assert_allclose(found[path].values, wanted, rtol=1e-4, atol=1e-4)
-        assert found[path].rows.tolist() == [32.0] * 3
-        assert found[path].inputs == (0,)
 
 
 def test_layers_see_what_those_before_them_leave():
