@@ -35,7 +35,7 @@ class OneShot(NamedTuple):
     """A method that prunes a layer once, by what its inputs were.
 
     Attributes:
-      prune: ``(w, values, keep) -> (w, mask)``: float32 ``(inputs, outputs)``, the statistic's
+      prune: ``(w, values, keep) -> (w, mask)``: float32 or 64 ``(inputs, outputs)``, the statistic's
         mean over rows, a :class:`Keep` with static numbers; what is masked comes back as 0.
       statistic: what it has to know of the inputs; None = nothing.
       by_output: whether each output keeps as many weights, where no structure says how.

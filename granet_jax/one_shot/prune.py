@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from granet_jax import distributions, structures, trees
+from granet_jax import distributions, scores, structures, trees
 from granet_jax.masks import ones
 from granet_jax.one_shot import statistics as calibration
 from granet_jax.one_shot.methods import Keep, OneShot
@@ -45,7 +45,7 @@ def prune(
     Args:
       method: ``magnitude()``, ``wanda()``, ``ria()``, ``sparsegpt()``, ``alps()`` of this package.
       apply_fn: ``(params, batch) -> anything``, the forward pass.
-      params: tree of arrays, of any float dtype; arithmetic is float32.
+      params: tree of arrays, of any float dtype; arithmetic is float32, or float64 where they are.
       batches: of data as in use, pytrees of arrays; a few thousand rows (tokens) are enough.
       sparsity: fraction of zeros among prunable weights, in [0, 1).
       scope: counts for each layer, ``uniform`` or ``erk`` or ``by_path``.
@@ -291,7 +291,7 @@ def _one(
     inputs: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A layer pruned, its mask, and whether all is finite."""
-    w = _matrix(layer, inputs).astype(jnp.float32)
+    w = _matrix(layer, inputs).astype(scores.at_least_float32(layer.dtype))
     new, mask = method.prune(w, values, keep)
     given = [w, new] if values is None else [w, new, values]
     is_finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in given]))
