@@ -39,7 +39,7 @@ def define_flags() -> None:
     """Defines the flags."""
     flags.DEFINE_string("run_dir", None, "folder of a dense run")
     flags.DEFINE_string("data_dir", None, "where the task's data are, as the run had it")
-    flags.DEFINE_integer("batches", 8, "of training data to calibrate on", lower_bound=1)
+    flags.DEFINE_integer("batches", 2, "of training data to calibrate on", lower_bound=1)
     flags.DEFINE_integer("steps", 100, "of training under the masks; 0 = none", lower_bound=0)
     flags.DEFINE_float("learning_rate", 3e-4, "of AdamW, falling as a cosine", lower_bound=0.0)
     flags.DEFINE_string("out_dir", None, "where to write (default: one_shot in the run's folder)")
