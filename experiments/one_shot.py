@@ -11,7 +11,6 @@ with AdamW at --learning_rate. Leaves table.txt in --out_dir.
 
 import pathlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,16 +22,8 @@ import granet_jax as gj
 from experiments import tasks
 from experiments.engine import batches, checkpoints, files, mesh, output, settings, training
 from experiments.engine.training import State, Trainer
+from experiments.studies import one_shot as pruning
 from granet_jax import one_shot
-
-METHODS: dict[str, Callable[[], one_shot.OneShot]] = {
-    "magnitude": one_shot.magnitude,
-    "wanda": one_shot.wanda,
-    "ria": one_shot.ria,
-    "sparsegpt": one_shot.sparsegpt,
-    "alps": one_shot.alps,
-}
-DEFAULT_METHODS = ("magnitude", "wanda", "ria", "sparsegpt")
 
 
 def define_flags() -> None:
@@ -43,41 +34,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("steps", 100, "of training under the masks; 0 = none", lower_bound=0)
     flags.DEFINE_float("learning_rate", 3e-4, "of AdamW, falling as a cosine", lower_bound=0.0)
     flags.DEFINE_string("out_dir", None, "where to write (default: one_shot in the run's folder)")
-    define_pruning_flags()
-
-
-def define_pruning_flags() -> None:
-    """Defines the flags that say how to prune."""
-    flags.DEFINE_list("methods", list(DEFAULT_METHODS), f"some of {', '.join(METHODS)}")
-    flags.DEFINE_list("sparsities", ["0.5", "0.7", "2:4"], "fractions of zeros, or N:M")
-    flags.DEFINE_bool("sequential", True, "each layer sees what the pruned ones before it make")
-
-
-def check_pruning_flags() -> None:
-    """Raises a ValueError for a method or a sparsity that there is not."""
-    if unknown := [name for name in flags.FLAGS.methods if name not in METHODS]:
-        raise ValueError(f"--methods: some of {', '.join(METHODS)}; got {unknown[0]}.")
-    for sparsity in flags.FLAGS.sparsities:
-        parse(sparsity)
-
-
-def parse(sparsity: str) -> tuple[float, gj.trees.Structure | None]:
-    """The fraction of zeros, and the structure, of 0.5 or 2:4.
-
-    Raises:
-      ValueError: it is neither a fraction nor N:M.
-
-    Example:
-      >>> parse("0.7"), parse("1:4")[0]
-      ((0.7, None), 0.75)
-    """
-    try:
-        if ":" in sparsity:
-            n, m = map(int, sparsity.split(":"))
-            return 1 - n / m, gj.structures.n_of_m(m)
-        return float(sparsity), None
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"--sparsities: fractions such as 0.5, or 2:4; got {sparsity}.") from error
+    pruning.define_flags()
 
 
 def load(run_dir: pathlib.Path, data_dir: str | None) -> tuple[Trainer, State]:
@@ -136,11 +93,11 @@ def study(trainer: Trainer, state: State) -> list[dict[str, str]]:
     after = f"after {given.steps} steps"
     table[0][after] = "-"
     for sparsity in given.sparsities:
-        fraction, structure = parse(sparsity)
+        fraction, structure = pruning.parse(sparsity)
         rules = [*trainer.setup.rules] if structure is None else [*task.prunable(structure)]
         for name in given.methods:
             pruned = one_shot.prune(
-                METHODS[name](),
+                pruning.METHODS[name](),
                 lambda params, batch: task.evaluate(params, state.model_state, batch),
                 state.params,
                 some,
@@ -165,7 +122,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {argv[1]!r} is no flag; flags look like --steps=100. See --help.")
     given = flags.FLAGS
     with settings.errors_in_one_line():
-        check_pruning_flags()
+        pruning.check_flags()
         if given.run_dir is None:
             raise ValueError("--run_dir: give the folder of a dense run.")
         run_dir = pathlib.Path(given.run_dir)

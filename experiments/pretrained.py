@@ -35,7 +35,7 @@ from experiments.benchmarks import timing
 from experiments.data import sentences
 from experiments.engine import output, settings
 from experiments.models import minilm
-from experiments.one_shot import METHODS, check_pruning_flags, define_pruning_flags, parse
+from experiments.studies import one_shot as pruning
 from granet_jax import one_shot
 
 matplotlib.use("Agg")
@@ -47,7 +47,7 @@ Batch = tuple[np.ndarray, np.ndarray]  # ids, mask
 
 def define_flags() -> None:
     """Defines the flags."""
-    define_pruning_flags()
+    pruning.define_flags()
     flags.FLAGS.set_default("sparsities", ["0.5", "0.6", "0.7", "2:4"])
     flags.DEFINE_integer("calibration", 256, "sentences to calibrate on", lower_bound=1)
     flags.DEFINE_integer("test", 1024, "sentences to test on", lower_bound=2)
@@ -192,12 +192,12 @@ def study(
     goal, models = embeddings(apply, dense, data.test), {}
     trained = training(dense, max(given.steps, 1), given.learning_rate)
     for sparsity in given.sparsities:
-        fraction, structure = parse(sparsity)
+        fraction, structure = pruning.parse(sparsity)
         rules = () if structure is None else (("", structure),)
         for name in given.methods:
             start = time.perf_counter()
             pruned = one_shot.prune(
-                METHODS[name](),
+                pruning.METHODS[name](),
                 embed,
                 dense,
                 data.calibration,
@@ -288,7 +288,7 @@ def main(argv: list[str]) -> None:
         )
 
     with settings.errors_in_one_line():
-        check_pruning_flags()
+        pruning.check_flags()
         folder, out_dir = minilm.folder(), pathlib.Path(given.out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)
         dense = minilm.read(folder / minilm.FILE)
