@@ -35,8 +35,8 @@ class OneShot(NamedTuple):
     """A method that prunes a layer once, by what its inputs were.
 
     Attributes:
-      prune: ``(w, values, keep) -> (w, mask)``: float32 or 64 ``(inputs, outputs)``, the statistic's
-        mean over rows, a :class:`Keep` with static numbers; what is masked comes back as 0.
+      prune: ``(w, values, keep) -> (w, mask)``: float32 or wider ``(inputs, outputs)``, the mean of
+        the statistic over rows, a :class:`Keep` with static numbers; what is masked is 0 after it.
       statistic: what it has to know of the inputs; None = nothing.
       by_output: whether each output keeps as many weights, where no structure says how.
     """
