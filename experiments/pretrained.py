@@ -259,8 +259,13 @@ def draw(path: pathlib.Path, rows: Sequence[Row]) -> None:
                 values = {r.sparsity: getattr(r, field) for r in rows if r[1:3] == (name, steps)}
                 label = name + (f", {steps} steps" if steps else "")
                 style = {"color": f"C{i}", "marker": "os"[steps > 0], "markersize": 4}
-                line = "-" if steps else "--"
-                axes.plot(list(values), list(values.values()), line, label=label, **style)
+                for line, drawn in (  # N:M is no point on a scale of sparsities
+                    ("-" if steps else "--", [s for s in values if ":" not in s]),
+                    ("", [s for s in values if ":" in s]),
+                ):
+                    x = [sparsities.index(s) for s in drawn]
+                    y = [values[s] for s in drawn]
+                    axes.plot(x, y, line, label=label if drawn and line else None, **style)
         axes.set_xticks(range(len(sparsities)), sparsities)
         axes.set_xlabel("sparsity")
         axes.set_title(title, loc="left", fontsize=10)
