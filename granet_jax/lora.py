@@ -98,7 +98,8 @@ def merge(
             return w
         left, right = a[path], b[path]
         shape = (*left.shape[:-1], *right.shape[-1:])
-        if shape != w.shape or left.shape[-1:] != right.shape[-2:-1]:
+        is_stack = left.shape[:-2] == right.shape[:-2] and left.shape[-1:] == right.shape[-2:-1]
+        if shape != w.shape or not is_stack:
             raise ValueError(
                 f"The factors of {path}, {left.shape} and {right.shape}, make no {w.shape}."
             )

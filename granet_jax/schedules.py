@@ -93,7 +93,7 @@ def sigmoid(initial: Any, final: Any, begin_step: int, end_step: int) -> optax.S
 def stairs(num_stairs: int) -> Callable[[Any, Any, int, int], optax.Schedule]:
     """A curve ``(initial, final, begin_step, end_step) -> schedule`` of as many equal stairs.
 
-    The first is taken at ``begin_step``, the last at ``end_step``.
+    The first is taken at ``begin_step``, the last at ``end_step``; one alone at ``end_step``.
 
     Raises:
       ValueError: ``num_stairs < 1``; in the curve, ``end_step <= begin_step``.
@@ -115,6 +115,7 @@ def stairs(num_stairs: int) -> Callable[[Any, Any, int, int], optax.Schedule]:
         def schedule(step: Any) -> jax.Array:
             elapsed = jnp.clip(step, begin_step, end_step) - begin_step
             taken = elapsed * (num_stairs - 1) // length + (jnp.asarray(step) >= begin_step)
+            taken = jnp.minimum(taken, num_stairs - 1)
             taken = jnp.where(jnp.asarray(step) >= end_step, num_stairs, taken)
             return first + (last - first) * (taken.astype(jnp.float32) / num_stairs)
 

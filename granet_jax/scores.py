@@ -186,7 +186,9 @@ def track_movement() -> optax.GradientTransformation:
             )
 
         def moved(total: jax.Array, p: jax.Array, g: jax.Array) -> jax.Array:
-            return total - jnp.real(jnp.conj(p) * g).astype(total.dtype)
+            wide = jnp.promote_types(p.dtype, total.dtype)
+            moved_by = jnp.conj(p.astype(wide)) * g.astype(wide)
+            return total - jnp.real(moved_by).astype(total.dtype)
 
         return updates, MovementState(jax.tree.map(moved, state.movement, params, updates))
 

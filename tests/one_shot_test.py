@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import granet_jax as gj
 from granet_jax import one_shot
 from tests import one_shot_reference as reference
+from tests import tables
 
 GROUPS = [("", gj.structures.n_of_m(4))]
 
@@ -282,3 +283,67 @@ def test_outputs_over_eight_devices(method):
     np.testing.assert_array_equal(one.masks["kernel"], many.masks["kernel"])
     np.testing.assert_allclose(one.params["kernel"], many.params["kernel"], atol=1e-5)
     assert many.params["kernel"].sharding.is_equivalent_to(shared["kernel"].sharding, 2)
+
+
+def test_layers_are_pruned_in_the_order_in_which_data_reach_them():
+    """Two scans, the second from its last layer to its first, as the same network without scans."""
+    draws = jax.random.normal(tables.KEY, (2, 2, 16, 16)) / 4
+    params, x = {"enc": draws[0], "dec": draws[1]}, jax.random.normal(jax.random.key(1), (300, 16))
+    alone = {f"{name}{i}": w[i] for name, w in params.items() for i in range(2)}
+
+    def scanned(params, x):
+        def step(x, w):
+            return jnp.tanh(x @ w), None
+
+        x, _ = jax.lax.scan(step, x, params["enc"])
+        return jax.lax.scan(step, x, params["dec"], reverse=True)[0]
+
+    def unrolled(params, x):
+        for name in ("enc0", "enc1", "dec1", "dec0"):
+            x = jnp.tanh(x @ params[name])
+        return x
+
+    method, rules = one_shot.sparsegpt(), [("", gj.Stacked(1))]
+    found = one_shot.prune(method, scanned, params, [x], sparsity=0.7, prunable=rules)
+    wanted = one_shot.prune(method, unrolled, alone, [x], sparsity=0.7)
+    for name, w in wanted.params.items():
+        np.testing.assert_allclose(found.params[name[:3]][int(name[3])], w, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 25, 101, 203])
+def test_every_output_keeps_as_many_in_all_blocks_together(count):
+    w, x = layer(64, 256, 6)
+    rules = [("", gj.structures.fan_in())]
+    _, mask = pruned(one_shot.sparsegpt(), w, x, 1 - count / 256, prunable=rules)
+    assert mask.sum(1).tolist() == [count] * 6
+
+
+def test_outputs_may_come_first():
+    params, batch = {"weight": jax.random.normal(tables.KEY, (6, 8))}, jnp.ones((3, 8))
+    given = lambda p, x: x @ p["weight"].T, params, [batch]
+    rules = [("", gj.structures.n_of_m(4, axis=-1))]
+    for method in (one_shot.magnitude(), one_shot.wanda(), one_shot.sparsegpt()):
+        masks = one_shot.prune(method, *given, sparsity=0.5, prunable=rules).masks
+        np.testing.assert_array_equal(masks["weight"].reshape(6, 2, 4).sum(-1), 2)
+    masks = one_shot.prune(one_shot.magnitude(by_output=True), *given, sparsity=0.5).masks
+    assert masks["weight"].sum(1).tolist() == [4] * 6
+
+
+def test_stacks_of_stacks_some_of_them_batched():
+    w, x = jnp.ones((2, 3, 4, 5, 6)), jax.random.normal(tables.KEY, (3, 7, 5))
+    found = one_shot.calibrate(
+        lambda p, x: jnp.einsum("gbi,agcio->agcbo", x, p["w"]),
+        {"w": w},
+        [x],
+        prunable=[("", gj.Stacked(3))],
+    )
+    wanted = np.broadcast_to(np.square(x).sum(1)[None, :, None], (2, 3, 4, 5)).reshape(24, 5)
+    np.testing.assert_allclose(found["w"].values, wanted, rtol=1e-5)
+
+
+def test_arrays_of_numpy_and_numbers_that_are_complex():
+    params, batch = {"kernel": np.ones((8, 4), np.float32)}, np.ones((3, 8), np.float32)
+    found = one_shot.prune(one_shot.wanda(), product, params, [batch], sparsity=0.5)
+    assert int(found.masks["kernel"].sum()) == 16
+    with pytest.raises(ValueError, match="dot_general, complex inputs"):
+        one_shot.calibrate(product, {"kernel": jnp.ones((8, 4))}, [jnp.full((3, 8), 1j)])

@@ -115,6 +115,8 @@ def test_files_that_do_not_fit_are_told(tmp_path):
         gj.export.load_dense(file, {"fc": {"kernel": jnp.ones((3, 4))}})
     with pytest.raises(ValueError, match="lacks fc/bias"):
         gj.export.save_dense(file, PARAMS, names={"fc/kernel": ("x", False)})
+    with pytest.raises(ValueError, match=r"k \(3, 5, 2, 4\) cannot be transposed"):
+        gj.export.save_dense(file, {"k": jnp.ones((3, 5, 2, 4))}, names={"k": ("w", True)})
     with pytest.raises(ValueError, match="Two leaves are called 'x'"):
         gj.export.save_dense(file, PARAMS, names=dict.fromkeys(NAMES, ("x", False)))
     with pytest.raises(ValueError, match="other numbers than 0 and 1"):

@@ -139,6 +139,11 @@ def test_movement_is_what_descent_did_to_the_size_of_weights():
         total *= masks
         np.testing.assert_allclose(state.inner[0].movement["kernel"], total, rtol=1e-6)
         assert masks.tolist() == [[t < 2, True], [True, t < 2]]
+    half = {"w": (PARAMS["kernel"] / 100).astype(jnp.float16)}
+    tiny = jax.tree.map(lambda x: jnp.full_like(x, 1e-6), half)
+    track = gj.scores.track_movement()
+    moved = track.update(tiny, track.init(half), half)[1].movement["w"]
+    assert bool((moved[half["w"] != 0] != 0).all())  # the product is below what float16 has
     with pytest.raises(ValueError, match="needs one movement in the optimizer's state, found 0"):
         score_of(gj.scores.movement, inner=optax.sgd(0.1).init(PARAMS))
     with pytest.raises(ValueError, match="needs the parameters"):

@@ -64,6 +64,7 @@ def save_dense(
         if name in tensors:
             raise ValueError(f"Two leaves are called {name!r} in the file; the second is {leaf}.")
         array = native(leaf, np.asarray(jax.device_get(x)))
+        _check_transposed(leaf, array.shape, transposed)
         tensors[name] = np.ascontiguousarray(array.T if transposed else array)
     data = serialize(tensors, {"format": "pt"})
     write_whole(pathlib.Path(path), data)
@@ -96,14 +97,17 @@ def load_dense(
       ValueError: it is no safetensors file, or lacks a leaf, or has it in another shape; a mask
         holds something else than 0 and 1.
     """
+    from safetensors import deserialize
+
     data = pathlib.Path(path).read_bytes()
     try:
-        tensors = _tensors(data)
+        tensors = dict(deserialize(data))
     except Exception as error:
         raise ValueError(f"{path} is no safetensors file: {error}.") from error
     found, found_masks = [], {}
     for leaf, wanted in trees.paths(like).items():
         name, transposed = _name(leaf, names)
+        _check_transposed(leaf, wanted.shape, transposed)
         array, mask = _tensor(f"{path}", tensors, name)
         if transposed:
             array, mask = array.T, None if mask is None else mask.T
@@ -166,14 +170,24 @@ def _name(leaf: str, names: Names | None) -> tuple[str, bool]:
     return names[leaf]
 
 
+def _check_transposed(leaf: str, shape: tuple[int, ...], transposed: bool) -> None:
+    if transposed and len(shape) != 2:
+        raise ValueError(
+            f"{leaf} {tuple(shape)} cannot be transposed by a map of names: that is for two axes. "
+            "Move its axes before."
+        )
+
+
 def _tensor(path: str, tensors: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray | None]:
     """A tensor and its mask, if the file has one."""
-    if name in tensors:
-        return tensors[name], None
-    if f"{name}_orig" in tensors and f"{name}_mask" in tensors:
-        return tensors[f"{name}_orig"], _is_on(name, tensors[f"{name}_mask"])
-    few = ", ".join(sorted(tensors)[:5])
-    raise ValueError(f"{path} holds no {name!r}; the first of its {len(tensors)} tensors: {few}.")
+    names = [name] if name in tensors else [f"{name}_orig", f"{name}_mask"]
+    if not all(each in tensors for each in names):
+        few = ", ".join(sorted(tensors)[:5])
+        raise ValueError(
+            f"{path} holds no {name!r}; the first of its {len(tensors)} tensors: {few}."
+        )
+    array, *masks = (_decoded(path, each, tensors[each]) for each in names)
+    return array, _is_on(name, masks[0]) if masks else None
 
 
 def _is_on(name: str, mask: np.ndarray) -> np.ndarray:
@@ -190,11 +204,8 @@ _KINDS = {  # dtypes as safetensors calls them; its numpy reader lacks bfloat16
 }
 
 
-def _tensors(data: bytes) -> dict[str, np.ndarray]:
-    """Tensors by name."""
-    from safetensors import deserialize
-
-    return {
-        name: np.frombuffer(x["data"], _KINDS[x["dtype"]]).reshape(x["shape"])
-        for name, x in deserialize(data)
-    }
+def _decoded(path: str, name: str, tensor: dict[str, Any]) -> np.ndarray:
+    kind = tensor["dtype"]
+    if kind not in _KINDS:
+        raise ValueError(f"{path} holds {name!r} as {kind}; expected one of {', '.join(_KINDS)}.")
+    return np.frombuffer(tensor["data"], _KINDS[kind]).reshape(tensor["shape"])

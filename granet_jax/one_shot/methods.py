@@ -15,7 +15,8 @@ class Keep(NamedTuple):
 
     Attributes:
       num_keep: weights of the whole layer.
-      group: as many are kept among so many inputs in a row of each output; 0 = the best of all.
+      group: as many are kept among so many inputs in a row of each output, at least one; 0 = the
+        best of all.
     """
 
     num_keep: int
@@ -47,7 +48,12 @@ class OneShot(NamedTuple):
 
 
 def magnitude(*, by_output: bool = False) -> OneShot:
-    """``|w|``, without calibration: Han et al. 2015."""
+    """``|w|``, without calibration: Han et al. 2015.
+
+    Args:
+      by_output: each output keeps as many weights. What outputs are a batch tells, for
+        :func:`prune`, or statistics; without either they are the last axis.
+    """
     return _by_score(lambda w, _: jnp.abs(w), None, by_output)
 
 
@@ -61,8 +67,8 @@ def wanda(*, by_output: bool = True) -> OneShot:
       by_output: False = the best of the whole layer.
 
     Differs from the paper's code in that counts are those of the library: of a layer's count each
-    output gets the same, rounded, halves up (theirs removes ``int(inputs * sparsity)``); of equal
-    scores the lower index stays.
+    output gets the same, rounded, halves up, at least one (theirs removes ``int(inputs *
+    sparsity)``); of equal scores the lower index stays.
 
     Example: the second input is never seen.
       >>> import jax.numpy as jnp

@@ -1,7 +1,6 @@
 """A model pruned with one call, layer after layer or all layers from one pass."""
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -75,14 +74,14 @@ def prune(
       >>> int(pruned.masks["kernel"].sum())
       16
     """
-    if method.statistic is None:
-        return prune_from(method, params, {}, sparsity=sparsity, scope=scope, prunable=prunable)
-    if not sequential:
-        found = calibration.calibrate(
-            apply_fn, params, batches, method.statistic, prunable=prunable
-        )
-        return prune_from(method, params, found, sparsity=sparsity, scope=scope, prunable=prunable)
     leaves, batches = trees.describe(params, prunable), list(batches)
+    how: dict[str, Any] = {"sparsity": sparsity, "scope": scope, "prunable": prunable}
+    if method.statistic is None and not (batches and _needs_axes(method, leaves)):
+        return prune_from(method, params, {}, **how)
+    if not sequential or method.statistic is None:
+        statistic = method.statistic or calibration.squares  # that alone tells what inputs are
+        found = calibration.calibrate(apply_fn, params, batches, statistic, prunable=prunable)
+        return prune_from(method, params, found, **how)
     if not batches:
         raise ValueError("prune needs a batch at least; got none.")
     seen = calibration.plan(apply_fn, params, batches[0], leaves, method.statistic)
@@ -90,7 +89,7 @@ def prune(
     numbers = {path: x.number for path, x in seen.items()}
     add = calibration.of_layer(apply_fn, leaves, method.statistic, numbers)
     tree, work = jax.tree.structure(params), _begin(method, params)
-    for path, i in _in_order(seen):
+    for path, i in calibration.order(apply_fn, params, batches[0], leaves, seen):
         sums = calibration.zeros_by_size(seen, method.statistic)
         for batch in batches:
             sums = add(jax.tree.unflatten(tree, work.params), batch, sums, (numbers[path], i))
@@ -130,8 +129,8 @@ def prune_from(
     """
     leaves = trees.describe(params, prunable)
     axes = {path: x.inputs for path, x in statistics.items()}
-    if method.statistic is None:
-        axes = {x.path: tuple(range(len(x.layer_shape) - 1)) for x in leaves if x.prunable}
+    if method.statistic is None:  # the last axis is the outputs, where nothing tells
+        axes = {x.path: tuple(range(len(x.layer_shape) - 1)) for x in leaves if x.prunable} | axes
     layers = _layers(method, params, axes, sparsity, scope, leaves)
     work = _begin(method, params)
     for (path, i), layer in layers.items():
@@ -142,6 +141,11 @@ def prune_from(
     return work.pruned(jax.tree.structure(params))
 
 
+def _needs_axes(method: OneShot, leaves: Sequence[trees.Leaf]) -> bool:
+    """Whether it matters which axes of a layer are its inputs."""
+    return method.by_output or any(x.structure is not None for x in leaves)
+
+
 class _Layer(NamedTuple):
     """One layer, and what is to be kept of it."""
 
@@ -149,15 +153,6 @@ class _Layer(NamedTuple):
     place: int  # in the stack of its leaf
     inputs: tuple[int, ...]  # axes
     keep: Keep
-
-
-def _in_order(seen: Mapping[str, calibration.Inputs]) -> list[tuple[str, int]]:
-    """Layers in the order in which data reach them, those of one loop trip after trip."""
-    order = []
-    for num_layers, group in itertools.groupby(seen, lambda path: seen[path].num_layers):
-        paths = list(group)
-        order += [(path, i) for i in range(num_layers) for path in paths]
-    return order
 
 
 def _layers(
@@ -249,7 +244,8 @@ class _Work(NamedTuple):
 
 def _begin(method: OneShot, params: PyTree) -> _Work:
     program = jax.jit(functools.partial(_one, method), static_argnums=(2, 3, 4))
-    return _Work(jax.tree.leaves(params), jax.tree.leaves(ones(params)), program)
+    arrays = [jnp.asarray(x) for x in jax.tree.leaves(params)]
+    return _Work(arrays, jax.tree.leaves(ones(params)), program)
 
 
 def _prune_layer(

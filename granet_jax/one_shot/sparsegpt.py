@@ -56,9 +56,12 @@ def _prune(
     w = jnp.where(seen[:, None], w, 0.0)
     u = inverse_factor(values, damping)
     masks, kept = [], 0
+    # Whole numbers for each output, where all are to keep as many.
+    step = num_outputs if keep.group == num_inputs else 1
+    total = step * max((keep.num_keep + step // 2) // step, 1)
     for start in range(0, num_inputs, block):
         end = min(start + block, num_inputs)
-        share = round(end * num_outputs * keep.num_keep / w.size) - kept
+        share = step * round(end * total / (step * num_inputs)) - kept
         kept += share
         inside = Keep(share, min(keep.group, end - start))
         rows, errors, mask = _block(w[start:end], u[start:end, start:end], inside)
@@ -88,7 +91,7 @@ def _block(w: jax.Array, u: jax.Array, keep: Keep) -> tuple[jax.Array, jax.Array
     diagonal = jnp.diagonal(u)
     by_group = keep.group < len(w) and keep.group > 0
     all_at_once = jnp.zeros(w.shape, bool)
-    if not by_group:
+    if not by_group and keep.num_keep:  # in groups the least would be one
         all_at_once = keep.best((w / diagonal[:, None]) ** 2)
     each = keep._replace(num_keep=round(keep.num_keep * keep.group / len(w)))
 

@@ -216,6 +216,38 @@ def of_layer(
     return jax.jit(add, donate_argnums=2)
 
 
+def order(
+    apply_fn: Callable[..., Any],
+    params: PyTree,
+    batch: Any,
+    leaves: Sequence[trees.Leaf],
+    found: Mapping[str, Inputs],
+) -> list[tuple[str, int]]:
+    """Layers ``(path, place in the stack)`` in the order in which a batch reaches them.
+
+    A clock is carried through loops and branches; layers that are not reached come last.
+    """
+
+    def note(view: View, x: Any, axes: Any, rows: Any, sums: dict[str, Any]) -> None:
+        layers = view.zeros.reshape(-1)
+        sums[view.path] = sums[view.path].at[layers].min(sums[_CLOCK])
+        sums[_CLOCK] += 1
+
+    last = jnp.iinfo(jnp.int32).max
+    clocks = {path: jnp.full(x.num_layers, last, jnp.int32) for path, x in found.items()}
+    start = {**clocks, _CLOCK: jnp.zeros([], jnp.int32)}
+    times = jax.jit(functools.partial(_walk, apply_fn, leaves, note, {}))(params, batch, start)
+    layers = [
+        (int(time), x.number, path, i)
+        for path, x in found.items()
+        for i, time in enumerate(times[path])
+    ]
+    return [(path, i) for _, _, path, i in sorted(layers, key=lambda layer: (*layer[:2], layer[3]))]
+
+
+_CLOCK = "\0"  # no path
+
+
 def zeros_by_size(found: Mapping[str, Inputs], statistic: StatisticFn) -> dict[str, Any]:
     """Where :func:`of_layer` begins."""
     each = {str(x.size): _zeros(x._replace(num_layers=1), statistic) for x in found.values()}
@@ -289,7 +321,7 @@ def _dot_general(note: Note, walk: Walk, eqn: Any, given: list[Any]) -> Any:
     side = 0 if isinstance(given[0], View) else 1
     view, x = given[side], given[1 - side]
     sums, batch = eqn.params["dimension_numbers"]
-    axes = _summed_axes(view, sums[side])
+    axes = _summed_axes(view, sums[side], x)
     if isinstance(axes, str):
         return axes
     if any(view.axes[i] and not view.stacks(i) for i in batch[side]):
@@ -299,8 +331,10 @@ def _dot_general(note: Note, walk: Walk, eqn: Any, given: list[Any]) -> Any:
     return [eqn.primitive.bind(*operands, **eqn.params)]
 
 
-def _summed_axes(view: View, sums: Sequence[int]) -> tuple[int, ...] | str:
-    """The axes of a layer that a product sums over; or why it cannot be told."""
+def _summed_axes(view: View, sums: Sequence[int], x: Any) -> tuple[int, ...] | str:
+    """The axes of a layer that a product with x sums over; or why it cannot be told."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        return "complex inputs"
     shape = view.layout.layer_shape
     summed = [part for i in sums for part in view.axes[i]]
     if any(stride >= view.layout.layer_size for stride, _ in summed):
@@ -339,8 +373,10 @@ def _rows(view: View, x: Any, side: int, sums: Any, batch: Any) -> jax.Array:
     x = views.to_leaf(x.reshape(*lead, num_rows, *(n for _, n in parts)), parts)
     x = x.reshape(*lead, num_rows, math.prod(n for _, n in parts))
     free = [i for i, axis in enumerate(view.axes) if view.stacks(i) and i not in batch[side]]
+    strides = [view.axes[i][0][0] for i, _ in stacked]
     for i in free:  # layers that share their input, such as experts
-        place = sum(view.axes[j][0][0] > view.axes[i][0][0] for j, _ in stacked)
+        place = sum(stride > view.axes[i][0][0] for stride in strides)
+        strides.append(view.axes[i][0][0])
         x = jnp.broadcast_to(
             jnp.expand_dims(x, place), (*x.shape[:place], view.shape[i], *x.shape[place:])
         )
@@ -356,7 +392,7 @@ def _convolution(note: Note, walk: Walk, eqn: Any, given: list[Any]) -> Any:
         return "a grouped convolution"
     numbers = params["dimension_numbers"]
     _, *rest = numbers.rhs_spec  # output, input, space
-    axes = _summed_axes(view, rest)
+    axes = _summed_axes(view, rest, x)
     if isinstance(axes, str):
         return axes
     patches = jax.lax.conv_general_dilated_patches(
