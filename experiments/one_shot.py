@@ -6,15 +6,14 @@ Example:
 
 Takes the newest checkpoint of a dense run of any task, calibrates on batches of its training data,
 prunes by each method to each sparsity, and evaluates; then trains on for --steps under the masks,
-with AdamW at --learning_rate. Leaves table.txt in --out_dir.
+with Adam at --learning_rate. Leaves table.txt in --out_dir.
 """
 
+import itertools
 import pathlib
 import sys
 from typing import Any
 
-import jax
-import optax
 from absl import app, flags
 from rich.console import Console
 
@@ -32,7 +31,7 @@ def define_flags() -> None:
     flags.DEFINE_string("data_dir", None, "where the task's data are, as the run had it")
     flags.DEFINE_integer("batches", 2, "of training data to calibrate on", lower_bound=1)
     flags.DEFINE_integer("steps", 100, "of training under the masks; 0 = none", lower_bound=0)
-    flags.DEFINE_float("learning_rate", 3e-4, "of AdamW, falling as a cosine", lower_bound=0.0)
+    flags.DEFINE_float("learning_rate", 3e-4, "of Adam, falling as a cosine", lower_bound=0.0)
     flags.DEFINE_string("out_dir", None, "where to write (default: one_shot in the run's folder)")
     pruning.define_flags()
 
@@ -59,30 +58,16 @@ def load(run_dir: pathlib.Path, data_dir: str | None) -> tuple[Trainer, State]:
     return trainer, state
 
 
-def train(trainer: Trainer, state: State, pruned: one_shot.Pruned, steps: int, rate: float) -> Any:
-    """Parameters after some steps on the training data under the masks."""
-    task, variables = trainer.setup.task, state.model_state
-    inner = optax.adamw(optax.cosine_decay_schedule(rate, steps), weight_decay=0.0)
-    tx = gj.sparsify(inner, gj.static(masks=pruned.masks))
-    params, opt_state = pruned.params, tx.init(pruned.params)
-
-    @jax.jit
-    def step(params: Any, opt_state: Any, batch: Any, key: jax.Array) -> Any:
-        grads = jax.grad(lambda p: task.loss(p, variables, batch, key)[0])(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    some = batches.first(task.train, steps, trainer.settings.batch_size)
-    for i in range(steps):
-        key = jax.random.fold_in(jax.random.key(1), i)
-        params, opt_state = step(params, opt_state, some[i % len(some)], key)
-    return params
-
-
 def study(trainer: Trainer, state: State) -> list[dict[str, str]]:
     """The rows of the table."""
     given, task, told = flags.FLAGS, trainer.setup.task, trainer.told
-    some = batches.first(task.train, given.batches, trainer.settings.batch_size)
+    num_batches = max(given.batches, given.steps)
+    some = batches.first(task.train, num_batches, trainer.settings.batch_size)
+    train = pruning.train_under_masks(
+        lambda params, batch, key: task.loss(params, state.model_state, batch, key)[0],
+        given.steps,
+        given.learning_rate,
+    )
     column = told.metrics[0].label(told.shown)
 
     def measured(params: Any) -> str:
@@ -100,7 +85,7 @@ def study(trainer: Trainer, state: State) -> list[dict[str, str]]:
                 pruning.METHODS[name](),
                 lambda params, batch: task.evaluate(params, state.model_state, batch),
                 state.params,
-                some,
+                some[: given.batches],
                 sparsity=fraction,
                 prunable=rules,
                 sequential=given.sequential,
@@ -109,8 +94,8 @@ def study(trainer: Trainer, state: State) -> list[dict[str, str]]:
             row = {"sparsity": sparsity, "method": name, "zeros": f"{zeros:.4f}"}
             row |= {column: measured(pruned.params), after: "-"}
             if given.steps:
-                params = train(trainer, state, pruned, given.steps, given.learning_rate)
-                row[after] = measured(params)
+                again = itertools.islice(itertools.cycle(some), given.steps)
+                row[after] = measured(train(pruned, again))
             print("  ".join(row.values()), flush=True)
             table.append(row)
     return table

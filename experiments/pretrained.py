@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-import optax
 from absl import app, flags
 from matplotlib import pyplot as plt
 from rich.console import Console
@@ -40,7 +39,7 @@ from granet_jax import one_shot
 
 matplotlib.use("Agg")
 
-LENGTH = 16  # tokens of the sentences for calibration, which need no padding so
+LENGTH = 16  # tokens of each sentence for calibration, so that none is padded
 LONGEST = 32  # tokens of sentences to train on
 Batch = tuple[np.ndarray, np.ndarray]  # ids, mask
 
@@ -139,40 +138,10 @@ def fidelity(dense: np.ndarray, sparse: np.ndarray) -> tuple[float, float]:
     return float((dense * sparse).sum(1).mean()), same
 
 
-class Training(NamedTuple):
-    """How what is left is trained towards the dense embeddings; compiled once for all rows."""
-
-    init: Callable[[Any, Any], Any]  # params, masks -> state
-    step: Callable[..., Any]  # params, state, batch -> params, state
-
-
-def training(dense: Any, steps: int, learning_rate: float) -> Training:
-    """Adam under masks that stay."""
-    schedule = optax.cosine_decay_schedule(learning_rate, steps)
-    tx = gj.sparsify(optax.adam(schedule), gj.static())
-
-    def init(params: Any, masks: Any) -> Any:
-        return gj.set_masks(tx.init(params), masks)
-
-    @jax.jit
-    def step(params: Any, state: Any, batch: Batch) -> Any:
-        goal = embed(dense, batch)
-
-        def loss(params: Any) -> jax.Array:
-            return jnp.mean(jnp.sum(jnp.square(embed(params, batch) - goal), axis=1))
-
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    return Training(init, step)
-
-
-def train(trained: Training, pruned: one_shot.Pruned, batches: Sequence[Batch], steps: int) -> Any:
-    """Parameters after some steps."""
-    params, state = pruned.params, trained.init(*pruned)
-    for batch in _drawn(batches, steps):
-        params, state = trained.step(params, state, batch)
-    return params
+def distance(params: Any, batch: tuple[jax.Array, Batch], key: jax.Array) -> jax.Array:
+    """Mean squared distance to the embeddings that come with the tokens: the loss."""
+    goal, tokens = batch
+    return jnp.mean(jnp.sum(jnp.square(embed(params, tokens) - goal), axis=1))
 
 
 def _drawn(batches: Sequence[Batch], steps: int) -> Iterator[Batch]:
@@ -190,7 +159,7 @@ def study(
     """All rows, each shown as it is there; returns the last model of each sparsity."""
     apply = jax.jit(embed)
     goal, models = embeddings(apply, dense, data.test), {}
-    trained = training(dense, max(given.steps, 1), given.learning_rate)
+    train = pruning.train_under_masks(distance, given.steps, given.learning_rate)
     for sparsity in given.sparsities:
         fraction, structure = pruning.parse(sparsity)
         rules = () if structure is None else (("", structure),)
@@ -210,7 +179,8 @@ def study(
             for steps in sorted({0, given.steps}):
                 if steps:
                     start = time.perf_counter()
-                    params = train(trained, pruned, data.train, given.steps)
+                    drawn = _drawn(data.train, given.steps)
+                    params = train(pruned, ((apply(dense, batch), batch) for batch in drawn))
                     seconds = time.perf_counter() - start
                 found = fidelity(goal, embeddings(apply, params, data.test))
                 show(Row(sparsity, name, steps, zeros, *found, seconds))

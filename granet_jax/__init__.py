@@ -6,9 +6,9 @@ selection -> masks -> updates``. Modules import only from those before them::
     types          the vocabulary
     trees          paths, what is prunable, leaves as stacks of layers
     jaxprs         what is inside traces, in each version of JAX
-    scores         magnitude, gradient, saliency, random
+    scores         what a weight is worth: magnitude, gradient, moments, paths, chance
     distributions  how a sparsity is spread over layers: uniform, ERK, global ranking
-    schedules      cubic, cosine, every; counts to keep at a step
+    schedules      cubic, sigmoid, stairs, cosine, every; counts to keep at a step
     sortable       integers of the order of floats
     blocks         stacks of layers as few arrays, so that little is compiled
     selection      exact top-k masks without sorting

@@ -77,8 +77,8 @@ def fit(
     Source: Frantar et al. 2023: of logs with delta .001 for T5, of losses with .01 for ViT.
 
     Args:
-      sparsity: of each network, in [0, 1); needs three values at least that differ, as all others
-        do, for seven coefficients to mean something.
+      sparsity: of each network, in [0, 1). For coefficients to mean something, sparsity, live and
+        data need three different values each.
       live: of each network.
       data: of each network.
       losses: measured, positive.
@@ -188,7 +188,7 @@ def best_sparsity(
     Raises:
       ValueError: a budget that is not positive.
 
-    Source: Frantar et al. 2023, section 4 ("optimal sparsity").
+    Source: Frantar et al. 2023, "optimal sparsity".
 
     Example: the longer the training, the higher the sparsity that pays.
       >>> t5 = Law(0.56779, 0.72161, 1.52265, 0.24513, 0.63362, 0.20271, 0.65074)

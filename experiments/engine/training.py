@@ -286,10 +286,9 @@ def recalibrate(trainer: Trainer, state: State, some: Iterable[Any]) -> State:
     .9^100 = 3e-5 of the old statistics. A model without batch norm returns as it is.
     """
     mesh, batch_size = trainer.setup.mesh, trainer.settings.batch_size
-    for batch in some:
-        shared = batches.shared(batch, mesh, batch_size)
-        state = _collect(trainer.loss_and_grads, state, shared)
-    return state
+    collect = functools.partial(_collect, trainer.loss_and_grads)
+    shared = (batches.shared(batch, mesh, batch_size) for batch in some)
+    return gj.one_shot.recalibrate(collect, state, shared)
 
 
 @functools.partial(jax.jit, static_argnums=0)

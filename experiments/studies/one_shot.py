@@ -1,7 +1,10 @@
-"""Which one-shot methods there are, and what flags say of sparsities."""
+"""One-shot methods by name, what flags say of sparsities, and training under masks that stay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import jax
+import optax
 from absl import flags
 
 import granet_jax as gj
@@ -49,3 +52,30 @@ def parse(sparsity: str) -> tuple[float, gj.trees.Structure | None]:
         return float(sparsity), None
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"--sparsities: fractions such as 0.5, or 2:4; got {sparsity}.") from error
+
+
+def train_under_masks(
+    loss: Callable[[Any, Any, jax.Array], jax.Array], steps: int, learning_rate: float
+) -> Callable[[one_shot.Pruned, Iterable[Any]], Any]:
+    """Makes ``(pruned, batches) -> parameters``: Adam on a cosine, compiled once.
+
+    Args:
+      loss: ``(params, batch, key) -> scalar``.
+      steps: of the cosine; there are as many batches.
+      learning_rate: at the start.
+    """
+    schedule = optax.cosine_decay_schedule(learning_rate, max(steps, 1))
+    tx = gj.sparsify(optax.adam(schedule), gj.static())
+
+    @jax.jit
+    def step(params: Any, state: Any, batch: Any, key: jax.Array) -> Any:
+        updates, state = tx.update(jax.grad(loss)(params, batch, key), state, params)
+        return optax.apply_updates(params, updates), state
+
+    def train(pruned: one_shot.Pruned, batches: Iterable[Any]) -> Any:
+        params, state = pruned.params, gj.set_masks(tx.init(pruned.params), pruned.masks)
+        for i, batch in enumerate(batches):
+            params, state = step(params, state, batch, jax.random.fold_in(jax.random.key(1), i))
+        return params
+
+    return train

@@ -16,9 +16,7 @@ class Use(NamedTuple):
     why: str
 
 
-Rule = Callable[
-    ["Walk", Any, list[Any]], Any
-]  # (walk, eqn, given) -> results, or why there are none
+Rule = Callable[["Walk", Any, list[Any]], Any]  # -> results; or why there are none, a str
 
 
 class Walk(NamedTuple):

@@ -21,7 +21,7 @@ def alps(*, damping: float = 0.01, rho: float = 0.1, iterations: int = 300) -> O
     ``(inputs, outputs)`` an iteration, and beats SparseGPT where much is removed.
 
     Source: Meng et al. 2024, "ALPS: improved optimization for highly sparse one-shot pruning for
-    large language models", sections 3.1 and 3.2.
+    large language models".
 
     Args:
       damping: of the mean of the Gram matrix's diagonal.

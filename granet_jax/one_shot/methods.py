@@ -85,7 +85,7 @@ def ria(*, power: float = 0.5, by_output: bool = False) -> OneShot:
     No input and no output loses all that it has as easily as by size alone.
 
     Source: Zhang et al. 2024, "Plug-and-play: an efficient post-training pruning method for large
-    language models", section 3.1, where the power is .5.
+    language models", where the power is .5.
 
     Args:
       power: of the norm of the inputs.

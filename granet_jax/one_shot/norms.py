@@ -17,7 +17,7 @@ def recalibrate(
     momentum of .9, 100 batches leave a share of .9^100 = 3e-5 of the old ones.
 
     Args:
-      update: ``(statistics, batch) -> statistics``, one pass; it is compiled.
+      update: ``(statistics, batch) -> statistics``, one pass; compile it.
       statistics: tree of arrays, as Flax's ``batch_stats``.
       batches: pytrees of arrays.
 
@@ -26,6 +26,7 @@ def recalibrate(
 
     Example: with Flax::
 
+        @jax.jit
         def update(batch_stats, images):
             variables = {"params": params, "batch_stats": batch_stats}
             _, new = model.apply(variables, images, train=True, mutable=["batch_stats"])
@@ -39,9 +40,8 @@ def recalibrate(
       >>> float(recalibrate(update, jnp.zeros(()), [jnp.array([1.0, 3.0])] * 2))
       1.5
     """
-    step = jax.jit(update)
     for batch in batches:
-        new = step(statistics, batch)
+        new = update(statistics, batch)
         shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (new, statistics)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"update has to return statistics as it got; got {shapes[0]}.")

@@ -62,7 +62,7 @@ def prune(
         no product reads, or whose inputs the trace cannot tell (the message has its path and why);
         a layer that no row reached; statistics that are not finite; weights that are not.
 
-    Source: for the order of layers Frantar & Alistarh 2023, section 3.4.
+    Source: for the order of layers Frantar & Alistarh 2023.
 
     Example:
       >>> import granet_jax as gj, jax, jax.numpy as jnp
@@ -84,8 +84,8 @@ def prune(
         return prune_from(method, params, found, **how)
     if not batches:
         raise ValueError("prune needs a batch at least; got none.")
-    seen = calibration.plan(apply_fn, params, batches[0], leaves, method.statistic)
-    layers = _layers(method, params, {p: x.axes for p, x in seen.items()}, sparsity, scope, leaves)
+    seen = calibration.plan(apply_fn, params, batches[0], leaves)
+    layers = _layers(method, {p: x.axes for p, x in seen.items()}, sparsity, scope, leaves)
     numbers = {path: x.number for path, x in seen.items()}
     add = calibration.of_layer(apply_fn, leaves, method.statistic, numbers)
     tree, work = jax.tree.structure(params), _begin(method, params)
@@ -131,7 +131,7 @@ def prune_from(
     axes = {path: x.inputs for path, x in statistics.items()}
     if method.statistic is None:  # the last axis is the outputs, where nothing tells
         axes = {x.path: tuple(range(len(x.layer_shape) - 1)) for x in leaves if x.prunable} | axes
-    layers = _layers(method, params, axes, sparsity, scope, leaves)
+    layers = _layers(method, axes, sparsity, scope, leaves)
     work = _begin(method, params)
     for (path, i), layer in layers.items():
         known: tuple[Any, Any] = (None, 1.0)
@@ -157,7 +157,6 @@ class _Layer(NamedTuple):
 
 def _layers(
     method: OneShot,
-    params: PyTree,
     axes: Mapping[str, tuple[int, ...]],
     sparsity: float,
     scope: Distribution,
@@ -243,7 +242,7 @@ class _Work(NamedTuple):
 
 
 def _begin(method: OneShot, params: PyTree) -> _Work:
-    program = jax.jit(functools.partial(_one, method), static_argnums=(2, 3, 4))
+    program = jax.jit(functools.partial(_one, method), static_argnums=(2, 3))
     arrays = [jnp.asarray(x) for x in jax.tree.leaves(params)]
     return _Work(arrays, jax.tree.leaves(ones(params)), program)
 
@@ -265,8 +264,7 @@ def _prune_layer(
         )
     place = np.unravel_index(layer.place, leaf.shape[: leaf.stack_axes])
     mean = None if values is None else values / rows
-    given = work.params[i][place], mean, layer.keep, leaf.layer_shape, layer.inputs
-    new, mask, is_finite = work.program(*given)
+    new, mask, is_finite = work.program(work.params[i][place], mean, layer.keep, layer.inputs)
     if not bool(is_finite):
         raise ValueError(
             f"{name} cannot be pruned: its weights or the statistic of its inputs are not finite, "
@@ -283,7 +281,6 @@ def _one(
     layer: jax.Array,
     values: Any,
     keep: Keep,
-    shape: tuple[int, ...],
     inputs: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A layer pruned, its mask, and whether all is finite."""
@@ -291,5 +288,5 @@ def _one(
     new, mask = method.prune(w, values, keep)
     given = [w, new] if values is None else [w, new, values]
     is_finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in given]))
-    new, mask = (_layer_of(x, shape, inputs) for x in (new, mask))
+    new, mask = (_layer_of(x, layer.shape, inputs) for x in (new, mask))
     return new.astype(layer.dtype), mask, is_finite

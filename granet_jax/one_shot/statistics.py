@@ -61,7 +61,7 @@ def calibrate(
 
     Every row counts, of padding as well. Stacked layers (``Stacked`` rules) get a statistic each,
     be they in a ``scan``, sliced or batched as experts; a leaf that is read several times gets the
-    sum. Convolutions have patches as rows.
+    sum. Convolutions have patches as rows. Products in the test of a ``while_loop`` are left out.
 
     Args:
       apply_fn: ``(params, batch) -> anything``, the forward pass; bare, or of any library.
@@ -93,7 +93,7 @@ def calibrate(
     leaves, sums, inputs = trees.describe(params, prunable), None, {}
     for batch in batches:
         if sums is None:
-            inputs = plan(apply_fn, params, batch, leaves, statistic)
+            inputs = plan(apply_fn, params, batch, leaves)
             sums = {path: _zeros(x, statistic) for path, x in inputs.items()}
             add = jax.jit(functools.partial(_add, apply_fn, leaves, statistic), donate_argnums=2)
         sums = add(params, batch, sums)
@@ -116,7 +116,6 @@ def plan(
     params: PyTree,
     batch: Any,
     leaves: Sequence[trees.Leaf],
-    statistic: StatisticFn,
 ) -> dict[str, Inputs]:
     """The prunable leaves that products read, in the order in which they do; nothing is computed.
 
@@ -163,7 +162,7 @@ def plan(
 
 def _zeros(x: Inputs, statistic: StatisticFn) -> tuple[jax.Array, jax.Array]:
     one = jax.eval_shape(statistic, jax.ShapeDtypeStruct((1, x.size), jnp.float32))
-    return jnp.zeros((x.num_layers, *one.shape), one.dtype), jnp.zeros(x.num_layers)
+    return jnp.zeros((x.num_layers, *one.shape), one.dtype), jnp.zeros(x.num_layers, jnp.float32)
 
 
 def _add(

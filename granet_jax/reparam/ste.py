@@ -18,6 +18,7 @@ def ste(
     sparsity: Any,
     end_step: int = 1,
     begin_step: int = 0,
+    curve: Callable[[Any, Any, int, int], optax.Schedule] = schedules.cubic,
     decay: float = 0.0,
     scope: Distribution = distributions.uniform,
     score: ScoreFn = scores.magnitude,
@@ -26,9 +27,9 @@ def ste(
     """The network uses the largest weights of this step; gradients go to all as if none were off.
 
     Stored weights stay dense, so that one that was off may come back in any step, when another has
-    become smaller. The sparsity rises on the cubic of :func:`granet_jax.gmp` until ``end_step``; at
-    1, the default, it is there from the first step. With ``decay`` the gradient of a weight that is
-    off is ``g + decay * w``, so that it shrinks and masks settle: SR-STE.
+    become smaller. The sparsity rises on a curve, the cubic of :func:`granet_jax.gmp`, until
+    ``end_step``; at 1, the default, it is there from the first step. With ``decay`` the gradient of
+    a weight that is off is ``g + decay * w``, so that it shrinks and masks settle: SR-STE.
 
     Source: Bengio et al. 2013 for the estimator; Lee et al. 2024 (JaxPruner), where of all its
     methods it does best on a vision transformer. SR-STE: Zhou et al. 2021, "Learning N:M
@@ -37,7 +38,8 @@ def ste(
     Args:
       sparsity: fraction of zeros among prunable weights at the end, in [0, 1).
       end_step: the update at which it is met.
-      begin_step: where the cubic begins.
+      begin_step: where the curve begins.
+      curve: as in :func:`granet_jax.gradual_num_keep`.
       decay: of the weights that are off; see :func:`sr_ste`.
       scope: what is ranked together: ``uniform`` or ``erk`` by layer, or ``global_ranking``.
       score: the highest are kept; of the parameters alone.
@@ -67,7 +69,7 @@ def ste(
     """
     if decay < 0:
         raise ValueError(f"decay must be >= 0, a share of each weight that is off; got {decay}.")
-    num_keep = schedules.gradual_num_keep(scope, 0.0, sparsity, begin_step, end_step)
+    num_keep = schedules.gradual_num_keep(scope, 0.0, sparsity, begin_step, end_step, curve)
 
     def use(step: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
         return _masked(decay, w, mask)
@@ -168,7 +170,7 @@ def structure_decay(
 ) -> Reparameterisation:
     """:func:`ste` that takes one weight more of each ``m`` at a time: M-1:M, M-2:M ... N:M.
 
-    Source: Kao et al. 2022 (arXiv 2209.07617), section 3.
+    Source: Kao et al. 2022 (arXiv 2209.07617).
 
     Args:
       sparsity: at the end, of the structure: .5 for 2:4.
@@ -199,14 +201,14 @@ def structure_decay(
             f"structure_decay takes one weight of each m={m} at a time, and a sparsity of "
             f"{float(sparsity):g} takes {m * float(sparsity):g}: give it k/m with a whole k >= 1."
         )
-    num_keep = schedules.gradual_num_keep(
-        scope, 0.0, sparsity, begin_step, end_step, schedules.stairs(num_stairs)
+    return ste(
+        sparsity=sparsity,
+        end_step=end_step,
+        begin_step=begin_step,
+        curve=schedules.stairs(num_stairs),
+        scope=scope,
+        prunable=prunable,
     )
-
-    def use(step: jax.Array, w: jax.Array, mask: jax.Array) -> jax.Array:
-        return _masked(0.0, w, mask)
-
-    return _masks_of_each_step(use, num_keep, (scope, sparsity), scores.magnitude, prunable)
 
 
 def _masks_of_each_step(
