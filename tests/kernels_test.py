@@ -1,7 +1,6 @@
-"""The block-sparse product against the dense one, in Pallas' interpret mode."""
+"""The block-sparse product against the dense one, in JAX's interpreters of its kernels."""
 
 import functools
-import sys
 
 import chex
 import flax.linen as nn
@@ -10,18 +9,51 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import granet_jax as gj
 from granet_jax import kernels, structures
+from granet_jax.kernels.lists import lists
 
 block_matmul = functools.partial(kernels.block_matmul, interpret=True)
+has_mosaic = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11, 2), reason="Mosaic GPU's products need jax 0.11.2"
+)
 
 
 def blocks(key, shape, block, density):
     """A mask of blocks, smaller ones at the edges."""
     num = [-(-n // b) for n, b in zip(shape, block, strict=True)]
     live = jax.random.bernoulli(key, density, num)
+    return spread(live, shape, block)
+
+
+def spread(live, shape, block):
     return jnp.repeat(jnp.repeat(live, block[0], 0), block[1], 1)[: shape[0], : shape[1]]
+
+
+def compared(backend, sizes, block, mask, dtype, dense_gradient, tolerance):
+    """The product and its gradients beside those of dense ones, relative to the largest entry."""
+    num, inputs, outputs = sizes
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (num, inputs), dtype)
+    kernel = jax.random.normal(keys[1], (inputs, outputs), dtype)
+    dy = jax.random.normal(keys[2], (num, outputs), dtype)
+
+    def sparse(x, kernel):
+        return block_matmul(x, kernel, mask, block, dense_gradient=dense_gradient, backend=backend)
+
+    y, pull = jax.vjp(sparse, x, kernel)
+    got = y, *pull(dy)
+    assert all(value.dtype == dtype for value in got)
+    x, kernel, dy = (value.astype(jnp.float32) for value in (x, kernel, dy))
+    wanted, pull = jax.vjp(lambda x, kernel: x @ jnp.where(mask, kernel, 0), x, kernel)
+    dx, d_kernel = pull(dy)
+    d_kernel = x.T @ dy if dense_gradient else d_kernel
+    for a, b in zip(got, (wanted, dx, d_kernel), strict=True):
+        size = max(float(jnp.abs(b).max(initial=0)), 1)
+        np.testing.assert_allclose(np.asarray(a, np.float32) / size, b / size, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -32,25 +64,51 @@ def blocks(key, shape, block, density):
         ((65, 20, 7), (8, 3), 0.3, True),
         ((5, 64, 32), (16, 8), 0.0, True),
         ((64, 32, 32), (16, 16), 1.0, False),
+        ((300, 256, 256), (128, 128), 0.5, False),
     ],
 )
-def test_equals_the_dense_product_and_its_gradients(sizes, block, density, dense_gradient):
-    num, inputs, outputs = sizes
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (num, inputs))
-    kernel = jax.random.normal(keys[1], (inputs, outputs))
-    mask = blocks(keys[2], kernel.shape, block, density)
-    dy = jax.random.normal(keys[3], (num, outputs))
+def test_tpus_equal_the_dense_product_and_its_gradients(sizes, block, density, dense_gradient):
+    mask = blocks(jax.random.key(1), sizes[1:], block, density)
+    compared(kernels.tpu, sizes, block, mask, jnp.float32, dense_gradient, 1e-5)
 
-    def sparse(x, kernel):
-        return block_matmul(x, kernel, mask, block, dense_gradient=dense_gradient)
 
-    y, pull = jax.vjp(sparse, x, kernel)
-    wanted, dense_pull = jax.vjp(lambda x, kernel: x @ jnp.where(mask, kernel, 0), x, kernel)
-    dx, d_kernel = dense_pull(dy)
-    if dense_gradient:
-        d_kernel = x.T @ dy
-    chex.assert_trees_all_close((y, *pull(dy)), (wanted, dx, d_kernel), rtol=1e-4, atol=1e-4)
+HOPPER = {  # sizes, block, which blocks are on, dtype, dense gradient
+    "odd sizes, bfloat16": ((70, 100, 90), (32, 16), 0.5, jnp.bfloat16, False),
+    "odd sizes, float32": ((130, 150, 200), (16, 32), 0.5, jnp.float32, False),
+    "blocks of several tiles": ((64, 256, 512), (128, 256), 0.5, jnp.float16, True),
+    "none live": ((5, 64, 64), (32, 32), 0.0, jnp.bfloat16, False),
+    "all live": ((130, 128, 192), (64, 64), 1.0, jnp.bfloat16, False),
+    "none live, gradient of all": ((5, 64, 64), (16, 16), 0.0, jnp.float32, True),
+}
+
+
+@has_mosaic
+@pytest.mark.parametrize("case", HOPPER)
+def test_hopper_equals_the_dense_product_and_its_gradients(case):
+    sizes, block, density, dtype, dense_gradient = HOPPER[case]
+    mask = blocks(jax.random.key(1), sizes[1:], block, density)
+    tolerance = {2: 4e-3, 4: 1e-5}[dtype.dtype.itemsize]
+    compared(kernels.hopper, sizes, block, mask, dtype, dense_gradient, tolerance)
+
+
+@pytest.mark.parametrize("backend", [kernels.tpu, pytest.param(kernels.hopper, marks=has_mosaic)])
+def test_empty_rows_and_columns(backend):
+    live = jnp.array([[1, 0, 1], [0, 0, 0], [1, 0, 0], [1, 0, 1], [0, 0, 1]], bool)
+    mask = spread(live, (160, 96), (32, 32))
+    compared(backend, (40, 160, 96), (32, 32), mask, jnp.bfloat16, False, 4e-3)
+
+
+def test_on_a_cpu_it_is_the_masked_product():
+    mask = blocks(jax.random.key(1), (6, 4), (4, 3), 0.5)
+    x = jax.random.normal(jax.random.key(0), (2, 6))
+    y = kernels.block_matmul(x, jnp.ones((6, 4)), mask, (4, 3))
+    np.testing.assert_array_equal(y, x @ mask.astype(jnp.float32))
+
+
+def test_lists_of_live_blocks():
+    found = lists(jnp.array([[1, 0, 1], [0, 0, 1], [1, 0, 1]], bool))
+    assert found.order.tolist() == [[0, 2, 0], [0, 0, 0], [0, 1, 2]]
+    assert found.num_live.tolist() == [2, 0, 3]
 
 
 def test_leading_axes_dtypes_and_empty_inputs():
@@ -77,12 +135,6 @@ def test_masks_are_data():
         mask = blocks(jax.random.key(1), (8, 8), (4, 4), density)
         np.testing.assert_array_equal(product(x, kernel, mask), x @ mask.astype(jnp.float32))
     assert len(traces) == 1
-
-
-def test_interpreted_without_triton(monkeypatch):
-    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
-    ones = jnp.ones((4, 4))
-    np.testing.assert_array_equal(block_matmul(ones, ones, ones > 0, (2, 2)), 4 * ones)
 
 
 def test_training_through_it_is_training_under_the_masks():
@@ -171,25 +223,104 @@ def test_layers_of_another_kind_are_left_alone():
     chex.assert_trees_all_equal_shapes(made["params"], variables["params"])
 
 
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_can_be_compiled_for_a_gpu(dtype):
-    """As far as one can tell without one: all three products are lowered to Triton."""
+class Device(jax.sharding.AbstractDevice):
+    """One that is not there, and what it can do."""
+
+    compute_capability = ""
+
+
+DEVICES = {
+    "sm_90": (kernels.hopper, "cuda", "9.0", jnp.float32),
+    "sm_90, bfloat16": (kernels.hopper, "cuda", "9.0", jnp.bfloat16),
+    "sm_80, bfloat16": (kernels.ampere, "cuda", "8.0", jnp.bfloat16),
+    "TPU": (kernels.tpu, "tpu", "", jnp.float32),
+    "TPU, bfloat16": (kernels.tpu, "tpu", "", jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_can_be_lowered_for_a_device_that_is_not_there(name, monkeypatch):
+    """All three products become kernels; a number of lists that another mask would change, none."""
+    backend, platform, capability, dtype = DEVICES[name]
+    if platform == "cuda" and jax.__version_info__ < (0, 11, 2):
+        pytest.skip("Mosaic GPU's products need jax 0.11.2")
 
     def gradients(x, kernel, mask):
         def total(x, kernel):
-            return jnp.sum(kernels.block_matmul(x, kernel, mask, (32, 64)).astype(jnp.float32))
+            y = kernels.block_matmul(x, kernel, mask, (128, 128), backend=backend)
+            return jnp.sum(y.astype(jnp.float32))
 
         return jax.value_and_grad(total, (0, 1))(x, kernel)
 
     x, kernel, mask = (
         jax.ShapeDtypeStruct(shape, kind)
-        for shape, kind in (((100, 7 * 32), dtype), ((7 * 32, 100), dtype), ((7 * 32, 100), bool))
+        for shape, kind in (((100, 300), dtype), ((300, 200), dtype), ((300, 200), bool))
     )
-    gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=gpu)):
-        lowered = jax.jit(gradients).trace(x, kernel, mask).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("__gpu$xla.gpu.triton") == 3
+    monkeypatch.setattr(Device, "compute_capability", capability)
+    device = Device(name, num_cores=1, platform=platform)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        lowered = jax.jit(gradients).trace(x, kernel, mask).lower(lowering_platforms=(platform,))
+    assert lowered.as_text().count("stablehlo.custom_call") == 3
+
+
+def test_layers_of_nnx_with_masks():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([nnx.Linear(16, 12, rngs=rngs), nnx.Linear(12, 8, rngs=rngs)])
+            self.head = nnx.Linear(8, 3, use_bias=False, rngs=rngs)
+
+        def __call__(self, x):
+            for layer in self.layers:
+                x = nnx.relu(layer(x))
+            return self.head(x)
+
+    model, x = Net(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (2, 5, 16))
+    params = nnx.state(model, nnx.Param)
+    rules = [("head", False), ("", structures.block((4, 4)))]
+    masks = gj.random_masks(jax.random.key(2), params, 0.5, gj.uniform, rules)
+
+    def loss(model, masks, x):
+        with kernels.linear_in_blocks(model, masks, (4, 4), interpret=True):
+            return jnp.sum(model(x) ** 2)
+
+    wanted = jnp.sum(nnx.merge(nnx.graphdef(model), gj.apply_masks(params, masks))(x) ** 2)
+    np.testing.assert_allclose(nnx.jit(loss)(model, masks, x), wanted, rtol=1e-5)
+    graph = nnx.graphdef(model)
+    trace = jax.make_jaxpr(lambda p, m: loss(nnx.merge(graph, p), m, x))(params, masks)
+    assert str(trace).count("pallas_call[") == 3
+    assert all(layer.dot_general is jax.lax.dot_general for layer in model.layers)
+
+
+@pytest.mark.parametrize("axis", ["rows of x", "outputs"])
+def test_over_several_devices_by_shard_map(axis):
+    """Each device multiplies its part; the gradients that are sums over devices are added up."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("d",))
+    rows, columns = (P("d"), P()) if axis == "rows of x" else (P(), P(None, "d"))
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(keys[0], (16, 8)), jax.random.normal(keys[1], (8, 32))
+    mask = blocks(keys[2], kernel.shape, (4, 4), 0.5)
+
+    def grads(multiply, x, kernel):
+        return jax.value_and_grad(lambda x, k: jnp.sum(multiply(x, k) ** 2), (0, 1))(x, kernel)
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(rows, columns, columns),
+        out_specs=(P(), (rows, columns)),
+        check_vma=False,
+    )
+    def over_devices(x, kernel, mask):
+        loss, (dx, dk) = grads(lambda x, k: block_matmul(x, k, mask, (4, 4)), x, kernel)
+        if axis == "rows of x":
+            dk = jax.lax.psum(dk, "d")
+        else:
+            dx = jax.lax.psum(dx, "d")
+        return jax.lax.psum(loss, "d"), (dx, dk)
+
+    got = jax.jit(over_devices)(x, kernel, mask)
+    wanted = grads(lambda x, k: x @ jnp.where(mask, k, 0), x, kernel)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -197,3 +328,11 @@ def test_shapes_that_do_not_fit_are_refused():
         block_matmul(jnp.ones((2, 3)), jnp.ones((4, 5)), jnp.ones((4, 5), bool), (2, 2))
     with pytest.raises(ValueError, match="at least one row"):
         block_matmul(jnp.ones((2, 4)), jnp.ones((4, 5)), jnp.ones((4, 5), bool), (0, 2))
+    ones, x = jnp.ones((4, 4)), jnp.ones((16, 16), jnp.bfloat16)
+    with pytest.raises(ValueError, match="one float dtype; got float32, bfloat16"):
+        block_matmul(ones, ones.astype(jnp.bfloat16), ones > 0, (2, 2))
+    for backend, sides in ((kernels.hopper, "from 16"), (kernels.ampere, "from 32")):
+        with pytest.raises(ValueError, match=f"powers of two {sides} on.*got \\(16, 8\\)"):
+            block_matmul(x, x, x > 0, (16, 8), backend=backend)
+    with pytest.raises(ValueError, match="multiples of 128"):
+        kernels.block_matmul(x, x, x > 0, (16, 16), backend=kernels.tpu)

@@ -95,7 +95,7 @@ def products(config: Any, opt_state: Any, is_update_step: jax.Array) -> Iterator
     with gj.kernels.dense_in_blocks(
         (block[0], block[1]),
         dense_gradient=is_update_step | always,
-        interpret=jax.default_backend() != "gpu",
+        interpret=jax.default_backend() == "cpu",
     ):
         yield {"masks": gj.get_masks(opt_state)}
 

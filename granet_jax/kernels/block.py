@@ -1,0 +1,164 @@
+"""A block-sparse matrix product for training and inference on accelerators.
+
+Masks on CPU and in XLA's own products save no time. This product reads and multiplies only the
+blocks of a kernel that are on, in the forward pass and in both gradients, so that with
+:func:`granet_jax.structures.block` training steps get cheaper, too. Which blocks are on is data:
+when the masks change, nothing is compiled again.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from granet_jax.kernels.backend import Backend
+from granet_jax.kernels.gpu import ampere, hopper
+from granet_jax.kernels.tpu import tpu
+
+
+def block_matmul(
+    x: jax.Array,
+    kernel: jax.Array,
+    mask: jax.Array,
+    block: tuple[int, int],
+    *,
+    dense_gradient: bool | jax.Array = False,
+    backend: Backend | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """``x @ where(mask, kernel, 0)`` for a mask made of blocks, without the empty ones.
+
+    Args:
+      x: ``(..., inputs)``, any float dtype.
+      kernel: ``(inputs, outputs)``, of that dtype.
+      mask: bool, shape of ``kernel``, constant within each block, as
+        ``granet_jax.structures.block(block)`` makes it; a block counts as on where its first weight
+        is. Not differentiated.
+      block: its shape ``(rows, columns)``. A GPU takes powers of two, best 64 or 128 (Hopper from
+        16 on, others from 32), a TPU multiples of 128; blocks at the edges may be smaller.
+      dense_gradient: also compute the gradient of weights that are off, which growth by gradients
+        needs: ``method.is_update_step(step)``, a traced bool, is true where it does. False = 0.
+      backend: ``kernels.hopper`` (``wgmma``), ``kernels.ampere`` (``mma``, which later GPUs have as
+        well), ``kernels.tpu``, or ``kernels.dense``, the masked product of XLA, which saves
+        nothing. None = that of the device; on CPUs, older GPUs, and for dtypes it does not take
+        (float64; float32 on ``ampere``), ``dense``.
+      interpret: run the kernel of ``backend`` (None = ``tpu``, with blocks of any shape) by JAX's
+        interpreter: for tests on CPU. It has none for ``mma``.
+
+    Sums are kept in float32. Hopper multiplies float32 with 10 bits of mantissa (TF32), as XLA does
+    by default. Over several devices call it inside ``jax.shard_map``.
+
+    Returns:
+      ``(..., outputs)`` in the dtype of ``x``.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, or blocks that the device cannot do.
+      RuntimeError: a GPU, and JAX before 0.11.2.
+
+    Source: Gray et al. 2017, "GPU Kernels for Block-Sparse Weights".
+
+    Example: two of four blocks are on.
+      >>> import jax.numpy as jnp
+      >>> mask = jnp.kron(jnp.eye(2), jnp.ones((4, 4))).astype(bool)
+      >>> y = block_matmul(jnp.ones((1, 8)), jnp.ones((8, 8)), mask, (4, 4), interpret=True)
+      >>> y.tolist()
+      [[4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0]]
+    """
+    if kernel.ndim != 2 or mask.shape != kernel.shape or x.shape[-1:] != kernel.shape[:1]:
+        raise ValueError(
+            "block_matmul takes x (..., inputs), a kernel (inputs, outputs) and its mask; got "
+            f"{x.shape}, {kernel.shape} and {mask.shape}."
+        )
+    if x.dtype != kernel.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"block_matmul takes x and a kernel of one float dtype; got {x.dtype}, {kernel.dtype}."
+        )
+    if min(block) < 1:
+        raise ValueError(f"A block has at least one row and one column; got {block}.")
+    if backend is None:
+        backend = tpu if interpret else _of_the_device()
+    if x.dtype not in backend.dtypes or not x.size or not kernel.size:
+        backend = dense
+    if not backend.takes(block, interpret):
+        raise ValueError(f"The sides of blocks on this device are {backend.sides}; got {block}.")
+    live = mask[:: block[0], :: block[1]]
+    rows = _padded(x.reshape(-1, x.shape[-1]), (backend.rows, block[0]))
+    product = _product(backend, tuple(block), interpret)
+    y = product(rows, _padded(kernel, block), live, live | jnp.asarray(dense_gradient))
+    y = y[: math.prod(x.shape[:-1]), : kernel.shape[1]]
+    return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def _of_the_device() -> Backend:
+    platform = jax.default_backend()
+    if platform == "tpu":
+        return tpu
+    capability = getattr(jax.devices()[0], "compute_capability", "") if platform == "gpu" else ""
+    major = capability.partition(".")[0]
+    if not major.isdigit() or int(major) < 8:  # CPUs, old GPUs, those of AMD
+        return dense
+    return hopper if major == "9" else ampere
+
+
+@functools.cache
+def _product(
+    backend: Backend, block: tuple[int, int], interpret: bool
+) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """The product of ``x``, a kernel and its live blocks, with gradients of its own.
+
+    The fourth argument says of which blocks the gradient is wanted.
+    """
+
+    @jax.custom_vjp
+    def product(x: jax.Array, kernel: jax.Array, live: jax.Array, wanted: jax.Array) -> jax.Array:
+        return backend.times(x, kernel, live, block, False, interpret)
+
+    def forward(
+        x: jax.Array, kernel: jax.Array, live: jax.Array, wanted: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        return product(x, kernel, live, wanted), (x, kernel, live, wanted)
+
+    def backward(saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, Any, Any]:
+        x, kernel, live, wanted = saved
+        dx = backend.times(dy, kernel, live, block, True, interpret)
+        d_kernel = backend.outer(x, dy, wanted, block, interpret)
+        no_gradient = np.zeros(live.shape, jax.dtypes.float0)
+        return dx, jnp.where(_spread(wanted, block), d_kernel, 0), no_gradient, no_gradient
+
+    product.defvjp(forward, backward)
+    return product
+
+
+def _dense_times(
+    x: jax.Array,
+    kernel: jax.Array,
+    live: jax.Array,
+    block: tuple[int, int],
+    flipped: bool,
+    interpret: bool,
+) -> jax.Array:
+    masked = jnp.where(_spread(live, block), kernel, 0)
+    return x @ (masked.T if flipped else masked)
+
+
+def _dense_outer(
+    x: jax.Array, dy: jax.Array, live: jax.Array, block: tuple[int, int], interpret: bool
+) -> jax.Array:
+    return x.T @ dy
+
+
+dense = Backend(_dense_times, _dense_outer, lambda block, interpret: True, "any", (), rows=1)
+
+
+def _spread(live: jax.Array, block: tuple[int, int]) -> jax.Array:
+    """A mask of weights from one of blocks."""
+    return jnp.repeat(jnp.repeat(live, block[0], axis=0), block[1], axis=1)
+
+
+def _padded(x: jax.Array, multiples: tuple[int, int]) -> jax.Array:
+    """With zeros at the ends, to a multiple of each length."""
+    return jnp.pad(x, [(0, -n % multiple) for n, multiple in zip(x.shape, multiples, strict=True)])

@@ -1,0 +1,117 @@
+"""The block-sparse product in layers of Flax."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import jax
+
+from granet_jax import trees
+from granet_jax.kernels.block import block_matmul
+from granet_jax.types import PyTree
+
+
+def dense_in_blocks(
+    block: tuple[int, int],
+    *,
+    dense_gradient: bool | jax.Array = False,
+    interpret: bool = False,
+) -> contextlib.AbstractContextManager[None]:
+    """A context in which Flax's ``nn.Dense`` multiplies by :func:`block_matmul`.
+
+    Layers take part whose kernel has a mask in the collection "masks" of the variables, which
+    ``nn.scan`` and ``nn.vmap`` have to hand out as they do "params". Others are left alone and
+    multiply by the whole kernel, which is right as long as that is masked, as training keeps it:
+    other layers (subclasses, ``DenseGeneral``, attention), those with a ``dot_general`` of their
+    own, and all while parameters are made. The context has to be active when ``jit`` traces. Needs
+    the package flax.
+
+    Args:
+      block: as for :func:`block_matmul`, for all layers.
+      dense_gradient: as there.
+      interpret: as there.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> model, x = nn.Dense(8), jnp.ones((1, 8))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> masks = {"kernel": jnp.zeros((8, 8), bool), "bias": jnp.ones(8, bool)}
+      >>> with dense_in_blocks((4, 4), interpret=True):
+      ...     model.apply({"params": params, "masks": masks}, x).tolist()
+      [[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
+    """
+    import flax.linen as nn
+
+    def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        layer = context.module
+        if type(layer) is not nn.Dense or context.method_name != "__call__":
+            return call(*args, **kwargs)
+        has_both = all(layer.has_variable(kind, "kernel") for kind in ("params", "masks"))
+        if not has_both or layer.dot_general is not None or layer.dot_general_cls is not None:
+            return call(*args, **kwargs)
+        names = ("kernel", "bias") if layer.use_bias else ("kernel",)
+        weights = [nn.meta.unbox(layer.get_variable("params", name)) for name in names]
+        operands: Any = (*args, *kwargs.values(), *weights)
+        x, kernel, *bias = cast(Any, layer.promote_dtype(*operands, dtype=layer.dtype))
+        mask = nn.meta.unbox(layer.get_variable("masks", "kernel"))
+        y = block_matmul(x, kernel, mask, block, dense_gradient=dense_gradient, interpret=interpret)
+        return y + bias[0].reshape((1,) * (y.ndim - 1) + (-1,)) if bias else y
+
+    context: contextlib.AbstractContextManager[None] = nn.intercept_methods(intercept)
+    return context
+
+
+@contextlib.contextmanager
+def linear_in_blocks(
+    model: Any,
+    masks: PyTree,
+    block: tuple[int, int],
+    *,
+    dense_gradient: bool | jax.Array = False,
+    interpret: bool = False,
+) -> Iterator[None]:
+    """A context in which layers ``nnx.Linear`` of a model multiply by :func:`block_matmul`.
+
+    Layers take part whose kernel has a mask. Others are left alone, as :func:`dense_in_blocks`
+    leaves them: subclasses, ``LinearGeneral``, attention, and those with a ``dot_general`` of their
+    own. Inside ``nnx.jit`` the model has to be an argument. Needs the package flax.
+
+    Args:
+      model: any ``nnx.Module``.
+      masks: bool, laid out as ``nnx.state(model, nnx.Param)``, as ``gj.get_masks`` gives them;
+        layers without blocks may be left out. Dense ones are one where every block is on.
+      block: as for :func:`block_matmul`, for all layers.
+      dense_gradient: as there.
+      interpret: as there.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> model = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+      >>> masks = jax.tree.map(lambda p: jnp.zeros(p.shape, bool), nnx.state(model, nnx.Param))
+      >>> with linear_in_blocks(model, masks, (4, 4), interpret=True):
+      ...     model(jnp.ones((1, 8))).tolist()
+      [[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
+    """
+    from flax import nnx
+
+    by_path = dict(zip(trees.paths(masks), jax.tree.leaves(masks), strict=True))
+    layers = []
+    for path, layer in nnx.iter_modules(model):
+        mask = by_path.get("/".join(map(str, (*path, "kernel"))))
+        if type(layer) is nnx.Linear and layer.dot_general is jax.lax.dot_general:
+            layers += [(layer, mask)] if mask is not None else []
+
+    def multiply(mask: Any, x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+        return block_matmul(
+            x, kernel, mask, block, dense_gradient=dense_gradient, interpret=interpret
+        )
+
+    for layer, mask in layers:
+        layer.dot_general = functools.partial(multiply, mask)
+    try:
+        yield
+    finally:
+        for layer, _ in layers:
+            layer.dot_general = jax.lax.dot_general

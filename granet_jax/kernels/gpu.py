@@ -1,0 +1,300 @@
+"""The block-sparse products on GPUs, by Mosaic GPU: ``wgmma`` on Hopper, ``mma`` on the others.
+
+Blocks are loaded while those before are multiplied; which ones is read from lists in memory.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from granet_jax.kernels.backend import Backend
+from granet_jax.kernels.lists import lists
+
+_ROWS = 128  # of x that one program multiplies
+_LINE = 128  # bytes that are swizzled together
+_LOADS = 4  # under way in the gradient of weights
+
+
+def _times(
+    x: jax.Array,
+    kernel: jax.Array,
+    live: jax.Array,
+    block: tuple[int, int],
+    flipped: bool,
+    interpret: bool,
+    sum_up: Callable[..., Callable[..., jax.Array]],
+) -> jax.Array:
+    """Each program makes a tile of the output from the live blocks of one column."""
+    gpu, itemsize = _mosaic(), x.dtype.itemsize
+    if itemsize == 4 and not flipped:  # of 32 bits wgmma wants the summed axis last
+        kernel, live, block, flipped = kernel.T, live.T, block[::-1], True
+    if flipped:
+        live, block = live.T, block[::-1]
+    size_k, size_n = math.gcd(block[0], _LINE // itemsize), math.gcd(block[1], 128)
+    splits, parts = block[0] // size_k, block[1] // size_n
+    tiled = _tiled(gpu, math.gcd(size_k, size_n, _LINE // itemsize), itemsize)
+
+    def program(order: Any, num_live: Any, x: Any, kernel: Any, out: Any, tile: Any) -> None:
+        m, n = lax.axis_index("m"), lax.axis_index("n")
+
+        def k(i: jax.Array) -> jax.Array:
+            return order[n // parts, i // splits] * splits + lax.rem(i, splits)
+
+        a = (_ROWS, size_k), lambda i: (m, k(i))
+        b = (size_k, size_n), lambda i: (k(i), n)
+        if flipped:
+            b = (size_n, size_k), lambda i: (n, k(i))
+        num_steps = num_live[n // parts] * splits
+        turned = False, flipped
+        total = sum_up(gpu, num_steps, (a, b), turned, tiled, (_ROWS, size_n))(x, kernel)
+        _store(gpu, total, tile, [out.at[pl.ds(m * _ROWS, _ROWS), pl.ds(n * size_n, size_n)]])
+
+    width = live.shape[1] * block[1]
+    return gpu.kernel(
+        program,
+        out_type=jax.ShapeDtypeStruct((len(x), width), x.dtype),
+        scratch_types=[gpu.SMEM((_ROWS, size_n), x.dtype, transforms=tiled)],
+        grid=(len(x) // _ROWS, width // size_n),
+        grid_names=("m", "n"),
+        **_options(gpu, interpret),
+    )(*lists(live), x, kernel)
+
+
+def _by_wgmma(
+    gpu: Any, num_steps: Any, specs: Any, turned: Any, tiled: Any, shape: tuple[int, int]
+) -> Callable[..., jax.Array]:
+    """A sum of products of tiles, (indices -> place) for each operand, turned or not."""
+    in_specs = [gpu.BlockSpec(*spec, transforms=tiled, delay_release=1) for spec in specs]
+
+    def sum_up(*operands: Any) -> Any:
+        def add_up(total: Any) -> Any:
+            def step(_: Any, *tiles: Any) -> None:
+                gpu.wgmma(total, *(_turned(*pair) for pair in zip(tiles, turned, strict=True)))
+
+            pipeline = gpu.emit_pipeline(
+                step, grid=(num_steps,), in_specs=in_specs, max_concurrent_steps=2
+            )
+            pl.when(num_steps > 0)(lambda: pipeline(*operands))
+            return total[...]
+
+        return pl.run_scoped(add_up, gpu.ACC(shape, jnp.float32))
+
+    return sum_up
+
+
+def _by_mma(
+    gpu: Any, num_steps: Any, specs: Any, turned: Any, tiled: Any, shape: tuple[int, int]
+) -> Callable[..., jax.Array]:
+    """The same through registers."""
+    in_specs = [gpu.BlockSpec(*spec, transforms=tiled) for spec in specs]
+    layout = gpu.Layout.MMA_ACC(jnp.float32, m_warps=min(4, shape[0] // 16))
+
+    def step(_: Any, *refs: Any) -> Any:
+        *tiles, total = refs
+        a, b = (_turned(*pair)[...] for pair in zip(tiles, turned, strict=True))
+        return gpu.mma(total, a, b)
+
+    def sum_up(*operands: Any) -> Any:
+        zeros = gpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+        pipeline = gpu.emit_pipeline(
+            step, grid=(num_steps,), in_specs=in_specs, max_concurrent_steps=3, init_carry=zeros
+        )
+        return lax.cond(num_steps > 0, lambda: pipeline(*operands), lambda: zeros)
+
+    return sum_up
+
+
+def _outer_by_mma(
+    x: jax.Array, dy: jax.Array, live: jax.Array, block: tuple[int, int], interpret: bool
+) -> jax.Array:
+    """Each program makes a live block, or a part of a large one."""
+    gpu, itemsize = _mosaic(), x.dtype.itemsize
+    size_m = _LINE // itemsize
+    size_k, size_n = math.gcd(block[0], 128), math.gcd(block[1], 128)
+    splits, parts = block[0] // size_k, block[1] // size_n
+    tiled = _tiled(gpu, math.gcd(size_k, size_n, size_m), itemsize)
+
+    def program(order: Any, num_live: Any, x: Any, dy: Any, out: Any, tile: Any) -> None:
+        i, n = lax.axis_index("i"), lax.axis_index("n")
+        k = order[n // parts, i // splits] * splits + lax.rem(i, splits)
+
+        @pl.when(i // splits < num_live[n // parts])
+        def _() -> None:
+            a = (size_m, size_k), lambda m: (m, k)
+            b = (size_m, size_n), lambda m: (m, n)
+            num_steps = jnp.int32(len(x) // size_m)
+            total = _by_mma(gpu, num_steps, (a, b), (True, False), tiled, tile.shape)(x, dy)
+            _store(gpu, total, tile, [out.at[pl.ds(k * size_k, size_k), pl.ds(n * size_n, size_n)]])
+
+    shape = x.shape[1], dy.shape[1]
+    return gpu.kernel(
+        program,
+        out_type=jax.ShapeDtypeStruct(shape, x.dtype),
+        scratch_types=[gpu.SMEM((size_k, size_n), x.dtype, transforms=tiled)],
+        grid=(shape[0] // size_k, shape[1] // size_n),
+        grid_names=("i", "n"),
+        **_options(gpu, interpret),
+    )(*lists(live), x, dy)
+
+
+def _outer_by_wgmma(
+    x: jax.Array, dy: jax.Array, live: jax.Array, block: tuple[int, int], interpret: bool
+) -> jax.Array:
+    """The same with tiles of 64 rows or more: smaller blocks of a column are made together."""
+    gpu, itemsize = _mosaic(), x.dtype.itemsize
+    size_m = _LINE // itemsize
+    size_k, size_n = max(math.gcd(block[0], 128), 64), math.gcd(block[1], 128)
+    together = max(size_k // block[0], 1)
+    rows, splits, parts = size_k // together, max(block[0] // size_k, 1), block[1] // size_n
+    # Of 32 bits wgmma wants the summed axis last; blocks side by side must not share a line.
+    turned = itemsize == 2 and together == 1, itemsize == 4
+    x, dy = x if turned[0] else x.T, dy.T if turned[1] else dy
+    num_steps = dy.shape[turned[1]] // size_m
+    width = math.gcd(size_k if turned[0] else size_m, size_m if turned[1] else size_n, size_m)
+    order, num_live = lists(live)
+
+    def program(
+        order: Any,
+        num_live: Any,
+        x: Any,
+        dy: Any,
+        out: Any,
+        xs: Any,
+        dys: Any,
+        tile: Any,
+        here: Any,
+    ) -> None:
+        group, n = lax.axis_index("group"), lax.axis_index("n")
+        first, columns = group // splits * together, pl.ds(n * size_n, size_n)
+        num = num_live[n // parts]
+
+        def make() -> None:
+            numbers = [
+                order[n // parts, jnp.minimum(first + i, len(live) - 1)] for i in range(together)
+            ]
+            places = [pl.ds((k * splits + lax.rem(group, splits)) * rows, rows) for k in numbers]
+
+            def load(step: Any) -> None:
+                slot, m = lax.rem(step, _LOADS), pl.ds(step * size_m, size_m)
+                if turned[0]:
+                    gpu.copy_gmem_to_smem(x.at[m, places[0]], xs.at[slot], here.at[slot])
+                else:
+                    for i, place in enumerate(places):
+                        part = xs.at[slot, pl.ds(i * rows, rows), :]
+                        gpu.copy_gmem_to_smem(x.at[place, m], part, here.at[slot])
+                source = dy.at[columns, m] if turned[1] else dy.at[m, columns]
+                gpu.copy_gmem_to_smem(source, dys.at[slot], here.at[slot])
+
+            lax.fori_loop(0, min(_LOADS - 1, num_steps), lambda i, _: load(i), None)
+
+            def add_up(total: Any) -> Any:
+                def add(step: Any, _: None) -> None:
+                    slot = lax.rem(step, _LOADS)
+                    gpu.barrier_wait(here.at[slot])
+                    a, b = _turned(xs.at[slot], turned[0]), _turned(dys.at[slot], turned[1])
+                    gpu.wgmma(total, a, b)
+                    gpu.wgmma_wait(1)  # the step before is done, and its place free
+                    ahead = step + _LOADS - 1
+                    pl.when(ahead < num_steps)(lambda: load(ahead))
+
+                lax.fori_loop(0, num_steps, add, None)
+                return total[...]
+
+            total = pl.run_scoped(add_up, gpu.ACC((size_k, size_n), jnp.float32))
+            goals = [out.at[place, columns] for place in places]
+            _store(gpu, total, tile, goals, [first + i < num for i in range(together)])
+
+        pl.when(first < num)(make)
+
+    tiled = _tiled(gpu, width, itemsize)
+    return gpu.kernel(
+        program,
+        out_type=jax.ShapeDtypeStruct(
+            (live.shape[0] * block[0], live.shape[1] * block[1]), x.dtype
+        ),
+        scratch_types=[
+            gpu.SMEM((_LOADS, *_size(size_k, size_m, turned[0])), x.dtype, transforms=tiled),
+            gpu.SMEM((_LOADS, *_size(size_m, size_n, turned[1])), x.dtype, transforms=tiled),
+            gpu.SMEM(
+                (size_k, size_n),
+                x.dtype,
+                transforms=_tiled(gpu, math.gcd(size_n, size_m), itemsize),
+            ),
+            gpu.Barrier(num_arrivals=1 + together, num_barriers=_LOADS),
+        ],
+        grid=(-(-len(live) // together) * splits, live.shape[1] * parts),
+        grid_names=("group", "n"),
+        **_options(gpu, interpret),
+    )(order, num_live, x, dy)
+
+
+def _store(gpu: Any, total: Any, tile: Any, goals: list[Any], conditions: Any = (True,)) -> None:
+    """Writes rows of a sum to their places by way of shared memory."""
+    tile[...] = total.astype(tile.dtype)
+    gpu.commit_smem()
+    rows = tile.shape[0] // len(goals)
+    for i, (goal, condition) in enumerate(zip(goals, conditions, strict=True)):
+        copy = functools.partial(gpu.copy_smem_to_gmem, tile.at[pl.ds(i * rows, rows)], goal)
+        pl.when(condition)(copy)
+    gpu.wait_smem_to_gmem(0)
+
+
+def _turned(ref: Any, turned: bool) -> Any:
+    return ref.transpose((1, 0)) if turned else ref
+
+
+def _size(rows: int, columns: int, turned: bool) -> tuple[int, int]:
+    return (columns, rows) if turned else (rows, columns)
+
+
+def _tiled(gpu: Any, width: int, itemsize: int) -> tuple[Any, Any]:
+    """How tiles lie in shared memory: swizzled, as the matrix units read them."""
+    return gpu.TilingTransform((8, width)), gpu.SwizzleTransform(width * itemsize)
+
+
+def _options(gpu: Any, interpret: bool) -> dict[str, Any]:
+    semantics = gpu.LoweringSemantics.Warpgroup
+    return {
+        "compiler_params": gpu.CompilerParams(lowering_semantics=semantics),
+        "interpret": gpu.InterpretGPUParams() if interpret else None,
+    }
+
+
+def _mosaic() -> Any:
+    """Mosaic GPU, imported here, for not every platform has it."""
+    if jax.__version_info__ < (0, 11, 2):
+        raise RuntimeError(
+            f"Block-sparse products on a GPU need jax 0.11.2 or later; this is {jax.__version__}. "
+            "Update it, or multiply by the masked kernel: x @ jnp.where(mask, kernel, 0)."
+        )
+    from jax.experimental.pallas import mosaic_gpu
+
+    return mosaic_gpu
+
+
+def _takes(smallest: int) -> Callable[[tuple[int, int], bool], bool]:
+    return lambda block, interpret: all(n >= smallest and n & (n - 1) == 0 for n in block)
+
+
+hopper = Backend(
+    functools.partial(_times, sum_up=_by_wgmma),
+    _outer_by_wgmma,
+    _takes(16),
+    "powers of two from 16 on, best 64 or 128",
+    (jnp.bfloat16, jnp.float16, jnp.float32),
+    _ROWS,
+)
+ampere = Backend(
+    functools.partial(_times, sum_up=_by_mma),
+    _outer_by_mma,
+    _takes(32),
+    "powers of two from 32 on, best 64 or 128",
+    (jnp.bfloat16, jnp.float16),
+    _ROWS,
+)

@@ -1,0 +1,139 @@
+"""The block-sparse products on TPUs: the numbers of live blocks are fetched before the blocks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from granet_jax.kernels.backend import Backend
+from granet_jax.kernels.lists import lists
+
+_ROWS = 256  # of x that one program multiplies
+
+
+def _times(
+    x: jax.Array,
+    kernel: jax.Array,
+    live: jax.Array,
+    block: tuple[int, int],
+    flipped: bool,
+    interpret: bool,
+) -> jax.Array:
+    """Steps ``(m, n, i)`` add the i-th live block of column n to a tile of the output."""
+    if flipped:
+        live = live.T
+    size_k, size_n = block[::-1] if flipped else block
+    found = lists(live)
+    contracted = (1,), (1 if flipped else 0,)
+
+    def program(order: Any, num_live: Any, x: Any, kernel: Any, out: Any, total: Any) -> None:
+        n, i, last = pl.program_id(1), pl.program_id(2), pl.num_programs(2) - 1
+
+        @pl.when(i == 0)
+        def _() -> None:
+            total[...] = jnp.zeros(total.shape, jnp.float32)
+
+        @pl.when(i < num_live[n])
+        def _() -> None:
+            total[...] += _product(x[...], kernel[...], contracted)
+
+        @pl.when(i == last)
+        def _() -> None:
+            out[...] = total[...].astype(out.dtype)
+
+    def kernel_at(m: Any, n: Any, i: Any, order: Any, num_live: Any) -> tuple[Any, Any]:
+        return (n, order[n, i]) if flipped else (order[n, i], n)
+
+    return _call(
+        program,
+        grid=(len(x) // _ROWS, live.shape[1], jnp.maximum(found.num_live.max(), 1)),
+        in_specs=[
+            pl.BlockSpec((_ROWS, size_k), lambda m, n, i, order, num_live: (m, order[n, i])),
+            pl.BlockSpec(block, kernel_at),
+        ],
+        out_block=(_ROWS, size_n),
+        out_index=lambda m, n, i, order, num_live: (m, n),
+        out=jax.ShapeDtypeStruct((len(x), live.shape[1] * size_n), x.dtype),
+        interpret=interpret,
+    )(*found, x, kernel)
+
+
+def _outer(
+    x: jax.Array, dy: jax.Array, live: jax.Array, block: tuple[int, int], interpret: bool
+) -> jax.Array:
+    """Steps ``(n, i, m)`` add rows m to the i-th live block of column n."""
+    found, num_tiles = lists(live), len(x) // _ROWS
+
+    def program(order: Any, num_live: Any, x: Any, dy: Any, out: Any, total: Any) -> None:
+        n, i, m, last = pl.program_id(0), pl.program_id(1), pl.program_id(2), num_tiles - 1
+
+        @pl.when(i < num_live[n])
+        def _() -> None:
+            before = jnp.where(m == 0, 0, total[...])
+            total[...] = before + _product(x[...], dy[...], ((0,), (0,)))
+
+            @pl.when(m == last)
+            def _() -> None:
+                out[...] = total[...].astype(out.dtype)
+
+    # Past the last live block nothing moves: neither what is read nor what is written.
+    def row_at(n: Any, i: Any, m: Any, num_live: Any) -> Any:
+        return jnp.where(i < num_live[n], m, num_tiles - 1)
+
+    def block_at(n: Any, i: Any, m: Any, order: Any, num_live: Any) -> tuple[Any, Any]:
+        return order[n, jnp.clip(i, 0, jnp.maximum(num_live[n] - 1, 0))], n
+
+    def x_at(n: Any, i: Any, m: Any, order: Any, num_live: Any) -> tuple[Any, Any]:
+        return row_at(n, i, m, num_live), block_at(n, i, m, order, num_live)[0]
+
+    def dy_at(n: Any, i: Any, m: Any, order: Any, num_live: Any) -> tuple[Any, Any]:
+        return row_at(n, i, m, num_live), n
+
+    return _call(
+        program,
+        grid=(live.shape[1], jnp.maximum(found.num_live.max(), 1), num_tiles),
+        in_specs=[pl.BlockSpec((_ROWS, block[0]), x_at), pl.BlockSpec((_ROWS, block[1]), dy_at)],
+        out_block=block,
+        out_index=block_at,
+        out=jax.ShapeDtypeStruct((x.shape[1], dy.shape[1]), x.dtype),
+        interpret=interpret,
+    )(*found, x, dy)
+
+
+def _product(a: jax.Array, b: jax.Array, contracted: Any) -> jax.Array:
+    return lax.dot_general(a, b, (contracted, ((), ())), preferred_element_type=jnp.float32)
+
+
+def _call(
+    program: Callable[..., None],
+    grid: tuple[Any, ...],
+    in_specs: list[pl.BlockSpec],
+    out_block: tuple[int, int],
+    out_index: Callable[..., Any],
+    out: jax.ShapeDtypeStruct,
+    interpret: bool,
+) -> Callable[..., jax.Array]:
+    """Two lists come before the operands, and a tile that is summed up in float32 beside them."""
+    from jax.experimental.pallas import tpu
+
+    spec = tpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=2,
+        grid=grid,
+        in_specs=in_specs,
+        out_specs=pl.BlockSpec(out_block, out_index),
+        scratch_shapes=[tpu.VMEM(out_block, jnp.float32)],
+    )
+    return pl.pallas_call(program, grid_spec=spec, out_shape=out, interpret=interpret)
+
+
+tpu = Backend(
+    _times,
+    _outer,
+    lambda block, interpret: interpret or all(side % 128 == 0 for side in block),
+    "multiples of 128",
+    (jnp.bfloat16, jnp.float32),
+    _ROWS,
+)
