@@ -3,9 +3,11 @@
 Example:
   python -m experiments.benchmarks
   python -m experiments.benchmarks --only=selection,step --out=some.md
+  python -m experiments.benchmarks --only=accelerator --data_dir=FOLDER --out=gpu.md
 
 Takes some minutes on two cores; leave the machine alone meanwhile. Ratios are of times measured in
-turns within the run; compare nothing across runs.
+turns within the run; compare nothing across runs. --only=accelerator is an hour's work for a GPU
+or a TPU, in pieces: stopped at any moment, the same command goes on.
 """
 
 import pathlib
@@ -15,6 +17,7 @@ from absl import app, flags
 from rich.console import Console
 
 from experiments.benchmarks import (
+    accelerator,
     bandwidth,
     compact,
     compile_time,
@@ -47,26 +50,39 @@ def define_flags() -> None:
     """Defines what is measured, and where it is written."""
     flags.DEFINE_string("out", "docs/benchmarks.md", "the file to write; figures come beside it")
     flags.DEFINE_list("only", list(BENCHMARKS), "what to measure; the file then holds this alone")
+    flags.DEFINE_string("data_dir", None, "TFDS data sets, of which accelerator reads CIFAR-10")
+    flags.DEFINE_integer("epochs", 0, "of accelerator's trainings; 0 = the papers'", lower_bound=0)
     flags.DEFINE_boolean("quick", False, "sizes so small that the figures say nothing")
 
 
-def run(names: list[str], quick: bool, out: pathlib.Path) -> None:
+def run(
+    names: list[str], quick: bool, out: pathlib.Path, data_dir: str | None = None, epochs: int = 0
+) -> None:
     """Measures, prints and writes.
 
     Raises:
       ValueError: a name is none of ``BENCHMARKS``, or there is no folder for ``out``.
     """
-    if not names or any(name not in BENCHMARKS for name in names):
-        raise ValueError(f"--only={','.join(names)}: name some of {', '.join(BENCHMARKS)}.")
+    known = [*BENCHMARKS, "accelerator"]
+    if not names or any(name not in known for name in names):
+        raise ValueError(f"--only={','.join(names)}: name some of {', '.join(known)}.")
+    if "accelerator" in names and len(names) > 1:
+        raise ValueError("--only=accelerator writes a file of its own; measure the others apart.")
     if not out.parent.is_dir():
         raise ValueError(f"--out={out}: there is no folder {out.parent}; make it first.")
     print(tables.machine(), flush=True)
     measured = []
+
+    def keep(table: tables.Table) -> None:
+        output.print_table(Console(), table.title, table.rows)
+        print(f"{table.note}\n", flush=True)
+        measured.append(table)
+
+    if names == ["accelerator"]:
+        measured = accelerator.tables(quick, out, data_dir, epochs, keep)
     for name in names:
-        for table in BENCHMARKS[name](quick):
-            output.print_table(Console(), table.title, table.rows)
-            print(f"{table.note}\n", flush=True)
-            measured.append(table)
+        for table in BENCHMARKS[name](quick) if name in BENCHMARKS else ():
+            keep(table)
     command = "python -m experiments.benchmarks"
     command += f" --only={','.join(names)}" if names != list(BENCHMARKS) else ""
     about = f"`{command}`: medians; ratios of times taken in turns within this run."
@@ -81,7 +97,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: {argv[1]!r} is no flag; flags look like --only=step. See --help.")
     with settings.errors_in_one_line():
-        run(flags.FLAGS.only, flags.FLAGS.quick, pathlib.Path(flags.FLAGS.out))
+        given = flags.FLAGS
+        run(given.only, given.quick, pathlib.Path(given.out), given.data_dir, given.epochs)
 
 
 if __name__ == "__main__":

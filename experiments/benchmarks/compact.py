@@ -8,14 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import granet_jax as gj
-from experiments.benchmarks import timing
+from experiments.benchmarks import language, timing
 from experiments.benchmarks.tables import Table
-from experiments.data.text import Text
-from experiments.engine import mesh, optimizers, training
 from experiments.tasks import text
 
 EVERY = 100  # steps between mask updates
@@ -53,11 +50,18 @@ class Row(NamedTuple):
 
 def tables(quick: bool) -> list[Table]:
     """Steps, memory, products, the language model."""
-    runs = [row for case in (QUICK if quick else CASES) for row in _case(*case, quick=quick)]
+    runs = [row for case in (QUICK if quick else CASES) for row in _case(quick, *case)]
     return [_speed(runs), _memory(runs), _products(quick), _language_model(quick)]
 
 
-def _case(width: int, batch: int, optimizer: str, sparsities: Any, quick: bool) -> list[Row]:
+def on_accelerators(quick: bool) -> list[Table]:
+    """One wide perceptron, whose steps and memory are told."""
+    case: Any = QUICK[0] if quick else (8192, 2048, "AdamW", (0.9, 0.95))
+    runs = _case(quick, *case)
+    return [_speed(runs), _memory(runs)]
+
+
+def _case(quick: bool, width: int, batch: int, optimizer: str, sparsities: Any) -> list[Row]:
     steps, rounds = (1, 2) if quick else (4, 7)
     multiply = jax.jit(lambda x: x @ x)
     make = functools.partial(_run, width, batch, INNERS[optimizer], steps)
@@ -260,7 +264,6 @@ def _transposed(params: Any, y: jax.Array) -> jax.Array:
 
 def _language_model(quick: bool) -> Table:
     size, rounds = ("1m", 1) if quick else ("10m", 5)
-    letters = np.random.default_rng(0).integers(97, 122, 100_000, dtype=np.uint8)
     rows: list[dict[str, str]] = []
     for sparsity in (0.9,) if quick else (0.9, 0.95):
         config = text.Settings(method="rigl", size=size, sparsity=sparsity)
@@ -268,10 +271,10 @@ def _language_model(quick: bool) -> Table:
             config = dataclasses.replace(config, context=8, batch_size=2)
         states: dict[str, Any] = {}
         calls = {
-            "dense": _plain_lm(config, states, letters),
-            "masked": _sparse_lm("masked", config, states, letters),
-            "compact": _sparse_lm(
-                "compact", dataclasses.replace(config, compact=True), states, letters
+            "dense": language.dense(config, states),
+            "masked": language.sparse("masked", config, states),
+            "compact": language.sparse(
+                "compact", dataclasses.replace(config, compact=True), states
             ),
         }
         times = timing.in_turns(calls, rounds)
@@ -291,52 +294,3 @@ def _language_model(quick: bool) -> Table:
         "masked program the event is inside."
     )
     return Table("Language model with live weights alone", rows, note)
-
-
-def _lm(config: text.Settings, letters: np.ndarray) -> tuple[training.Trainer, Callable[..., Any]]:
-    """A trainer, and what draws a batch by a key."""
-    devices = mesh.make()
-    task = text.task(config, devices, Text(letters, letters))
-    held = jnp.asarray(letters)
-
-    def batch(key: jax.Array) -> jax.Array:
-        return text.draw_windows(key, held, config.batch_size, config.context + 1)
-
-    return training.make_trainer(config, task, devices), batch
-
-
-def _plain_lm(config: text.Settings, states: dict[str, Any], letters: np.ndarray) -> Any:
-    trainer, batch = _lm(dataclasses.replace(config, method="dense"), letters)
-    tx = optimizers.inner(config, trainer.length)
-    params = trainer.init(0).params
-    states["dense"] = params, tx.init(params)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, key: jax.Array) -> Any:
-        loss = trainer.setup.task.loss
-        grads = jax.grad(loss, has_aux=True)(params, {}, batch(key), key)[0]
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    def run() -> Any:
-        states["dense"] = step(*states["dense"], jax.random.key(1))
-        return states["dense"]
-
-    return run
-
-
-def _sparse_lm(
-    name: str, config: text.Settings, states: dict[str, Any], letters: np.ndarray
-) -> Any:
-    trainer, batch = _lm(config, letters)
-    event = False if trainer.family.two_programs else None
-    step = jax.jit(lambda state: trainer.step(state, batch(state.key), event), donate_argnums=0)
-    state = trainer.init(0)
-
-    def run() -> Any:
-        nonlocal state
-        state, loss = step(state)
-        states[name] = state.params, state.opt_state
-        return loss
-
-    return run

@@ -67,7 +67,7 @@ def _opened(
         path = out_dir / "settings.json"
         if path.exists():
             _check_same(out_dir, config, resume, defaults)
-        _write(path, json.dumps(config, indent=2) + "\n")
+        write(path, json.dumps(config, indent=2) + "\n")
         yield
 
 
@@ -124,14 +124,14 @@ def write_about(
     }
     sessions = [*read_about(out_dir).get("sessions", []), session]
     about = {"sessions": sessions, "task": told._asdict(), "data": facts, "layers": layers}
-    _write(out_dir / "about.json", json.dumps(about, indent=2) + "\n")
+    write(out_dir / "about.json", json.dumps(about, indent=2) + "\n")
 
 
 def note_shortfall(out_dir: pathlib.Path, shortfall: str) -> None:
     """Notes in about.json what was asked for and not got, in one line; "" = nothing."""
     if jax.process_index() == 0:
         about = read_about(out_dir) | {"shortfall": shortfall}
-        _write(out_dir / "about.json", json.dumps(about, indent=2) + "\n")
+        write(out_dir / "about.json", json.dumps(about, indent=2) + "\n")
 
 
 def _command() -> str:
@@ -195,7 +195,7 @@ def rewind(out_dir: pathlib.Path, step: int, steps_per_epoch: int) -> list[Recor
             "before the last checkpoint. Put it back, or choose another --out_dir."
         )
     if jax.process_index() == 0:
-        _write(out_dir / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in history))
+        write(out_dir / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in history))
     return history
 
 
@@ -206,7 +206,7 @@ def append_record(out_dir: pathlib.Path, record: Record) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def _write(path: pathlib.Path, text: str) -> None:
+def write(path: pathlib.Path, text: str) -> None:
     """Whole or not at all."""
     new = path.with_suffix(".new")
     new.write_text(text)

@@ -5,11 +5,12 @@ Inputs are float images ``(batch, height, width, channels)``, outputs logits ``(
 norm use and collect the statistics of the batch.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
 
-from experiments.models.lenet import LeNet5, LeNet300100
+from experiments.models.lenet import LeNet5, LeNet300100, Perceptron
 from experiments.models.lstm import lstm_a, lstm_b
 from experiments.models.resnet import resnet20, resnet50, resnet50_cifar, wrn_22_2
 from experiments.models.vgg import vgg16, vgg19
@@ -18,6 +19,7 @@ from experiments.models.vit import ViT
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet_300_100": LeNet300100,
     "lenet5": LeNet5,
+    "mlp_3072": functools.partial(Perceptron, width=3072),
     "lstm_a": lstm_a,
     "lstm_b": lstm_b,
     "vgg16": vgg16,

@@ -1,4 +1,4 @@
-"""LeNets, for MNIST."""
+"""LeNets, for MNIST, and a perceptron."""
 
 from typing import Any
 
@@ -40,3 +40,18 @@ class LeNet5(nn.Module):
         x = x.reshape(len(x), -1)
         x = nn.relu(nn.Dense(500, dtype=self.dtype, name="fc1")(x))
         return nn.Dense(self.num_classes, name="fc2")(x)
+
+
+class Perceptron(nn.Module):
+    """Three hidden layers of one width, as of Cannistraci-Hebb training (Zhang et al. 2024)."""
+
+    num_classes: int
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = x.reshape(len(x), -1)
+        for i in range(3):
+            x = nn.relu(nn.Dense(self.width, dtype=self.dtype, name=f"fc{i + 1}")(x))
+        return nn.Dense(self.num_classes, name="out")(x)
