@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import granet_jax as gj
 from granet_jax import kernels, structures
+from granet_jax.kernels import packed
 from granet_jax.kernels.lists import lists
 
 block_matmul = functools.partial(kernels.block_matmul, interpret=True)
@@ -103,6 +104,36 @@ def test_on_a_cpu_it_is_the_masked_product():
     x = jax.random.normal(jax.random.key(0), (2, 6))
     y = kernels.block_matmul(x, jnp.ones((6, 4)), mask, (4, 3))
     np.testing.assert_array_equal(y, x @ mask.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("block", [(32, 16), (64, 128)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("backend", [kernels.tpu, pytest.param(kernels.hopper, marks=has_mosaic)])
+def test_packed_blocks_equal_the_dense_product(backend, dtype, block):
+    """Slots in any order, two of them dead, one column and one row empty."""
+    grid = 3, 4
+    index = jnp.array([7, 12, 2, 0, 3, 12, 4], jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    values = jax.random.normal(keys[0], (len(index), *block), dtype)
+    x = jax.random.normal(keys[1], (40, grid[0] * block[0]), dtype)
+    y = jax.random.normal(keys[2], (40, grid[1] * block[1]), dtype)
+    whole = jnp.zeros((12, *block), dtype).at[index].set(values, mode="drop")
+    w = whole.reshape(*grid, *block).swapaxes(1, 2).reshape(x.shape[1], y.shape[1])
+    flat = values.reshape(-1)
+    given = {"interpret": True}
+    got = (
+        packed.multiply(backend, flat, index, grid, block, x, **given),
+        packed.multiply(backend, flat, index, grid, block, y, transposed=True, **given),
+        packed.sample(backend, index, grid, block, x, y, **given),
+    )
+    x, y, w = (z.astype(jnp.float32) for z in (x, y, w))
+    blocks_of = (x.T @ y).reshape(grid[0], block[0], grid[1], block[1]).swapaxes(1, 2)
+    sampled = blocks_of.reshape(12, -1).at[index].get(mode="fill", fill_value=0).reshape(-1)
+    tolerance = {2: 4e-3, 4: 1e-5}[dtype.dtype.itemsize]
+    for a, b in zip(got, (x @ w, y @ w.T, sampled), strict=True):
+        assert a.dtype == dtype
+        size = jnp.abs(b).max()
+        np.testing.assert_allclose(np.asarray(a, np.float32) / size, b / size, atol=tolerance)
 
 
 def test_lists_of_live_blocks():

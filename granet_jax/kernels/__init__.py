@@ -2,7 +2,7 @@
 
 from granet_jax.kernels.backend import Backend as Backend
 from granet_jax.kernels.block import block_matmul as block_matmul
-from granet_jax.kernels.block import dense as dense
+from granet_jax.kernels.block import of_the_device as of_the_device
 from granet_jax.kernels.flax import dense_in_blocks as dense_in_blocks
 from granet_jax.kernels.flax import linear_in_blocks as linear_in_blocks
 from granet_jax.kernels.gpu import ampere as ampere

@@ -17,6 +17,7 @@ import numpy as np
 
 from granet_jax.kernels.backend import Backend
 from granet_jax.kernels.gpu import ampere, hopper
+from granet_jax.kernels.lists import lists
 from granet_jax.kernels.tpu import tpu
 
 
@@ -43,9 +44,9 @@ def block_matmul(
       dense_gradient: also compute the gradient of weights that are off, which growth by gradients
         needs: ``method.is_update_step(step)``, a traced bool, is true where it does. False = 0.
       backend: ``kernels.hopper`` (``wgmma``), ``kernels.ampere`` (``mma``, which later GPUs have as
-        well), ``kernels.tpu``, or ``kernels.dense``, the masked product of XLA, which saves
-        nothing. None = that of the device; on CPUs, older GPUs, and for dtypes it does not take
-        (float64; float32 on ``ampere``), ``dense``.
+        well) or ``kernels.tpu``. None = that of the device. On CPUs, older GPUs, and for dtypes it
+        does not take (float64; float32 on ``ampere``), XLA multiplies by the masked kernel, which
+        saves nothing.
       interpret: run the kernel of ``backend`` (None = ``tpu``, with blocks of any shape) by JAX's
         interpreter: for tests on CPU. It has none for ``mma``.
 
@@ -80,27 +81,31 @@ def block_matmul(
     if min(block) < 1:
         raise ValueError(f"A block has at least one row and one column; got {block}.")
     if backend is None:
-        backend = tpu if interpret else _of_the_device()
-    if x.dtype not in backend.dtypes or not x.size or not kernel.size:
-        backend = dense
+        backend = tpu if interpret else of_the_device()
+    wanted = jnp.asarray(dense_gradient)
+    rows = x.reshape(-1, x.shape[-1])
+    if backend is None or x.dtype not in backend.dtypes or not x.size or not kernel.size:
+        y = _masked(rows, kernel, mask, mask | wanted)
+        return y.reshape(*x.shape[:-1], kernel.shape[1])
     if not backend.takes(block, interpret):
         raise ValueError(f"The sides of blocks on this device are {backend.sides}; got {block}.")
     live = mask[:: block[0], :: block[1]]
-    rows = _padded(x.reshape(-1, x.shape[-1]), (backend.rows, block[0]))
+    rows = padded(rows, (backend.rows, block[0]))
     product = _product(backend, tuple(block), interpret)
-    y = product(rows, _padded(kernel, block), live, live | jnp.asarray(dense_gradient))
+    y = product(rows, padded(kernel, block), live, live | wanted)
     y = y[: math.prod(x.shape[:-1]), : kernel.shape[1]]
     return y.reshape(*x.shape[:-1], kernel.shape[1])
 
 
-def _of_the_device() -> Backend:
+def of_the_device() -> Backend | None:
+    """The kernels of the default device; None = it has none, as CPUs, old GPUs, those of AMD."""
     platform = jax.default_backend()
     if platform == "tpu":
         return tpu
     capability = getattr(jax.devices()[0], "compute_capability", "") if platform == "gpu" else ""
     major = capability.partition(".")[0]
-    if not major.isdigit() or int(major) < 8:  # CPUs, old GPUs, those of AMD
-        return dense
+    if not major.isdigit() or int(major) < 8:
+        return None
     return hopper if major == "9" else ampere
 
 
@@ -115,7 +120,7 @@ def _product(
 
     @jax.custom_vjp
     def product(x: jax.Array, kernel: jax.Array, live: jax.Array, wanted: jax.Array) -> jax.Array:
-        return backend.times(x, kernel, live, block, False, interpret)
+        return backend.times(x, kernel, lists(live), block, False, interpret)
 
     def forward(
         x: jax.Array, kernel: jax.Array, live: jax.Array, wanted: jax.Array
@@ -124,8 +129,8 @@ def _product(
 
     def backward(saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, Any, Any]:
         x, kernel, live, wanted = saved
-        dx = backend.times(dy, kernel, live, block, True, interpret)
-        d_kernel = backend.outer(x, dy, wanted, block, interpret)
+        dx = backend.times(dy, kernel, lists(live.T), block, True, interpret)
+        d_kernel = backend.outer(x, dy, lists(wanted), block, 0, interpret)
         no_gradient = np.zeros(live.shape, jax.dtypes.float0)
         return dx, jnp.where(_spread(wanted, block), d_kernel, 0), no_gradient, no_gradient
 
@@ -133,25 +138,24 @@ def _product(
     return product
 
 
-def _dense_times(
-    x: jax.Array,
-    kernel: jax.Array,
-    live: jax.Array,
-    block: tuple[int, int],
-    flipped: bool,
-    interpret: bool,
-) -> jax.Array:
-    masked = jnp.where(_spread(live, block), kernel, 0)
-    return x @ (masked.T if flipped else masked)
+@jax.custom_vjp
+def _masked(x: jax.Array, kernel: jax.Array, mask: jax.Array, wanted: jax.Array) -> jax.Array:
+    """The same by dense products."""
+    return x @ jnp.where(mask, kernel, 0)
 
 
-def _dense_outer(
-    x: jax.Array, dy: jax.Array, live: jax.Array, block: tuple[int, int], interpret: bool
-) -> jax.Array:
-    return x.T @ dy
+def _masked_forward(*args: jax.Array) -> tuple[jax.Array, Any]:
+    return _masked(*args), args
 
 
-dense = Backend(_dense_times, _dense_outer, lambda block, interpret: True, "any", (), rows=1)
+def _masked_backward(saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array, Any, Any]:
+    x, kernel, mask, wanted = saved
+    no_gradient = np.zeros(mask.shape, jax.dtypes.float0)
+    dx = dy @ jnp.where(mask, kernel, 0).T
+    return dx, jnp.where(wanted, x.T @ dy, 0), no_gradient, no_gradient
+
+
+_masked.defvjp(_masked_forward, _masked_backward)
 
 
 def _spread(live: jax.Array, block: tuple[int, int]) -> jax.Array:
@@ -159,6 +163,6 @@ def _spread(live: jax.Array, block: tuple[int, int]) -> jax.Array:
     return jnp.repeat(jnp.repeat(live, block[0], axis=0), block[1], axis=1)
 
 
-def _padded(x: jax.Array, multiples: tuple[int, int]) -> jax.Array:
+def padded(x: jax.Array, multiples: tuple[int, int]) -> jax.Array:
     """With zeros at the ends, to a multiple of each length."""
     return jnp.pad(x, [(0, -n % multiple) for n, multiple in zip(x.shape, multiples, strict=True)])

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from granet_jax.kernels.backend import Backend
-from granet_jax.kernels.lists import lists
+from granet_jax.kernels.backend import Backend, like_kernel
+from granet_jax.kernels.lists import Lists, three
 
 _ROWS = 128  # of x that one program multiplies
 _LINE = 128  # bytes that are swizzled together
@@ -24,38 +24,48 @@ _LOADS = 4  # under way in the gradient of weights
 def _times(
     x: jax.Array,
     kernel: jax.Array,
-    live: jax.Array,
+    lists: Lists,
     block: tuple[int, int],
     flipped: bool,
     interpret: bool,
     sum_up: Callable[..., Callable[..., jax.Array]],
 ) -> jax.Array:
     """Each program makes a tile of the output from the live blocks of one column."""
-    gpu, itemsize = _mosaic(), x.dtype.itemsize
+    gpu, itemsize, packed = _mosaic(), x.dtype.itemsize, lists.slots is not None
     if itemsize == 4 and not flipped:  # of 32 bits wgmma wants the summed axis last
-        kernel, live, block, flipped = kernel.T, live.T, block[::-1], True
-    if flipped:
-        live, block = live.T, block[::-1]
-    size_k, size_n = math.gcd(block[0], _LINE // itemsize), math.gcd(block[1], 128)
-    splits, parts = block[0] // size_k, block[1] // size_n
+        if packed:
+            kernel = kernel.reshape(-1, *block).swapaxes(1, 2).reshape(-1, block[0])
+        else:
+            kernel = kernel.T
+        block, flipped = block[::-1], True
+    sides = block[::-1] if flipped else block
+    size_k, size_n = math.gcd(sides[0], _LINE // itemsize), math.gcd(sides[1], 128)
+    splits, parts = sides[0] // size_k, sides[1] // size_n
     tiled = _tiled(gpu, math.gcd(size_k, size_n, _LINE // itemsize), itemsize)
 
-    def program(order: Any, num_live: Any, x: Any, kernel: Any, out: Any, tile: Any) -> None:
+    def program(
+        order: Any, num_live: Any, slots: Any, x: Any, kernel: Any, out: Any, tile: Any
+    ) -> None:
         m, n = lax.axis_index("m"), lax.axis_index("n")
 
-        def k(i: jax.Array) -> jax.Array:
-            return order[n // parts, i // splits] * splits + lax.rem(i, splits)
+        def x_at(i: jax.Array) -> tuple[Any, Any]:
+            return m, order[n // parts, i // splits] * splits + lax.rem(i, splits)
 
-        a = (_ROWS, size_k), lambda i: (m, k(i))
-        b = (size_k, size_n), lambda i: (k(i), n)
-        if flipped:
-            b = (size_n, size_k), lambda i: (n, k(i))
+        def kernel_at(i: jax.Array) -> tuple[Any, Any]:
+            place = x_at(i)[1], n
+            if packed:
+                slot, k_in, n_in = slots[n // parts, i // splits], lax.rem(i, splits), n % parts
+                place = (k_in, slot * parts + n_in) if flipped else (slot * splits + k_in, n_in)
+            return place[::-1] if flipped else place
+
+        a = (_ROWS, size_k), x_at
+        b = (size_n, size_k) if flipped else (size_k, size_n), kernel_at
         num_steps = num_live[n // parts] * splits
         turned = False, flipped
         total = sum_up(gpu, num_steps, (a, b), turned, tiled, (_ROWS, size_n))(x, kernel)
         _store(gpu, total, tile, [out.at[pl.ds(m * _ROWS, _ROWS), pl.ds(n * size_n, size_n)]])
 
-    width = live.shape[1] * block[1]
+    width = len(lists.num_live) * sides[1]
     return gpu.kernel(
         program,
         out_type=jax.ShapeDtypeStruct((len(x), width), x.dtype),
@@ -63,7 +73,7 @@ def _times(
         grid=(len(x) // _ROWS, width // size_n),
         grid_names=("m", "n"),
         **_options(gpu, interpret),
-    )(*lists(live), x, kernel)
+    )(*three(lists), x, kernel)
 
 
 def _by_wgmma(
@@ -111,7 +121,12 @@ def _by_mma(
 
 
 def _outer_by_mma(
-    x: jax.Array, dy: jax.Array, live: jax.Array, block: tuple[int, int], interpret: bool
+    x: jax.Array,
+    dy: jax.Array,
+    lists: Lists,
+    block: tuple[int, int],
+    num_slots: int,
+    interpret: bool,
 ) -> jax.Array:
     """Each program makes a live block, or a part of a large one."""
     gpu, itemsize = _mosaic(), x.dtype.itemsize
@@ -120,31 +135,42 @@ def _outer_by_mma(
     splits, parts = block[0] // size_k, block[1] // size_n
     tiled = _tiled(gpu, math.gcd(size_k, size_n, size_m), itemsize)
 
-    def program(order: Any, num_live: Any, x: Any, dy: Any, out: Any, tile: Any) -> None:
+    def program(
+        order: Any, num_live: Any, slots: Any, x: Any, dy: Any, out: Any, tile: Any
+    ) -> None:
         i, n = lax.axis_index("i"), lax.axis_index("n")
-        k = order[n // parts, i // splits] * splits + lax.rem(i, splits)
+        column, part = n // parts, lax.rem(i, splits)
+        k = order[column, i // splits] * splits + part
 
-        @pl.when(i // splits < num_live[n // parts])
+        @pl.when(i // splits < num_live[column])
         def _() -> None:
             a = (size_m, size_k), lambda m: (m, k)
             b = (size_m, size_n), lambda m: (m, n)
             num_steps = jnp.int32(len(x) // size_m)
             total = _by_mma(gpu, num_steps, (a, b), (True, False), tiled, tile.shape)(x, dy)
-            _store(gpu, total, tile, [out.at[pl.ds(k * size_k, size_k), pl.ds(n * size_n, size_n)]])
+            place = k, n
+            if lists.slots is not None:
+                place = slots[column, i // splits] * splits + part, n % parts
+            rows, columns = (pl.ds(at * n, n) for at, n in zip(place, tile.shape, strict=True))
+            _store(gpu, total, tile, [out.at[rows, columns]])
 
-    shape = x.shape[1], dy.shape[1]
     return gpu.kernel(
         program,
-        out_type=jax.ShapeDtypeStruct(shape, x.dtype),
+        out_type=like_kernel(x, dy, lists, block, num_slots),
         scratch_types=[gpu.SMEM((size_k, size_n), x.dtype, transforms=tiled)],
-        grid=(shape[0] // size_k, shape[1] // size_n),
+        grid=(lists.order.shape[1] * splits, len(lists.num_live) * parts),
         grid_names=("i", "n"),
         **_options(gpu, interpret),
-    )(*lists(live), x, dy)
+    )(*three(lists), x, dy)
 
 
 def _outer_by_wgmma(
-    x: jax.Array, dy: jax.Array, live: jax.Array, block: tuple[int, int], interpret: bool
+    x: jax.Array,
+    dy: jax.Array,
+    lists: Lists,
+    block: tuple[int, int],
+    num_slots: int,
+    interpret: bool,
 ) -> jax.Array:
     """The same with tiles of 64 rows or more: smaller blocks of a column are made together."""
     gpu, itemsize = _mosaic(), x.dtype.itemsize
@@ -152,16 +178,17 @@ def _outer_by_wgmma(
     size_k, size_n = max(math.gcd(block[0], 128), 64), math.gcd(block[1], 128)
     together = max(size_k // block[0], 1)
     rows, splits, parts = size_k // together, max(block[0] // size_k, 1), block[1] // size_n
+    num_rows, out_type = lists.order.shape[1], like_kernel(x, dy, lists, block, num_slots)
     # Of 32 bits wgmma wants the summed axis last; blocks side by side must not share a line.
     turned = itemsize == 2 and together == 1, itemsize == 4
     x, dy = x if turned[0] else x.T, dy.T if turned[1] else dy
     num_steps = dy.shape[turned[1]] // size_m
     width = math.gcd(size_k if turned[0] else size_m, size_m if turned[1] else size_n, size_m)
-    order, num_live = lists(live)
 
     def program(
         order: Any,
         num_live: Any,
+        slots: Any,
         x: Any,
         dy: Any,
         out: Any,
@@ -171,67 +198,71 @@ def _outer_by_wgmma(
         here: Any,
     ) -> None:
         group, n = lax.axis_index("group"), lax.axis_index("n")
-        first, columns = group // splits * together, pl.ds(n * size_n, size_n)
-        num = num_live[n // parts]
+        first = group // splits * together
+        column, part = n // parts, lax.rem(group, splits)
+        num = num_live[column]
 
         def make() -> None:
-            numbers = [
-                order[n // parts, jnp.minimum(first + i, len(live) - 1)] for i in range(together)
-            ]
-            places = [pl.ds((k * splits + lax.rem(group, splits)) * rows, rows) for k in numbers]
+            at = [jnp.minimum(first + i, num_rows - 1) for i in range(together)]
+            k = [order[column, i] * splits + part for i in at]
+            k_out, n_out = k, n
+            if lists.slots is not None:
+                k_out, n_out = [slots[column, i] * splits + part for i in at], n % parts
 
             def load(step: Any) -> None:
                 slot, m = lax.rem(step, _LOADS), pl.ds(step * size_m, size_m)
-                if turned[0]:
-                    gpu.copy_gmem_to_smem(x.at[m, places[0]], xs.at[slot], here.at[slot])
-                else:
-                    for i, place in enumerate(places):
-                        part = xs.at[slot, pl.ds(i * rows, rows), :]
-                        gpu.copy_gmem_to_smem(x.at[place, m], part, here.at[slot])
+                columns = pl.ds(n * size_n, size_n)
+                for i, block_row in enumerate(k):
+                    place = pl.ds(block_row * rows, rows)
+                    source = x.at[m, place] if turned[0] else x.at[place, m]
+                    goal = xs.at[slot] if turned[0] else xs.at[slot, pl.ds(i * rows, rows), :]
+                    gpu.copy_gmem_to_smem(source, goal, here.at[slot])
                 source = dy.at[columns, m] if turned[1] else dy.at[m, columns]
                 gpu.copy_gmem_to_smem(source, dys.at[slot], here.at[slot])
 
-            lax.fori_loop(0, min(_LOADS - 1, num_steps), lambda i, _: load(i), None)
-
-            def add_up(total: Any) -> Any:
-                def add(step: Any, _: None) -> None:
-                    slot = lax.rem(step, _LOADS)
-                    gpu.barrier_wait(here.at[slot])
-                    a, b = _turned(xs.at[slot], turned[0]), _turned(dys.at[slot], turned[1])
-                    gpu.wgmma(total, a, b)
-                    gpu.wgmma_wait(1)  # the step before is done, and its place free
-                    ahead = step + _LOADS - 1
-                    pl.when(ahead < num_steps)(lambda: load(ahead))
-
-                lax.fori_loop(0, num_steps, add, None)
-                return total[...]
-
-            total = pl.run_scoped(add_up, gpu.ACC((size_k, size_n), jnp.float32))
-            goals = [out.at[place, columns] for place in places]
+            total = _sum_in_turns(gpu, num_steps, load, (xs, dys), turned, here, tile.shape)
+            columns = pl.ds(n_out * size_n, size_n)
+            goals = [out.at[pl.ds(block_row * rows, rows), columns] for block_row in k_out]
             _store(gpu, total, tile, goals, [first + i < num for i in range(together)])
 
         pl.when(first < num)(make)
 
-    tiled = _tiled(gpu, width, itemsize)
+    tiled, out_width = _tiled(gpu, width, itemsize), math.gcd(size_n, size_m)
     return gpu.kernel(
         program,
-        out_type=jax.ShapeDtypeStruct(
-            (live.shape[0] * block[0], live.shape[1] * block[1]), x.dtype
-        ),
+        out_type=out_type,
         scratch_types=[
             gpu.SMEM((_LOADS, *_size(size_k, size_m, turned[0])), x.dtype, transforms=tiled),
             gpu.SMEM((_LOADS, *_size(size_m, size_n, turned[1])), x.dtype, transforms=tiled),
-            gpu.SMEM(
-                (size_k, size_n),
-                x.dtype,
-                transforms=_tiled(gpu, math.gcd(size_n, size_m), itemsize),
-            ),
+            gpu.SMEM((size_k, size_n), x.dtype, transforms=_tiled(gpu, out_width, itemsize)),
             gpu.Barrier(num_arrivals=1 + together, num_barriers=_LOADS),
         ],
-        grid=(-(-len(live) // together) * splits, live.shape[1] * parts),
+        grid=(-(-num_rows // together) * splits, len(lists.num_live) * parts),
         grid_names=("group", "n"),
         **_options(gpu, interpret),
-    )(order, num_live, x, dy)
+    )(*three(lists), x, dy)
+
+
+def _sum_in_turns(
+    gpu: Any, num_steps: int, load: Any, tiles: Any, turned: Any, here: Any, shape: tuple[int, int]
+) -> jax.Array:
+    """A sum of products of tiles that ``load`` brings to a place of their own each."""
+    lax.fori_loop(0, min(_LOADS - 1, num_steps), lambda i, _: load(i), None)
+
+    def add_up(total: Any) -> Any:
+        def add(step: Any, _: None) -> None:
+            slot = lax.rem(step, _LOADS)
+            gpu.barrier_wait(here.at[slot])
+            pairs = zip(tiles, turned, strict=True)
+            gpu.wgmma(total, *(_turned(refs.at[slot], turn) for refs, turn in pairs))
+            gpu.wgmma_wait(1)  # the step before is done, and its place free
+            ahead = step + _LOADS - 1
+            pl.when(ahead < num_steps)(lambda: load(ahead))
+
+        lax.fori_loop(0, num_steps, add, None)
+        return total[...]
+
+    return pl.run_scoped(add_up, gpu.ACC(shape, jnp.float32))
 
 
 def _store(gpu: Any, total: Any, tile: Any, goals: list[Any], conditions: Any = (True,)) -> None:

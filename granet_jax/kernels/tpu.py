@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from granet_jax.kernels.backend import Backend
-from granet_jax.kernels.lists import lists
+from granet_jax.kernels.backend import Backend, like_kernel
+from granet_jax.kernels.lists import Lists, three
 
 _ROWS = 256  # of x that one program multiplies
 
@@ -17,19 +17,19 @@ _ROWS = 256  # of x that one program multiplies
 def _times(
     x: jax.Array,
     kernel: jax.Array,
-    live: jax.Array,
+    lists: Lists,
     block: tuple[int, int],
     flipped: bool,
     interpret: bool,
 ) -> jax.Array:
     """Steps ``(m, n, i)`` add the i-th live block of column n to a tile of the output."""
-    if flipped:
-        live = live.T
     size_k, size_n = block[::-1] if flipped else block
-    found = lists(live)
+    num_columns, packed = len(lists.num_live), lists.slots is not None
     contracted = (1,), (1 if flipped else 0,)
 
-    def program(order: Any, num_live: Any, x: Any, kernel: Any, out: Any, total: Any) -> None:
+    def program(
+        order: Any, num_live: Any, slots: Any, x: Any, kernel: Any, out: Any, total: Any
+    ) -> None:
         n, i, last = pl.program_id(1), pl.program_id(2), pl.num_programs(2) - 1
 
         @pl.when(i == 0)
@@ -44,30 +44,39 @@ def _times(
         def _() -> None:
             out[...] = total[...].astype(out.dtype)
 
-    def kernel_at(m: Any, n: Any, i: Any, order: Any, num_live: Any) -> tuple[Any, Any]:
+    def kernel_at(m: Any, n: Any, i: Any, order: Any, num_live: Any, slots: Any) -> Any:
+        if packed:
+            return slots[n, i], 0
         return (n, order[n, i]) if flipped else (order[n, i], n)
 
     return _call(
         program,
-        grid=(len(x) // _ROWS, live.shape[1], jnp.maximum(found.num_live.max(), 1)),
+        grid=(len(x) // _ROWS, num_columns, jnp.maximum(lists.num_live.max(), 1)),
         in_specs=[
-            pl.BlockSpec((_ROWS, size_k), lambda m, n, i, order, num_live: (m, order[n, i])),
+            pl.BlockSpec((_ROWS, size_k), lambda m, n, i, order, *_: (m, order[n, i])),
             pl.BlockSpec(block, kernel_at),
         ],
         out_block=(_ROWS, size_n),
-        out_index=lambda m, n, i, order, num_live: (m, n),
-        out=jax.ShapeDtypeStruct((len(x), live.shape[1] * size_n), x.dtype),
+        out_index=lambda m, n, i, *_: (m, n),
+        out=jax.ShapeDtypeStruct((len(x), num_columns * size_n), x.dtype),
         interpret=interpret,
-    )(*found, x, kernel)
+    )(*three(lists), x, kernel)
 
 
 def _outer(
-    x: jax.Array, dy: jax.Array, live: jax.Array, block: tuple[int, int], interpret: bool
+    x: jax.Array,
+    dy: jax.Array,
+    lists: Lists,
+    block: tuple[int, int],
+    num_slots: int,
+    interpret: bool,
 ) -> jax.Array:
     """Steps ``(n, i, m)`` add rows m to the i-th live block of column n."""
-    found, num_tiles = lists(live), len(x) // _ROWS
+    num_tiles = len(x) // _ROWS
 
-    def program(order: Any, num_live: Any, x: Any, dy: Any, out: Any, total: Any) -> None:
+    def program(
+        order: Any, num_live: Any, slots: Any, x: Any, dy: Any, out: Any, total: Any
+    ) -> None:
         n, i, m, last = pl.program_id(0), pl.program_id(1), pl.program_id(2), num_tiles - 1
 
         @pl.when(i < num_live[n])
@@ -79,28 +88,37 @@ def _outer(
             def _() -> None:
                 out[...] = total[...].astype(out.dtype)
 
-    # Past the last live block nothing moves: neither what is read nor what is written.
-    def row_at(n: Any, i: Any, m: Any, num_live: Any) -> Any:
+    # Past the last live block of a column nothing moves: neither what is read nor what is written.
+    # A column without any writes where nothing belongs: to a dead block, or to the slot past all.
+    def tile(n: Any, i: Any, m: Any, num_live: Any) -> Any:
         return jnp.where(i < num_live[n], m, num_tiles - 1)
 
-    def block_at(n: Any, i: Any, m: Any, order: Any, num_live: Any) -> tuple[Any, Any]:
-        return order[n, jnp.clip(i, 0, jnp.maximum(num_live[n] - 1, 0))], n
+    def place(i: Any, num_live: Any) -> Any:
+        return jnp.clip(i, 0, jnp.maximum(num_live - 1, 0))
 
-    def x_at(n: Any, i: Any, m: Any, order: Any, num_live: Any) -> tuple[Any, Any]:
-        return row_at(n, i, m, num_live), block_at(n, i, m, order, num_live)[0]
+    def out_at(n: Any, i: Any, m: Any, order: Any, num_live: Any, slots: Any) -> Any:
+        at = place(i, num_live[n])
+        if lists.slots is None:
+            return order[n, at], n
+        return jnp.where(num_live[n] > 0, slots[n, at], num_slots), 0
 
-    def dy_at(n: Any, i: Any, m: Any, order: Any, num_live: Any) -> tuple[Any, Any]:
-        return row_at(n, i, m, num_live), n
+    def x_at(n: Any, i: Any, m: Any, order: Any, num_live: Any, slots: Any) -> Any:
+        return tile(n, i, m, num_live), order[n, place(i, num_live[n])]
 
-    return _call(
+    def dy_at(n: Any, i: Any, m: Any, order: Any, num_live: Any, slots: Any) -> Any:
+        return tile(n, i, m, num_live), n
+
+    out = like_kernel(x, dy, lists, block, num_slots + 1)
+    made = _call(
         program,
-        grid=(live.shape[1], jnp.maximum(found.num_live.max(), 1), num_tiles),
+        grid=(len(lists.num_live), jnp.maximum(lists.num_live.max(), 1), num_tiles),
         in_specs=[pl.BlockSpec((_ROWS, block[0]), x_at), pl.BlockSpec((_ROWS, block[1]), dy_at)],
         out_block=block,
-        out_index=block_at,
-        out=jax.ShapeDtypeStruct((x.shape[1], dy.shape[1]), x.dtype),
+        out_index=out_at,
+        out=out,
         interpret=interpret,
-    )(*found, x, dy)
+    )(*three(lists), x, dy)
+    return made if lists.slots is None else made[: num_slots * block[0]]
 
 
 def _product(a: jax.Array, b: jax.Array, contracted: Any) -> jax.Array:
@@ -116,11 +134,11 @@ def _call(
     out: jax.ShapeDtypeStruct,
     interpret: bool,
 ) -> Callable[..., jax.Array]:
-    """Two lists come before the operands, and a tile that is summed up in float32 beside them."""
+    """Three lists come before the operands, and a tile that is summed up in float32 beside them."""
     from jax.experimental.pallas import tpu
 
     spec = tpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=2,
+        num_scalar_prefetch=3,
         grid=grid,
         in_specs=in_specs,
         out_specs=pl.BlockSpec(out_block, out_index),

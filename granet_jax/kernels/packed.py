@@ -1,0 +1,74 @@
+"""Products with a kernel of which only live blocks are kept."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from granet_jax.kernels.backend import Backend
+from granet_jax.kernels.block import padded
+from granet_jax.kernels.lists import packed
+
+
+def multiply(
+    backend: Backend,
+    values: jax.Array,
+    index: jax.Array,
+    grid: tuple[int, int],
+    block: tuple[int, int],
+    x: jax.Array,
+    *,
+    transposed: bool = False,
+    interpret: bool = False,
+) -> jax.Array:
+    """``x @ w``, or ``x @ w.T`` if transposed.
+
+    Args:
+      backend: see :func:`granet_jax.kernels.block_matmul`.
+      values: ``(slots * rows * columns of a block,)``; a slot holds a block, row by row.
+      index: int32 ``(slots,)``, the row-major number of each block in the grid; its size tells that
+        a slot is dead.
+      grid: rows and columns of blocks.
+      block: rows and columns of one.
+      x: ``(n, inputs)`` in the dtype of ``values``, one of the backend's.
+      transposed: whether ``x`` are outputs of ``w``.
+      interpret: as there.
+
+    Returns:
+      ``(n, outputs)``, or ``(n, inputs)``, in that dtype.
+
+    Example: one block of four.
+      >>> import jax.numpy as jnp
+      >>> from granet_jax.kernels import tpu
+      >>> values, index = jnp.ones(4), jnp.array([1])
+      >>> x = jnp.array([[1.0, 2.0, 3.0, 4.0]])
+      >>> multiply(tpu, values, index, (2, 2), (2, 2), x, interpret=True).tolist()
+      [[0.0, 0.0, 3.0, 3.0]]
+    """
+    by_column, by_row = packed(index, grid)
+    y = backend.times(
+        padded(x, (backend.rows, 1)),
+        values.reshape(-1, block[1]),
+        by_row if transposed else by_column,
+        block,
+        transposed,
+        interpret,
+    )
+    return y[: len(x)]
+
+
+def sample(
+    backend: Backend,
+    index: jax.Array,
+    grid: tuple[int, int],
+    block: tuple[int, int],
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """The entries of ``x.T @ y`` in the slots, ``(slots * size of a block,)``; 0 in dead ones."""
+    x, y = (padded(z, (backend.rows, 1)) for z in (x, y))
+    made = backend.outer(x, y, packed(index, grid)[0], block, len(index), interpret)
+    live = index < math.prod(grid)
+    return jnp.where(live[:, None], made.reshape(len(index), -1), 0).reshape(-1)
