@@ -1,13 +1,16 @@
+import json
 import math
 import pathlib
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
 from experiments.benchmarks import __main__ as benchmarks
-from experiments.benchmarks import inference, kernels, timing
+from experiments.benchmarks import accelerator, inference, kernels, timing
+from experiments.benchmarks.tables import Table
 from experiments.data import images
 from experiments.tasks.images import Settings
 from tests.images import train
@@ -51,6 +54,47 @@ def test_quick_benchmarks_write_one_file(tmp_path):
                 assert math.isfinite(float(number.replace(",", ""))), (column, cell)
                 assert float(number.replace(",", "")) >= 0, (column, cell)
     assert all(float(row["more at the peak"]) >= 1 for row in steps)  # a mask has a byte a weight
+
+
+def test_an_hour_on_an_accelerator_goes_on_where_it_was_killed(tmp_path, capsys):
+    """The small version of the whole; the first run is killed when some pieces are there."""
+    out, store = tmp_path / "hour.md", tmp_path / "hour.json"
+    command = [sys.executable, "-m", "experiments.benchmarks", "--only=accelerator", "--quick"]
+    with subprocess.Popen([*command, f"--out={out}"], stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and (not store.exists() or "update" not in store.read_text()):
+            time.sleep(0.2)
+        process.kill()
+    assert not out.exists()
+    before = json.loads(store.read_text())["pieces"]
+    benchmarks.run(["accelerator"], quick=True, out=out)
+    done = json.loads(store.read_text())["pieces"]
+    names = list(accelerator.pieces(True, tmp_path, None, 0))
+    assert list(done) == names
+    printed = re.findall("^piece (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert printed == [name for name in names if name not in before]
+    assert {name: done[name] for name in before} == before
+    found = tables(out.read_text())
+    assert [row["piece"] for row in found["What the pieces took"]] == names
+    assert len(found["Trainings, digits, lenet_300_100"]) == 4
+    assert {row["blocks"] for row in found["Block-sparse product"]} == {"4 x 4"}
+    selections = found["The largest tenth of all weights"]
+    assert {row["weights in the mask"] for row in selections} == {"", "163"}
+    benchmarks.run(["accelerator"], quick=True, out=out)  # nothing is left to do
+    assert "piece" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"figures of quick True, epochs 0|figures of epochs 0"):
+        benchmarks.run(["accelerator"], quick=True, out=out, epochs=3)
+
+
+def test_a_piece_that_fails_is_told_and_left_for_the_next_time(tmp_path, monkeypatch, capsys):
+    def fails():
+        raise RuntimeError("out of memory")
+
+    pieces = {"a": fails, "b": lambda: [Table("B", [{"x": "1"}], "of b")]}
+    monkeypatch.setattr(accelerator, "pieces", lambda *_: pieces)
+    benchmarks.run(["accelerator"], quick=True, out=tmp_path / "hour.md")
+    assert "not measured: RuntimeError: out of memory" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "hour.json").read_text())["pieces"]) == ["b"]
+    assert list(tables((tmp_path / "hour.md").read_text())) == ["B", "What the pieces took"]
 
 
 def test_exported_models_give_the_outputs_of_dense_ones():
@@ -114,6 +158,7 @@ def test_ratios_and_quartiles_are_of_rounds():
     ("names", "out", "message"),
     [
         (["step", "sort"], "new.md", "--only=step,sort: name some of bandwidth, selection, update"),
+        (["accelerator", "step"], "new.md", "accelerator writes a file of its own"),
         (["step"], "no/such/new.md", "there is no folder no/such; make it first"),
     ],
 )

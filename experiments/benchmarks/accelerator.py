@@ -77,6 +77,7 @@ def tables(
 def pieces(quick: bool, runs: pathlib.Path, data_dir: str | None, epochs: int) -> dict[str, Piece]:
     """What there is to measure, by name, in the order in which it is done."""
     train = functools.partial(_training, quick, runs, data_dir, epochs)
+    first = 2 if quick else None  # of the methods
     return {
         "bandwidth": lambda: bandwidth.tables(quick),
         "blocks": lambda: kernels.tables(quick),
@@ -85,10 +86,12 @@ def pieces(quick: bool, runs: pathlib.Path, data_dir: str | None, epochs: int) -
         "memory": lambda: compact.on_accelerators(quick),
         "resnet50": lambda: [training_step.speed(quick)],
         "step": lambda: step.tables(quick),
-        **{f"vgg19 {name}": functools.partial(train, "vgg19", 0.98, name) for name in VGG19},
+        **{
+            f"vgg19 {name}": functools.partial(train, "vgg19", 0.98, name) for name in VGG19[:first]
+        },
         **{
             f"perceptron {name}": functools.partial(train, "mlp_3072", 0.99, name)
-            for name in PERCEPTRON
+            for name in PERCEPTRON[:first]
         },
     }
 

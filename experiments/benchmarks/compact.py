@@ -55,16 +55,25 @@ def tables(quick: bool) -> list[Table]:
 
 
 def on_accelerators(quick: bool) -> list[Table]:
-    """One wide perceptron, whose steps and memory are told."""
-    case: Any = QUICK[0] if quick else (8192, 2048, "AdamW", (0.9, 0.95))
-    runs = _case(quick, *case)
+    """One wide perceptron, whose steps and memory are told: weights one by one, and in blocks."""
+    width, batch, sparsities = (16, 4, (0.75,)) if quick else (8192, 2048, (0.9, 0.95))
+    sides = (0, 4) if quick else (0, 64, 128)
+    case = functools.partial(_case, quick, width, batch, "AdamW", sparsities)
+    runs = [row for side in sides for row in case((side, side) if side else ())]
     return [_speed(runs), _memory(runs)]
 
 
-def _case(quick: bool, width: int, batch: int, optimizer: str, sparsities: Any) -> list[Row]:
+def _case(
+    quick: bool,
+    width: int,
+    batch: int,
+    optimizer: str,
+    sparsities: Any,
+    block: tuple[int, ...] = (),
+) -> list[Row]:
     steps, rounds = (1, 2) if quick else (4, 7)
     multiply = jax.jit(lambda x: x @ x)
-    make = functools.partial(_run, width, batch, INNERS[optimizer], steps)
+    make = functools.partial(_run, width, batch, INNERS[optimizer], steps, block)
     runs = {"dense": make("dense", 0.0), "masked": make("masked", sparsities[0])}
     runs |= {str(sparsity): make("compact", sparsity) for sparsity in sparsities}
     calls = {name: run.step for name, run in runs.items()}
@@ -80,6 +89,7 @@ def _case(quick: bool, width: int, batch: int, optimizer: str, sparsities: Any) 
         flops = 2 * batch * width**2 * (3 * LAYERS - 1) * (1 - sparsity)
         rate = flops / (measured["compact"].median / steps)
         name = f"{width} wide, batch {batch}, {optimizer}, {100 * sparsity:g} %"
+        name += f", blocks of {' x '.join(map(str, block))}" if block else ""
         share = rate / (2 * width**3 / times["peak"].median)
         needs = {kind: runs[key] for kind, key in of_row.items() if kind != "event"}
         found.append(Row(name, measured, needs, steps, share))
@@ -103,15 +113,29 @@ def _params(width: int) -> Any:
     }
 
 
-def _run(width: int, batch: int, inner: Any, steps: int, kind: str, sparsity: float) -> Run:
+def _run(
+    width: int,
+    batch: int,
+    inner: Any,
+    steps: int,
+    block: tuple[int, ...],
+    kind: str,
+    sparsity: float,
+) -> Run:
     params = _params(width)
     x = jax.random.normal(jax.random.key(2), (batch, width))
     labels = jax.random.randint(jax.random.key(3), (batch,), 0, width)
+    rules: gj.trees.Rules = [("", gj.structures.block(block))] if block else []
     method = gj.rigl(
-        sparsity=sparsity, update_every=EVERY, total_steps=10**6, key=jax.random.key(1)
+        sparsity=sparsity,
+        update_every=EVERY,
+        total_steps=10**6,
+        key=jax.random.key(1),
+        prunable=rules,
     )
     if kind == "compact":
-        tx = gj.compact.sparsify(inner, method)
+        sides = (block[0], block[1]) if block else None
+        tx = gj.compact.sparsify(inner, method, rules, block=sides)
         state = tx.init(params)
         carry = gj.compact.to_slots(params, gj.compact.get_layouts(state)), state
         one = functools.partial(_compact_step, tx)

@@ -24,7 +24,7 @@ def tables(quick: bool) -> list[Table]:
     """Dense, under masks, and by blocks, which all multiply alike or save what is off."""
     size, windows, context, side, rounds = ("100m", 32, 256, 64, 5)
     if quick:
-        size, windows, context, side, rounds = ("1m", 2, 8, 16, 1)
+        size, windows, context, side, rounds = ("1m", 8, 8, 16, 1)
     config = text.Settings(
         method="rigl",
         size=size,

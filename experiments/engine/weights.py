@@ -1,5 +1,6 @@
 """How weights are held in training: dense under masks, live ones alone, or with thresholds."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -135,13 +136,19 @@ class Slots(NamedTuple):
     prunable: gj.trees.Rules
     capacity: dict[str, int]  # slots of a layer of each leaf, at the start
     kernels: bool | None  # see gj.compact.pack; False on several devices, for XLA divides no kernel
+    block: tuple[int, int] | None  # where whole blocks are kept
 
     def sparsify(
         self, inner: optax.GradientTransformation, method: gj.Method
     ) -> optax.GradientTransformation:
         """The optimizer on slots."""
         return gj.compact.sparsify(
-            inner, method, self.prunable, capacity=self.capacity, kernels=self.kernels
+            inner,
+            method,
+            self.prunable,
+            capacity=self.capacity,
+            kernels=self.kernels,
+            block=self.block,
         )
 
 
@@ -175,7 +182,10 @@ def slots(
     else:
         masks = method.init(params)[0]
         capacity = gj.compact.capacities(masks, gj.trees.describe(params, prunable))
-        return Slots(prunable, capacity, None if num_devices == 1 else False)
+        sides = methods.parse_block(config.structure) or ()
+        has_kernels = len(sides) == 2 and gj.kernels.of_the_device() is not None
+        block = (sides[0], sides[1]) if has_kernels else None
+        return Slots(prunable, capacity, None if num_devices == 1 else False, block)
     raise ValueError(f"--compact: {config.method} {why}. Leave the flag out.")
 
 
@@ -193,9 +203,10 @@ def shrunk(state: Any) -> Any:
     """
     layouts = gj.compact.get_layouts(state.opt_state)
     wanted = {path: gj.compact.num_live(x) for path, x in layouts.items()}
-    layers = {path: x.index.size // x.capacity for path, x in layouts.items()}
+    slots = {path: math.prod(x.slots_shape) for path, x in layouts.items()}
+    layers = {path: slots[path] // x.capacity for path, x in layouts.items()}
     needed = sum(layers[path] * wanted[path] for path in layouts)
-    if needed > _SHRINK_AT * sum(x.index.size for x in layouts.values()):
+    if needed > _SHRINK_AT * sum(slots.values()):
         return state
     return gj.compact.shrink(state, state.opt_state, state.params, wanted)
 
@@ -211,7 +222,11 @@ def with_capacity(state: Any, saved: Any) -> Any:
     found = gj.trees.paths(saved)
     own = {id(x.index): path for path, x in layouts.items()}
     places = {own[id(x)]: path for path, x in gj.trees.paths(state).items() if id(x) in own}
-    capacity = {leaf: found[place].shape[-1] for leaf, place in places.items() if place in found}
+    capacity = {
+        leaf: found[place].shape[-1] * layouts[leaf].unit
+        for leaf, place in places.items()
+        if place in found
+    }
     if any(capacity.get(path, x.capacity) > x.capacity for path, x in layouts.items()):
         return state  # of other layers, which the reader tells
     smaller = jax.eval_shape(lambda x: gj.compact.shrink(x, x.opt_state, x.params, capacity), state)

@@ -3,6 +3,7 @@
 A prunable leaf of ``params`` becomes a vector of *slots*, ``(*stack, capacity)``, where ``stack``
 are its axes of stacked layers, if any. A slot holds one live weight, or is *dead*: of value 0, and
 in no list. Slots keep their weight for life, so that moments and gradients are slots as well.
+Where blocks of weights live and die together, slots come in *units* of a block, row by row.
 """
 
 import math
@@ -29,13 +30,14 @@ class Layout(NamedTuple):
     """Where the slots of one leaf belong; plain arrays, for any kind of file.
 
     ``index`` is the row-major place of each slot in its layer; the layer's size tells that it is
-    dead. The lists are there where the native kernels run.
+    dead. With blocks it is that of each unit among the layer's blocks. The lists are there where
+    the native kernels run.
     """
 
-    index: jax.Array  # type: ignore[assignment]  # int32 (*stack, capacity)
+    index: jax.Array  # type: ignore[assignment]  # int32 (*stack, capacity / weights of a unit)
     by_output: Lists | None  # of x @ w
     by_input: Lists | None  # of y @ w.T, whose outputs are the inputs of w
-    sizes: dict[str, None]  # {"stack|inputs|outputs": None}, a part of the tree's structure
+    sizes: dict[str, None]  # {"stack|inputs|outputs|block": None}, a part of the tree's structure
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -51,6 +53,22 @@ class Layout(NamedTuple):
     def outputs(self) -> tuple[int, ...]:
         """Sizes of the axes that are left in ``x @ w``."""
         return self._sizes(2)
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """Rows and columns of a block, ``()`` where weights live and die alone."""
+        return self._sizes(3)
+
+    @property
+    def unit(self) -> int:
+        """Weights that live and die together."""
+        return math.prod(self.block)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of blocks in a layer, as a matrix."""
+        rows, columns = self.block
+        return math.prod(self.inputs) // rows, math.prod(self.outputs) // columns
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
@@ -70,7 +88,12 @@ class Layout(NamedTuple):
     @property
     def capacity(self) -> int:
         """Slots of one layer."""
-        return self.index.shape[-1]
+        return self.index.shape[-1] * self.unit
+
+    @property
+    def slots_shape(self) -> tuple[int, ...]:
+        """Shape of the leaf of slots."""
+        return *self.index.shape[:-1], self.capacity
 
     @property
     def density(self) -> float:
@@ -79,14 +102,16 @@ class Layout(NamedTuple):
 
     def _sizes(self, i: int) -> tuple[int, ...]:
         (written,) = self.sizes
-        return tuple(int(n) for n in written.split("|")[i].split("x") if n)
+        parts = written.split("|")  # in files of before, none tells blocks
+        return tuple(int(n) for n in parts[i].split("x") if n) if i < len(parts) else ()
 
 
 Layouts: TypeAlias = Mapping[str, Layout]  # by path, of the leaves that are compact
 
 
-def written(*sizes: tuple[int, ...]) -> dict[str, None]:
-    """The sizes of stack, inputs and outputs as :class:`Layout` keeps them."""
+def written(*sizes: tuple[int, ...], block: tuple[int, ...] = ()) -> dict[str, None]:
+    """The sizes of stack, inputs, outputs and blocks, if any, as :class:`Layout` keeps them."""
+    sizes = (*sizes, block) if block else sizes
     return {"|".join("x".join(map(str, each)) for each in sizes): None}
 
 
@@ -94,8 +119,13 @@ def dense(values: jax.Array, layout: Layout) -> jax.Array:
     """The dense leaf of some slots; zeros where no weight is live."""
 
     def scatter(index: jax.Array, values: jax.Array) -> jax.Array:
-        flat = jnp.zeros(layout.layer_size, values.dtype)
-        return flat.at[index].set(values, mode="drop", unique_indices=True)
+        if not layout.block:
+            flat = jnp.zeros(layout.layer_size, values.dtype)
+            return flat.at[index].set(values, mode="drop", unique_indices=True)
+        whole = jnp.zeros((math.prod(layout.grid), layout.unit), values.dtype)
+        values = values.reshape(len(index), layout.unit)
+        whole = whole.at[index].set(values, mode="drop", unique_indices=True)
+        return whole.reshape(*layout.grid, *layout.block).swapaxes(1, 2).reshape(-1)
 
     return _by_layer(scatter, layout, layout.index, values).reshape(layout.shape)
 
@@ -104,7 +134,7 @@ def slots(leaf: jax.Array, layout: Layout) -> jax.Array:
     """The slots of a dense leaf; 0, or False, in those that are dead."""
 
     def gather(index: jax.Array, flat: jax.Array) -> jax.Array:
-        return flat.at[index].get(mode="fill", fill_value=0)
+        return units(flat, layout).at[index].get(mode="fill", fill_value=0).reshape(-1)
 
     flat = leaf.reshape(*layout.stack, layout.layer_size)
     return _by_layer(gather, layout, layout.index, flat)
@@ -112,7 +142,16 @@ def slots(leaf: jax.Array, layout: Layout) -> jax.Array:
 
 def live(layout: Layout) -> jax.Array:
     """Which slots are not dead, bool ``(*stack, capacity)``."""
-    return layout.index < layout.layer_size
+    alive = layout.index < layout.layer_size // layout.unit
+    return jnp.repeat(alive, layout.unit, axis=-1) if layout.block else alive
+
+
+def units(flat: jax.Array, layout: Layout) -> jax.Array:
+    """What lives and dies together, of one dense layer: weights, or ``(blocks, weights)``."""
+    if not layout.block:
+        return flat
+    (rows, columns), (a, b) = layout.grid, layout.block
+    return flat.reshape(rows, a, columns, b).swapaxes(1, 2).reshape(rows * columns, a * b)
 
 
 def sides(layout: Layout) -> tuple[int, int]:

@@ -23,6 +23,7 @@ def pack(
     capacity: Mapping[str, int] | None = None,
     num_inputs: Mapping[str, int] | None = None,
     kernels: bool | None = None,
+    block: tuple[int, int] | None = None,
 ) -> tuple[PyTree, Layouts]:
     """Puts the live weights of each prunable leaf into slots, in the order of their index.
 
@@ -36,6 +37,9 @@ def pack(
       num_inputs: by path, how many leading axes of a layer products sum over, where these are not
         all but the last; see :func:`granet_jax.compact.num_inputs`.
       kernels: whether lists are made for the native kernels; None = where these run.
+      block: that of ``granet_jax.structures.block``: leaves that have a structure and layers of two
+        axes which it divides are kept as whole blocks, for :mod:`granet_jax.kernels`. Their masks
+        have to be constant within blocks.
 
     Returns:
       ``(values, layouts)``: a tree shaped like ``params``, its prunable leaves vectors of slots
@@ -44,7 +48,8 @@ def pack(
 
     Raises:
       ValueError: masks of another tree, or masks that are off in a leaf that is not prunable; a
-        capacity below the live weights, or none; a layer of 2^31 weights or more.
+        capacity below the live weights, or none; a layer of 2^31 weights or more; blocks that are
+        live in part.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,7 +71,8 @@ def pack(
     for leaf in leaves:
         if leaf.prunable:
             num = (num_inputs or {}).get(leaf.path, len(leaf.layer_shape) - 1)
-            layouts[leaf.path] = _lay_out(live[leaf.path], leaf, capacity[leaf.path], num, kernels)
+            mask, most = live[leaf.path], capacity[leaf.path]
+            layouts[leaf.path] = _lay_out(mask, leaf, most, num, kernels, block)
     return to_slots(params, layouts), layouts
 
 
@@ -160,8 +166,8 @@ def reslot(layout: Layout, mask: jax.Array, keep: jax.Array) -> tuple[Layout, ja
       The new layout; bool ``(*stack, capacity)``, the slots whose weight stayed; int32, how many
       weights found no slot (and so are off).
     """
-    index = layout.index.reshape(-1, layout.capacity)
-    dense = (x.reshape(len(index), layout.layer_size) for x in (mask, keep))
+    index = layout.index.reshape(-1, layout.index.shape[-1])
+    dense = (_of_units(x, layout) for x in (mask, keep))
     kernels = layout.by_output is not None
     one = native.reslot if kernels else _reslot
     if len(index) == 1:  # not in a loop of one trip
@@ -170,7 +176,16 @@ def reslot(layout: Layout, mask: jax.Array, keep: jax.Array) -> tuple[Layout, ja
         new, stays, outgrown = jax.vmap(one)(index, *dense)
     layout = layout._replace(index=new.reshape(layout.index.shape))
     layout = native.lists(layout) if kernels else layout
-    return layout, stays.reshape(layout.index.shape), jnp.sum(outgrown, dtype=jnp.int32)
+    stays = jnp.repeat(stays, layout.unit, axis=-1).reshape(layout.slots_shape)
+    return layout, stays, jnp.sum(outgrown, dtype=jnp.int32) * layout.unit
+
+
+def _of_units(mask: jax.Array, layout: Layout) -> jax.Array:
+    """A dense mask as one of units, ``(layers, units)``."""
+    flat = mask.reshape(math.prod(layout.stack), layout.layer_size)
+    if not layout.block:
+        return flat
+    return jax.vmap(lambda x: _layouts.units(x, layout)[:, 0])(flat)
 
 
 def _reslot(
@@ -187,7 +202,12 @@ def _reslot(
 
 
 def _lay_out(
-    mask: jax.Array, leaf: trees.Leaf, capacity: int, num_inputs: int, kernels: bool | None
+    mask: jax.Array,
+    leaf: trees.Leaf,
+    capacity: int,
+    num_inputs: int,
+    kernels: bool | None,
+    block: tuple[int, int] | None,
 ) -> Layout:
     size = math.prod(leaf.layer_shape)
     if size >= 2**31:
@@ -201,8 +221,10 @@ def _lay_out(
             "many axes."
         )
     stack, shape = leaf.shape[: leaf.stack_axes], leaf.layer_shape
-    sizes = _layouts.written(stack, shape[:num_inputs], shape[num_inputs:])
-    dead = jnp.full((*stack, capacity), size, jnp.int32)
+    sides = block if block and _has_blocks(mask, leaf, num_inputs, block) else ()
+    sizes = _layouts.written(stack, shape[:num_inputs], shape[num_inputs:], block=tuple(sides))
+    unit = math.prod(sides)
+    dead = jnp.full((*stack, -(-capacity // unit)), size // unit, jnp.int32)
     layout = Layout(dead, None, None, sizes)
     layout, _, outgrown = reslot(layout, mask, jnp.zeros_like(mask))
     if is_known(outgrown) and int(outgrown):
@@ -210,7 +232,25 @@ def _lay_out(
             f"The capacity of {leaf.path} is {capacity}, but {int(outgrown)} more of its weights "
             "are live. Give it the live weights of its fullest layer."
         )
-    return native.lists(layout) if native.available() and kernels is not False else layout
+    if sides or kernels is False or not native.available():
+        return layout
+    return native.lists(layout)
+
+
+def _has_blocks(mask: jax.Array, leaf: trees.Leaf, num_inputs: int, block: tuple[int, int]) -> bool:
+    """Whether a leaf can be kept as blocks."""
+    if leaf.structure is None or len(leaf.layer_shape) != 2 or num_inputs != 1:
+        return False
+    (rows, columns), (a, b) = leaf.layer_shape, block
+    if rows % a or columns % b:
+        return False
+    parts = mask.reshape(-1, rows // a, a, columns // b, b)
+    if is_known(mask) and not bool(jnp.all(parts == parts[:, :, :1, :, :1])):
+        raise ValueError(
+            f"Blocks of {leaf.path} are live in part. block={block} is for masks of that structure:"
+            f" prunable=[..., ('', granet_jax.structures.block({block}))]."
+        )
+    return True
 
 
 def map_by_path(f: Callable[[str, Any], Any], tree: PyTree) -> PyTree:

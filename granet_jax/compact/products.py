@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from granet_jax.compact import layouts, native
 from granet_jax.compact.layouts import Layout
+from granet_jax.kernels import Backend, packed
 
 
 class How(NamedTuple):
@@ -20,6 +21,8 @@ class How(NamedTuple):
     native: bool  # by the kernels for live weights alone; else with the dense weights, made for it
     dtype: Any  # of the result
     precision: Any = None  # of a dense product
+    backend: Backend | None = None  # of the kernels for live blocks alone
+    interpret: bool = False
 
 
 def multiply(how: How, values: jax.Array, layout: Layout, x: jax.Array) -> jax.Array:
@@ -68,6 +71,9 @@ def _multiply(
         num_outputs = layouts.sides(layout)[0 if transposed else 1]
         f32 = (z.astype(jnp.float32) for z in (x, values))
         return native.multiply(lists, num_outputs, *f32).astype(how.dtype)
+    if how.backend is not None:
+        given = how.backend, values, layout.index, layout.grid, layout.block, x
+        return packed.multiply(*given, transposed=transposed, interpret=how.interpret)
     w = layouts.dense(values, layout).reshape(layouts.sides(layout))
     w = w.T if transposed else w
     return jnp.dot(x, w, precision=how.precision, preferred_element_type=how.dtype)
@@ -80,6 +86,9 @@ def _sample(how: How, layout: Layout, x: jax.Array, y: jax.Array) -> jax.Array:
         assert layout.by_output is not None
         f32 = (z.astype(jnp.float32) for z in (x, y))
         return native.sample(layout.by_output, layout.capacity, *f32).astype(how.dtype)
+    if how.backend is not None:
+        given = how.backend, layout.index, layout.grid, layout.block, x, y
+        return packed.sample(*given, interpret=how.interpret)
     w = jnp.dot(x.T, y, precision=how.precision, preferred_element_type=how.dtype)
     return layouts.slots(w, layout)
 
@@ -90,7 +99,9 @@ def _multiply_forward(how: How, transposed: bool, *args: Any) -> Any:
 
 def _multiply_backward(how: How, transposed: bool, args: Any, y: jax.Array) -> Any:
     values, layout, x = args
-    if not how.native:  # the dense weights are made anew, lest those of all layers be kept
+    if (
+        not how.native and how.backend is None
+    ):  # the dense weights are made anew, lest those of all layers be kept
         values = jax.lax.optimization_barrier(values)
     inputs, outputs = (y, x) if transposed else (x, y)
     of_values = _sample(how._replace(dtype=values.dtype), layout, inputs, outputs)

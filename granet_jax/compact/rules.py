@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from granet_jax import jaxprs
+from granet_jax import jaxprs, kernels
 from granet_jax.compact import products, views
 from granet_jax.compact.views import View
 from granet_jax.compact.walk import Rule, Use, Walk, inside, run
@@ -30,8 +30,10 @@ def _dot_general(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     view, (sums, batch), precision = given[side], *map(eqn.params.get, _OF_DOT)
     if side == 0 and isinstance(precision, tuple):
         precision = precision[::-1]
-    native, why = _is_native(walk, view, x)
-    how = products.How(native, eqn.outvars[0].aval.dtype, precision)
+    dtype = eqn.outvars[0].aval.dtype
+    way, why = _way(walk, view, x, dtype)
+    backend, interpret = _of_blocks(walk) if way == "blocks" else (None, False)
+    how = products.How(way == "native", dtype, precision, backend, interpret)
     dot = views.Dot(how, side == 0, sums[side], batch[side], sums[1 - side], batch[1 - side])
     if not all(jnp.issubdtype(array.dtype, jnp.inexact) for array in (view.values, x)):
         return "no floats"
@@ -44,7 +46,7 @@ def _dot_general(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     rows = math.prod(n for j, n in enumerate(x.shape) if j not in (*dot.x_sums, *dot.x_batch))
     num_summed = math.prod(x.shape[j] for j in dot.x_sums)
     product = f"({rows}, {num_summed}) x ({num_summed}, {view.layout.layer_size // num_summed})"
-    use = Use(view.path, product, "native" if native else "dense", why)
+    use = Use(view.path, product, way, why)
     walk.uses[(*walk.within, id(eqn), side)] = use
     return [views.multiplied(view, x, dot)]
 
@@ -52,18 +54,32 @@ def _dot_general(walk: Walk, eqn: Any, given: list[Any]) -> Any:
 _OF_DOT = ("dimension_numbers", "precision")
 
 
-def _is_native(walk: Walk, view: View, x: Any) -> tuple[bool, str]:
-    """Whether the kernels do a product; why not."""
+def _way(walk: Walk, view: View, x: Any, dtype: Any) -> tuple[str, str]:
+    """By which kernels a product is done, or "dense"; and why not by others."""
     if walk.native is False:
-        return False, "native=False"
-    if view.layout.by_output is None:
-        return False, "no kernel"
-    for array in (view.values, x):
-        if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-            return False, str(array.dtype)
+        return "dense", "native=False"
+    way = "blocks" if view.layout.block else "native"
+    if view.layout.block:
+        backend, interpret = _of_blocks(walk)
+        if backend is None or not backend.takes(view.layout.block, interpret):
+            return "dense", "no kernel" if backend is None else f"blocks of {view.layout.block}"
+        if {view.values.dtype, x.dtype} != {dtype} or dtype not in backend.dtypes:
+            return "dense", f"{view.values.dtype}, {x.dtype}"
+    elif view.layout.by_output is None:
+        return "dense", "no kernel"
+    else:
+        for array in (view.values, x):
+            if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+                return "dense", str(array.dtype)
     if walk.native is None and view.layout.density > MOST_DENSE:
-        return False, "density"
-    return True, ""
+        return "dense", "density"
+    return way, ""
+
+
+def _of_blocks(walk: Walk) -> tuple[kernels.Backend | None, bool]:
+    """The kernels for blocks, and whether they are interpreted, as native=True asks for on CPUs."""
+    found = kernels.of_the_device()
+    return (kernels.tpu, True) if found is None and walk.native else (found, False)
 
 
 def _of_slots(walk: Walk, eqn: Any, given: list[Any]) -> Any:

@@ -31,8 +31,9 @@ def sparse(fn: Callable[..., Any], *, native: bool | None = None) -> Callable[..
     Args:
       fn: any function of a tree of params. What it reads is an array of the dense shape.
       native: None = products are done by the kernels for live weights where the layout has lists
-        for these, and at most 40 % of the weights are live; True = wherever it has lists;
-        False = never.
+        for these, or by those for blocks where it has blocks and the device is a GPU or a TPU, and
+        at most 40 % of the weights are live; True = wherever it has lists, or blocks (on a CPU by
+        JAX's interpreter: for tests); False = never.
 
     Example: two weights of six are live, and one slot is dead.
       >>> import jax.numpy as jnp
@@ -63,9 +64,9 @@ def table(
     """One line for each use of a compact leaf by ``sparse(fn)``; nothing is computed.
 
     The columns: path, shape of the product, share of slots among the weights of a layer, the way
-    it is done, and why. ``native`` = by the kernels for live weights; ``dense`` = the layer is
-    unpacked for this product; ``unpacked`` = for an operation that is no product. What is in a loop
-    is told once.
+    it is done, and why. ``native`` = by the kernels for live weights; ``blocks`` = by those for
+    blocks; ``dense`` = the layer is unpacked for this product; ``unpacked`` = for an operation that
+    is no product. What is in a loop is told once.
 
     Example:
       >>> import jax.numpy as jnp
@@ -169,7 +170,7 @@ def _check(values: Mapping[str, Any], layouts: Layouts) -> None:
                 f"A layout for {path!r}, which is no leaf of the values; these are: "
                 f"{', '.join(values)}. Values and layouts are made together, by pack."
             )
-        shape, slots = jnp.shape(values[path]), layout.index.shape
+        shape, slots = jnp.shape(values[path]), layout.slots_shape
         if shape != slots:
             raise ValueError(
                 f"{path} has shape {shape}; expected the slots of its layout, {slots}. Values and "

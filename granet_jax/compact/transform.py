@@ -41,6 +41,7 @@ def sparsify(
     capacity: Mapping[str, int] | None = None,
     num_inputs: Mapping[str, int] | None = None,
     kernels: bool | None = None,
+    block: tuple[int, int] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that it trains live weights alone, as ``method`` says.
 
@@ -81,6 +82,9 @@ def sparsify(
         where ``init`` runs under ``jit``.
       num_inputs: see :func:`granet_jax.compact.pack`.
       kernels: whether lists for the native kernels are kept; None = where these run.
+      block: that of the method's ``structures.block``: whole blocks are kept then, and multiplied
+        by the kernels of :mod:`granet_jax.kernels` on a GPU or a TPU, see
+        :func:`granet_jax.compact.pack`.
 
     Returns:
       A ``GradientTransformationExtraArgs`` whose state is :class:`CompactState`.
@@ -122,6 +126,7 @@ def sparsify(
             capacity=capacity,
             num_inputs=num_inputs,
             kernels=kernels,
+            block=block,
         )
         inner_state = inner.init(values)
         moments.check_maskable(inner_state, values)
@@ -263,20 +268,25 @@ def shrink(
         capacity = {path: num_live(x) for path, x in layouts.items()}
     orders = {path: _order(x, capacity.get(path)) for path, x in layouts.items()}
 
-    def take(x: jax.Array, order: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(x, order, axis=-1)
+    def take(path: str, x: jax.Array) -> jax.Array:
+        """Of slots, unit by unit."""
+        unit = layouts[path].unit
+        units = x.reshape(*x.shape[:-1], x.shape[-1] // unit, unit)
+        taken = jnp.take_along_axis(units, orders[path][..., None], axis=-2)
+        return taken.reshape(*x.shape[:-1], orders[path].shape[-1] * unit)
 
     def relay(node: Any) -> Any:
         if not _is_compact(node):
             return node
         smaller = {}
         for path, layout in node.layouts.items():
-            new = layout._replace(index=take(layout.index, orders[path]))
+            index = jnp.take_along_axis(layout.index, orders[path], axis=-1)
+            new = layout._replace(index=index)
             smaller[path] = native.lists(new) if layout.by_output is not None else new
         return node._replace(layouts=smaller)
 
     tree = packing.map_mirrors(
-        lambda path, x: take(x, orders[path]) if path in orders else x, tree, values, lambda x: x
+        lambda path, x: take(path, x) if path in orders else x, tree, values, lambda x: x
     )
     return jax.tree.map(relay, tree, is_leaf=_is_compact)
 
@@ -287,8 +297,10 @@ def num_live(layout: Layout) -> int:
 
 
 def _order(layout: Layout, capacity: int | None) -> jax.Array:
-    """The slots to keep: the live ones in order, then dead ones."""
-    return jnp.argsort(~_layouts.live(layout), axis=-1, stable=True)[..., :capacity]
+    """The units of slots to keep: the live ones in order, then dead ones."""
+    alive = _layouts.live(layout)[..., :: layout.unit]
+    most = None if capacity is None else -(-capacity // layout.unit)
+    return jnp.argsort(~alive, axis=-1, stable=True)[..., :most]
 
 
 def _is_compact(x: Any) -> bool:
@@ -469,10 +481,10 @@ def _check_update(grads: PyTree, state: Any, values: PyTree | None, method: Meth
         )
     found = trees.paths(values)
     for path, layout in state.layouts.items():
-        if path not in found or found[path].shape != layout.index.shape:
+        if path not in found or found[path].shape != layout.slots_shape:
             got = found[path].shape if path in found else "nothing"
             raise ValueError(
-                f"The layout of {path} has slots {layout.index.shape}, but values have {got}. "
+                f"The layout of {path} has slots {layout.slots_shape}, but values have {got}. "
                 "tx.init takes dense parameters; update takes slots, "
                 "compact.to_slots(params, compact.get_layouts(state))."
             )

@@ -64,7 +64,7 @@ class View:
         values, layout, zeros = arrays or (self.values, self.layout, self.zeros)
         parts = in_leaf(part for axis in axes for part in axis)
         stack = tuple(n for stride, n in parts if stride >= layout.layer_size)
-        sizes = layouts.written(stack, layout.inputs, layout.outputs)
+        sizes = layouts.written(stack, layout.inputs, layout.outputs, block=layout.block)
         return type(self)(values, layout._replace(sizes=sizes), zeros, self.path, tuple(axes))
 
     def map(self, f: Callable[[Any], Any]) -> "View":

@@ -20,7 +20,7 @@ class Backend(NamedTuple):
 
     times: Callable[[jax.Array, jax.Array, Lists, tuple[int, int], bool, bool], jax.Array]
     outer: Callable[[jax.Array, jax.Array, Lists, tuple[int, int], int, bool], jax.Array]
-    takes: Callable[[tuple[int, int], bool], bool]  # blocks of this shape, interpreted or not?
+    takes: Callable[[tuple[int, ...], bool], bool]  # blocks of this shape, interpreted or not?
     sides: str  # the same in words
     dtypes: tuple[Any, ...]  # of x and kernel; others are multiplied as if dense
     rows: int  # x is padded to multiples of it

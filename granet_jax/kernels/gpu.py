@@ -309,7 +309,7 @@ def _mosaic() -> Any:
     return mosaic_gpu
 
 
-def _takes(smallest: int) -> Callable[[tuple[int, int], bool], bool]:
+def _takes(smallest: int) -> Callable[[tuple[int, ...], bool], bool]:
     return lambda block, interpret: all(n >= smallest and n & (n - 1) == 0 for n in block)
 
 

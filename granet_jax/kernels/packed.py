@@ -15,7 +15,7 @@ def multiply(
     values: jax.Array,
     index: jax.Array,
     grid: tuple[int, int],
-    block: tuple[int, int],
+    block: tuple[int, ...],
     x: jax.Array,
     *,
     transposed: bool = False,
@@ -45,12 +45,13 @@ def multiply(
       >>> multiply(tpu, values, index, (2, 2), (2, 2), x, interpret=True).tolist()
       [[0.0, 0.0, 3.0, 3.0]]
     """
+    rows, columns = block
     by_column, by_row = packed(index, grid)
     y = backend.times(
         padded(x, (backend.rows, 1)),
-        values.reshape(-1, block[1]),
+        values.reshape(-1, columns),
         by_row if transposed else by_column,
-        block,
+        (rows, columns),
         transposed,
         interpret,
     )
@@ -61,14 +62,16 @@ def sample(
     backend: Backend,
     index: jax.Array,
     grid: tuple[int, int],
-    block: tuple[int, int],
+    block: tuple[int, ...],
     x: jax.Array,
     y: jax.Array,
     *,
     interpret: bool = False,
 ) -> jax.Array:
     """The entries of ``x.T @ y`` in the slots, ``(slots * size of a block,)``; 0 in dead ones."""
+    rows, columns = block
     x, y = (padded(z, (backend.rows, 1)) for z in (x, y))
-    made = backend.outer(x, y, packed(index, grid)[0], block, len(index), interpret)
+    lists = packed(index, grid)[0]
+    made = backend.outer(x, y, lists, (rows, columns), len(index), interpret)
     live = index < math.prod(grid)
     return jnp.where(live[:, None], made.reshape(len(index), -1), 0).reshape(-1)
