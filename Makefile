@@ -7,7 +7,9 @@ OLDEST := .venv-oldest
 NEWEST := .venv-newest
 SETUP := setup.py granet_jax/compact/native.cc setup.cfg pyproject.toml constraints.txt constraints-oldest.txt
 
-.PHONY: demo test test-all test-oldest test-newest lint benchmark clean
+DOCS := .venv-docs
+
+.PHONY: demo test test-all test-oldest test-newest docs lint benchmark clean
 
 demo: $(VENV)/.installed  ## six methods on digits, a table and a report
 	$(VENV)/bin/python -m experiments.compare --out_dir=runs/demo
@@ -29,6 +31,9 @@ test-newest: $(NEWEST)/.installed  ## the library and the language model on the 
 	$(NEWEST)/bin/python -m pytest -n 2 -m "not full" $(call tests,$(LIBRARY) \
 		house acceptance optimizers x64 structures compact compact_states export kernels models lm)
 
+docs: $(DOCS)/.installed  ## the site, into docs/_build; every page is run
+	JAX_PLATFORMS=cpu $(DOCS)/bin/python -m sphinx --fail-on-warning --keep-going -b html docs docs/_build/html
+
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -38,7 +43,7 @@ benchmark: $(VENV)/.installed  ## what sparsity and the input cost, into docs/be
 	$(VENV)/bin/python -m experiments.benchmarks
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(DOCS) build dist docs/_build *.egg-info
 
 $(NEWEST)/.installed: PYTHON = $(NEWEST_PYTHON)
 $(VENV)/.installed $(NEWEST)/.installed: $(SETUP)
@@ -46,6 +51,12 @@ $(VENV)/.installed $(NEWEST)/.installed: $(SETUP)
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[experiments,test]'
+	touch $@
+
+$(DOCS)/.installed: $(SETUP)
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 $(OLDEST)/.installed: $(SETUP)

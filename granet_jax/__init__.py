@@ -25,7 +25,7 @@ selection -> masks -> updates``. Modules import only from those before them::
     metrics, report   numbers, a table
     products, flops   which parameters a model's products contract, what they cost
     sharding, checkpoint   where a state lies on many devices, whether one came back whole
-    kernels        a block-sparse product for GPUs
+    kernels        block-sparse products for GPUs and TPUs
     export         compact files, sparse execution: a model that is smaller and faster to run
     compact        live weights only: training that costs what its live weights cost
     one_shot       trained models pruned with one call: Wanda, SparseGPT and their kin

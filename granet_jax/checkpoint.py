@@ -27,7 +27,7 @@ def check_restored(restored: PyTree, example: PyTree) -> PyTree:
 
     Args:
       restored: what the reader returned; its leaves are arrays, of numpy, too.
-      example: the state of the model at hand: arrays or ``ShapeDtypeStruct``s, as from
+      example: the state of the model at hand: arrays or ``ShapeDtypeStruct``, as from
         ``jax.eval_shape``.
 
     Raises:

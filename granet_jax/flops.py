@@ -51,7 +51,7 @@ def count(apply_fn: Callable[..., Any], params: PyTree, *args: Any) -> Costs:
 
     Args:
       apply_fn: the forward pass. What is not an array (``train=False``) it has to close over.
-      params: tree of arrays or ``ShapeDtypeStruct``s.
+      params: tree of arrays or ``ShapeDtypeStruct``.
       *args: the same, of any structure: a batch of one image gives costs for each image; batch
         statistics, typed keys, masks. All but bool arrays, keys and single floats is data: masks
         that are not in ``params`` have to be bool (they may be cast inside).

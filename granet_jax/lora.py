@@ -18,7 +18,7 @@ def init(
 
     Args:
       key: typed key.
-      params: tree of arrays or ``ShapeDtypeStruct``s; leaves ``(*stack, in, out)``.
+      params: tree of arrays or ``ShapeDtypeStruct``; leaves ``(*stack, in, out)``.
       rank: of the update, >= 1.
       prunable: path rules; leading axes that they stack get factors of their own.
 

@@ -42,7 +42,7 @@ def random_masks(
 
     Args:
       key: a typed key.
-      params: tree of arrays or ``ShapeDtypeStruct``s.
+      params: tree of arrays or ``ShapeDtypeStruct``.
       sparsity: fraction of zeros among the prunable weights, in [0, 1).
       distribution: how the sparsity is spread over layers.
       prunable: path rules, see :func:`granet_jax.trees.describe`.

@@ -91,7 +91,7 @@ def prunable_from(
     Args:
       apply_fn: the forward pass, ``(params, *args) -> anything``; nothing is computed. What is not
         an array it has to close over.
-      params: tree of arrays or ``ShapeDtypeStruct``s.
+      params: tree of arrays or ``ShapeDtypeStruct``.
       *args: the same; a batch of two or more. Masks among them are bool.
 
     Returns:

@@ -15,7 +15,7 @@ def table(params: PyTree, masks: PyTree | None = None, prunable: trees.Rules = (
     prunable weights; a layer that has lost all of them is named below.
 
     Args:
-      params: tree of arrays or ``ShapeDtypeStruct``s.
+      params: tree of arrays or ``ShapeDtypeStruct``.
       masks: bool tree of params, whose leaves are found by path; None = dense.
       prunable: the path rules that the method was given.
 

@@ -19,9 +19,9 @@ def like_params(state: PyTree, params: PyTree, specs: PyTree) -> PyTree:
     to pass as its ``out_shardings``, and as ``in_shardings`` and ``out_shardings`` of a step.
 
     Args:
-      state: the state of an optimizer, or any tree: arrays or ``ShapeDtypeStruct``s, as from
+      state: the state of an optimizer, or any tree: arrays or ``ShapeDtypeStruct``, as from
         ``jax.eval_shape(tx.init, params)``.
-      params: arrays or ``ShapeDtypeStruct``s.
+      params: arrays or ``ShapeDtypeStruct``.
       specs: a ``PartitionSpec`` for each parameter (for use under ``jax.set_mesh``), or a
         ``NamedSharding`` for each; they find their parameters by path.
 

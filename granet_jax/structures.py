@@ -209,8 +209,8 @@ def channel(*, axis: int = -1, tie: str | None = None) -> Structure:
     Raises:
       ValueError: where tied leaves have other numbers of channels, or of layers.
 
-    Source: filters ranked by the mean of |w| as in Li et al. 2017, "Pruning Filters for Efficient
-    ConvNets"; GraNet's structured version ranks sums, within a layer the same.
+    Source: filters ranked by the mean of ``|w|`` as in Li et al. 2017, "Pruning Filters for
+    Efficient ConvNets"; GraNet's structured version ranks sums, within a layer the same.
 
     Example:
       >>> import granet_jax as gj, jax, jax.numpy as jnp
@@ -248,7 +248,7 @@ def complete(masks: PyTree, params: PyTree, prunable: Rules) -> PyTree:
 
     Args:
       masks: bool tree of params.
-      params: tree of arrays or ``ShapeDtypeStruct``s.
+      params: tree of arrays or ``ShapeDtypeStruct``.
       prunable: path rules with structures.
 
     Example:

@@ -178,7 +178,7 @@ def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
     never is prunable.
 
     Args:
-      params: tree of arrays or ``ShapeDtypeStruct``s.
+      params: tree of arrays or ``ShapeDtypeStruct``.
       rules: ``(pattern, decision)`` pairs; the first pattern that ``re.search`` finds in a leaf's
         path decides. ``True`` = prunable if it holds floats, ``False`` = dense, ``Stacked(n)`` =
         the leading ``n`` axes stack layers and the default decides on the rest, a structure = that,

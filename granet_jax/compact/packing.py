@@ -107,7 +107,7 @@ def to_slots(tree: PyTree, layouts: Layouts, params: PyTree | None = None) -> Py
       tree: dense, shaped like params; or whatever holds such trees, as the state of an optimizer
         does, and then ``params`` tells which leaves belong to which parameter.
       layouts: by path.
-      params: dense arrays or ``ShapeDtypeStruct``s; None = ``tree`` is shaped like it.
+      params: dense arrays or ``ShapeDtypeStruct``; None = ``tree`` is shaped like it.
     """
     return _map(lambda x, layout: _layouts.slots(x, layout), tree, layouts, params, copy=True)
 

@@ -107,7 +107,7 @@ def num_inputs(
 
     Args:
       fn: ``(params, *args) -> anything``.
-      params: dense, arrays or ``ShapeDtypeStruct``s.
+      params: dense, arrays or ``ShapeDtypeStruct``.
       *args: the same.
       prunable: path rules.
       **kwargs: as ``args``.

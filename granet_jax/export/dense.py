@@ -85,7 +85,7 @@ def load_dense(
 
     Args:
       path: of the file. Tensors of other names are left alone.
-      like: tree of arrays or ``ShapeDtypeStruct``s, of the shapes and dtypes that are wanted.
+      like: tree of arrays or ``ShapeDtypeStruct``, of the shapes and dtypes that are wanted.
       names: as in :func:`save_dense`.
       prunable: path rules; zeros elsewhere, such as biases that start so, mask nothing.
 

@@ -99,7 +99,7 @@ def load(path: str | os.PathLike[str], like: PyTree | None = None) -> Saved:
     Args:
       path: of the file.
       like: a tree with the leaves that the file should hold, matched by path (arrays or
-        ``ShapeDtypeStruct``s of their shapes and dtypes); the trees returned are of its kind.
+        ``ShapeDtypeStruct`` of their shapes and dtypes); the trees returned are of its kind.
         None = nested dicts, one level for each part of a path (indices of lists are strings, too).
 
     Returns:
