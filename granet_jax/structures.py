@@ -185,7 +185,7 @@ def block(shape: Sequence[int]) -> Structure:
         whole = whole.reshape(len(x), *(n * s for n, s in zip(num, sides, strict=True)))
         return whole[(slice(None), *(slice(length) for length in leaf.layer_shape))]
 
-    return Structure(grid, gather, spread)
+    return Structure(grid, gather, spread, block=sides)
 
 
 def channel(*, axis: int = -1, tie: str | None = None) -> Structure:

@@ -31,6 +31,7 @@ class Structure(NamedTuple):
     fixed: bool = False  # groups that are empty count as well, when a count is dealt out
     ablation: Callable[["Leaf"], float] = lambda leaf: 0.0  # least share of salient weights
     tie: str | None = None  # leaves with the same tie are ranked as one layer
+    block: tuple[int, ...] = ()  # sides of the units along the last axes, where these are blocks
 
 
 class Stacked(NamedTuple):

@@ -141,6 +141,51 @@ def test_fewer_slots_keep_whole_blocks():
     chex.assert_trees_all_equal(compact.unpack(values, compact.get_layouts(state)), before)
 
 
+def test_no_rows_no_live_blocks_and_a_batch():
+    params = {"w": jax.random.normal(jax.random.key(0), (16, 16))}
+    rules = [("", gj.structures.block((8, 8)))]
+    masks = {"w": jnp.zeros((16, 16), bool).at[:8, 8:].set(True)}
+    values, layouts = compact.pack(params, masks, rules, block=(8, 8))
+    product = compact.sparse(lambda p, x: x @ p["w"], **INTERPRETED)
+    chex.assert_shape(product(values, layouts, X[:0]), (0, 16))
+    x = jax.random.normal(jax.random.key(1), (3, 10, 16))
+    got = jax.vmap(product, (None, None, 0))(values, layouts, x)
+    np.testing.assert_allclose(got, x @ jnp.where(masks["w"], params["w"], 0), atol=1e-5)
+    none = {"w": jnp.zeros((16, 16), bool)}
+    values, layouts = compact.pack(params, none, rules, block=(8, 8), capacity={"w": 0})
+    np.testing.assert_array_equal(product(values, layouts, X), jnp.zeros((10, 16)))
+
+
+@pytest.mark.parametrize("structure", [gj.structures.n_of_m(4), gj.structures.block((4, 4))])
+def test_leaves_of_another_structure_are_kept_by_weights(structure):
+    """Though a dense start looks like any structure; blocks beside them stay blocks."""
+    rules = [("^a/", structure), *RULES]
+    method = gj.magnitude(sparsity=0.5, at=1, scope=gj.uniform, prunable=rules)
+    params = make_params()
+    tx = compact.sparsify(optax.sgd(0.1), method, rules, block=BLOCK)
+    state = tx.init(params)
+    assert [x.block for x in compact.get_layouts(state).values()] == [(), BLOCK]
+    values = compact.to_slots(params, compact.get_layouts(state))
+    _, state = tx.update(jax.tree.map(jnp.zeros_like, values), state, values)
+    compact.check(state)
+    masked = gj.sparsify(optax.sgd(0.1), method)
+    _, after = masked.update(jax.tree.map(jnp.zeros_like, params), masked.init(params), params)
+    masks = compact.masks(values, compact.get_layouts(state))
+    chex.assert_trees_all_equal(masks, gj.get_masks(after))
+
+
+def test_a_precision_that_blocks_do_not_have_is_kept():
+    params = make_params()
+    masks = gj.random_masks(jax.random.key(1), params, 0.7, gj.erk, RULES)
+    values, layouts = compact.pack(params, masks, RULES, block=BLOCK)
+
+    def product(params, x):
+        return jnp.dot(x, params["a"]["kernel"], precision="highest")
+
+    table = compact.table(product, values, layouts, X, **INTERPRETED)
+    assert table.splitlines()[1].split()[-2:] == ["dense", "precision"]
+
+
 def test_masks_that_are_no_blocks_are_refused_and_other_leaves_kept_by_weights():
     params = make_params()
     masks = gj.random_masks(jax.random.key(1), params, 0.7, gj.erk, [("odd", False)])

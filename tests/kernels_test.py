@@ -136,6 +136,27 @@ def test_packed_blocks_equal_the_dense_product(backend, dtype, block):
         np.testing.assert_allclose(np.asarray(a, np.float32) / size, b / size, atol=tolerance)
 
 
+@pytest.mark.parametrize("backend", [kernels.tpu, pytest.param(kernels.hopper, marks=has_mosaic)])
+def test_batched_by_vmap(backend):
+    """Over x alone, over kernels alone, over all; gradients, too."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (3, 20, 48))
+    kernel = jax.random.normal(keys[1], (3, 48, 32))
+    masks = [blocks(key, (48, 32), (16, 16), 0.5) for key in jax.random.split(keys[2], 3)]
+
+    def total(x, kernel, mask):
+        return jnp.sum(block_matmul(x, kernel, mask, (16, 16), backend=backend) ** 2)
+
+    def dense(x, kernel, mask):
+        return jnp.sum((x @ jnp.where(mask, kernel, 0)) ** 2)
+
+    stacked = x, kernel, jnp.stack(masks)
+    for axes in ((0, None, None), (None, 0, None), (0, 0, 0)):
+        given = [z if axis == 0 else z[0] for z, axis in zip(stacked, axes, strict=True)]
+        got, wanted = (jax.vmap(jax.grad(f, (0, 1)), axes)(*given) for f in (total, dense))
+        chex.assert_trees_all_close(got, wanted, rtol=1e-4, atol=1e-3)
+
+
 def test_lists_of_live_blocks():
     found = lists(jnp.array([[1, 0, 1], [0, 0, 1], [1, 0, 1]], bool))
     assert found.order.tolist() == [[0, 2, 0], [0, 0, 0], [0, 1, 2]]
@@ -269,8 +290,9 @@ DEVICES = {
 }
 
 
+@pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("name", DEVICES)
-def test_can_be_lowered_for_a_device_that_is_not_there(name, monkeypatch):
+def test_can_be_lowered_for_a_device_that_is_not_there(name, x64, monkeypatch):
     """All three products become kernels; a number of lists that another mask would change, none."""
     backend, platform, capability, dtype = DEVICES[name]
     if platform == "cuda" and jax.__version_info__ < (0, 11, 2):
@@ -289,7 +311,8 @@ def test_can_be_lowered_for_a_device_that_is_not_there(name, monkeypatch):
     )
     monkeypatch.setattr(Device, "compute_capability", capability)
     device = Device(name, num_cores=1, platform=platform)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.enable_x64(x64), jax.sharding.use_abstract_mesh(mesh):
         lowered = jax.jit(gradients).trace(x, kernel, mask).lower(lowering_platforms=(platform,))
     assert lowered.as_text().count("stablehlo.custom_call") == 3
 
@@ -320,6 +343,9 @@ def test_layers_of_nnx_with_masks():
     trace = jax.make_jaxpr(lambda p, m: loss(nnx.merge(graph, p), m, x))(params, masks)
     assert str(trace).count("pallas_call[") == 3
     assert all(layer.dot_general is jax.lax.dot_general for layer in model.layers)
+    model.layers[0].precision = jax.lax.Precision.HIGHEST  # which blocks would not keep to
+    with kernels.linear_in_blocks(model, masks, (4, 4), interpret=True):
+        assert str(jax.make_jaxpr(model)(x)).count("pallas_call[") == 2
 
 
 @pytest.mark.parametrize("axis", ["rows of x", "outputs"])
@@ -357,8 +383,9 @@ def test_over_several_devices_by_shard_map(axis):
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="block_matmul takes x"):
         block_matmul(jnp.ones((2, 3)), jnp.ones((4, 5)), jnp.ones((4, 5), bool), (2, 2))
-    with pytest.raises(ValueError, match="at least one row"):
-        block_matmul(jnp.ones((2, 4)), jnp.ones((4, 5)), jnp.ones((4, 5), bool), (0, 2))
+    for block in ((0, 2), (4,), (4.5, 2)):
+        with pytest.raises(ValueError, match="A block has two sides, whole numbers from 1 on; got"):
+            block_matmul(jnp.ones((2, 4)), jnp.ones((4, 5)), jnp.ones((4, 5), bool), block)
     ones, x = jnp.ones((4, 4)), jnp.ones((16, 16), jnp.bfloat16)
     with pytest.raises(ValueError, match="one float dtype; got float32, bfloat16"):
         block_matmul(ones, ones.astype(jnp.bfloat16), ones > 0, (2, 2))

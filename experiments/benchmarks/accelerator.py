@@ -181,8 +181,9 @@ def _training(
     devices = mesh.make()
     task = batches.placed(images.task(config, _dataset(config.dataset, data_dir)), devices)
     trainer = training.make_trainer(config, task, devices)
-    started = time.perf_counter()
-    result = run.run(trainer, runs / f"{model}-{method}")
+    folder = runs / f"{model}-{method}"
+    is_fresh, started = not folder.exists(), time.perf_counter()
+    result = run.run(trainer, folder)
     seconds = time.perf_counter() - started
     last = result.history[-1]
     epochs_done = len(result.history)
@@ -192,7 +193,7 @@ def _training(
         "test accuracy": f"{last['test_accuracy']:.2f} %",
         "epochs": f"{epochs_done}",
         "images/s": f"{last['images_per_second']:,.0f}",
-        "whole run (s)": f"{seconds:.0f}",
+        "whole run (s)": f"{seconds:.0f}" if is_fresh else "in parts",
     }
     note = f"{config.title}; as its recipe says, but for the epochs; one seed, the last epoch."
     return [Table(f"Trainings, {config.title}", [row], note)]

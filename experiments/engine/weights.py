@@ -183,8 +183,8 @@ def slots(
         masks = method.init(params)[0]
         capacity = gj.compact.capacities(masks, gj.trees.describe(params, prunable))
         sides = methods.parse_block(config.structure) or ()
-        has_kernels = len(sides) == 2 and gj.kernels.of_the_device() is not None
-        block = (sides[0], sides[1]) if has_kernels else None
+        has_kernels = num_devices == 1 and gj.kernels.of_the_device() is not None
+        block = (sides[0], sides[1]) if has_kernels and len(sides) == 2 else None
         return Slots(prunable, capacity, None if num_devices == 1 else False, block)
     raise ValueError(f"--compact: {config.method} {why}. Leave the flag out.")
 

@@ -11,6 +11,7 @@ from granet_jax import trees
 from granet_jax.compact import layouts as _layouts
 from granet_jax.compact import native
 from granet_jax.compact.layouts import Layout, Layouts
+from granet_jax.kernels.block import check_block
 from granet_jax.masks import check_dense, check_masks, is_known
 from granet_jax.types import MaskState, PyTree
 
@@ -37,9 +38,9 @@ def pack(
       num_inputs: by path, how many leading axes of a layer products sum over, where these are not
         all but the last; see :func:`granet_jax.compact.num_inputs`.
       kernels: whether lists are made for the native kernels; None = where these run.
-      block: that of ``granet_jax.structures.block``: leaves that have a structure and layers of two
-        axes which it divides are kept as whole blocks, for :mod:`granet_jax.kernels`. Their masks
-        have to be constant within blocks.
+      block: leaves with ``granet_jax.structures.block(block)``, and layers of two axes which it
+        divides, are kept as whole blocks, for :mod:`granet_jax.kernels`. Their masks have to be
+        constant within blocks.
 
     Returns:
       ``(values, layouts)``: a tree shaped like ``params``, its prunable leaves vectors of slots
@@ -62,6 +63,7 @@ def pack(
     leaves = trees.describe(params, prunable)
     masks = check_masks(masks, params)
     check_dense(masks, leaves)
+    block = None if block is None else check_block(block)
     live = trees.paths(masks)
     if capacity is None:
         capacity = capacities(masks, leaves)
@@ -224,7 +226,8 @@ def _lay_out(
     sides = block if block and _has_blocks(mask, leaf, num_inputs, block) else ()
     sizes = _layouts.written(stack, shape[:num_inputs], shape[num_inputs:], block=tuple(sides))
     unit = math.prod(sides)
-    dead = jnp.full((*stack, -(-capacity // unit)), size // unit, jnp.int32)
+    num_units = max(1, -(-capacity // unit)) if sides else capacity
+    dead = jnp.full((*stack, num_units), size // unit, jnp.int32)
     layout = Layout(dead, None, None, sizes)
     layout, _, outgrown = reslot(layout, mask, jnp.zeros_like(mask))
     if is_known(outgrown) and int(outgrown):
@@ -239,7 +242,9 @@ def _lay_out(
 
 def _has_blocks(mask: jax.Array, leaf: trees.Leaf, num_inputs: int, block: tuple[int, int]) -> bool:
     """Whether a leaf can be kept as blocks."""
-    if leaf.structure is None or len(leaf.layer_shape) != 2 or num_inputs != 1:
+    if leaf.structure is None or leaf.structure.block != block:
+        return False
+    if len(leaf.layer_shape) != 2 or num_inputs != 1:
         return False
     (rows, columns), (a, b) = leaf.layer_shape, block
     if rows % a or columns % b:

@@ -99,9 +99,8 @@ def _multiply_forward(how: How, transposed: bool, *args: Any) -> Any:
 
 def _multiply_backward(how: How, transposed: bool, args: Any, y: jax.Array) -> Any:
     values, layout, x = args
-    if (
-        not how.native and how.backend is None
-    ):  # the dense weights are made anew, lest those of all layers be kept
+    # Dense weights are made anew, lest those of all layers be kept.
+    if not how.native and how.backend is None:
         values = jax.lax.optimization_barrier(values)
     inputs, outputs = (y, x) if transposed else (x, y)
     of_values = _sample(how._replace(dtype=values.dtype), layout, inputs, outputs)

@@ -31,7 +31,7 @@ def _dot_general(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     if side == 0 and isinstance(precision, tuple):
         precision = precision[::-1]
     dtype = eqn.outvars[0].aval.dtype
-    way, why = _way(walk, view, x, dtype)
+    way, why = _way(walk, view, x, dtype, precision)
     backend, interpret = _of_blocks(walk) if way == "blocks" else (None, False)
     how = products.How(way == "native", dtype, precision, backend, interpret)
     dot = views.Dot(how, side == 0, sums[side], batch[side], sums[1 - side], batch[1 - side])
@@ -54,7 +54,7 @@ def _dot_general(walk: Walk, eqn: Any, given: list[Any]) -> Any:
 _OF_DOT = ("dimension_numbers", "precision")
 
 
-def _way(walk: Walk, view: View, x: Any, dtype: Any) -> tuple[str, str]:
+def _way(walk: Walk, view: View, x: Any, dtype: Any, precision: Any) -> tuple[str, str]:
     """By which kernels a product is done, or "dense"; and why not by others."""
     if walk.native is False:
         return "dense", "native=False"
@@ -64,7 +64,9 @@ def _way(walk: Walk, view: View, x: Any, dtype: Any) -> tuple[str, str]:
         if backend is None or not backend.takes(view.layout.block, interpret):
             return "dense", "no kernel" if backend is None else f"blocks of {view.layout.block}"
         if {view.values.dtype, x.dtype} != {dtype} or dtype not in backend.dtypes:
-            return "dense", f"{view.values.dtype}, {x.dtype}"
+            return "dense", f"{view.values.dtype}, {x.dtype} -> {dtype}"
+        if dtype == jnp.float32 and precision not in (None, (jax.lax.Precision.DEFAULT,) * 2):
+            return "dense", "precision"
     elif view.layout.by_output is None:
         return "dense", "no kernel"
     else:

@@ -8,7 +8,7 @@ when the masks change, nothing is compiled again.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ def block_matmul(
     x: jax.Array,
     kernel: jax.Array,
     mask: jax.Array,
-    block: tuple[int, int],
+    block: Sequence[int],
     *,
     dense_gradient: bool | jax.Array = False,
     backend: Backend | None = None,
@@ -44,21 +44,22 @@ def block_matmul(
       dense_gradient: also compute the gradient of weights that are off, which growth by gradients
         needs: ``method.is_update_step(step)``, a traced bool, is true where it does. False = 0.
       backend: ``kernels.hopper`` (``wgmma``), ``kernels.ampere`` (``mma``, which later GPUs have as
-        well) or ``kernels.tpu``. None = that of the device. On CPUs, older GPUs, and for dtypes it
-        does not take (float64; float32 on ``ampere``), XLA multiplies by the masked kernel, which
-        saves nothing.
+        well) or ``kernels.tpu``. None = that of the device. On CPUs, older GPUs, any GPU under JAX
+        before 0.11.2, and for dtypes it does not take (float64; float32 on ``ampere``), XLA
+        multiplies by the masked kernel, which saves nothing.
       interpret: run the kernel of ``backend`` (None = ``tpu``, with blocks of any shape) by JAX's
         interpreter: for tests on CPU. It has none for ``mma``.
 
     Sums are kept in float32. Hopper multiplies float32 with 10 bits of mantissa (TF32), as XLA does
-    by default. Over several devices call it inside ``jax.shard_map``.
+    by default. Over several devices call it inside ``jax.shard_map``. Kernels have a first
+    derivative, in reverse.
 
     Returns:
       ``(..., outputs)`` in the dtype of ``x``.
 
     Raises:
       ValueError: shapes or dtypes that do not fit together, or blocks that the device cannot do.
-      RuntimeError: a GPU, and JAX before 0.11.2.
+      RuntimeError: a backend of GPUs is asked for, and JAX is older than 0.11.2.
 
     Source: Gray et al. 2017, "GPU Kernels for Block-Sparse Weights".
 
@@ -78,8 +79,7 @@ def block_matmul(
         raise ValueError(
             f"block_matmul takes x and a kernel of one float dtype; got {x.dtype}, {kernel.dtype}."
         )
-    if min(block) < 1:
-        raise ValueError(f"A block has at least one row and one column; got {block}.")
+    block = check_block(block)
     if backend is None:
         backend = tpu if interpret else of_the_device()
     wanted = jnp.asarray(dense_gradient)
@@ -91,20 +91,35 @@ def block_matmul(
         raise ValueError(f"The sides of blocks on this device are {backend.sides}; got {block}.")
     live = mask[:: block[0], :: block[1]]
     rows = padded(rows, (backend.rows, block[0]))
-    product = _product(backend, tuple(block), interpret)
+    product = _product(backend, block, interpret)
     y = product(rows, padded(kernel, block), live, live | wanted)
     y = y[: math.prod(x.shape[:-1]), : kernel.shape[1]]
     return y.reshape(*x.shape[:-1], kernel.shape[1])
 
 
+def check_block(block: Sequence[int]) -> tuple[int, int]:
+    """The sides of a block, rows and columns.
+
+    Raises:
+      ValueError: it has not two, or one that is no whole number from 1 on.
+    """
+    sides = tuple(block)
+    if len(sides) != 2 or any(side != int(side) or side < 1 for side in sides):
+        raise ValueError(f"A block has two sides, whole numbers from 1 on; got {block}.")
+    return int(sides[0]), int(sides[1])
+
+
 def of_the_device() -> Backend | None:
-    """The kernels of the default device; None = it has none, as CPUs, old GPUs, those of AMD."""
+    """The kernels of the default device; None = it has none.
+
+    So are CPUs, old GPUs, those of AMD; and any GPU under JAX before 0.11.2.
+    """
     platform = jax.default_backend()
     if platform == "tpu":
         return tpu
     capability = getattr(jax.devices()[0], "compute_capability", "") if platform == "gpu" else ""
     major = capability.partition(".")[0]
-    if not major.isdigit() or int(major) < 8:
+    if not major.isdigit() or int(major) < 8 or jax.__version_info__ < (0, 11, 2):
         return None
     return hopper if major == "9" else ampere
 

@@ -23,9 +23,9 @@ def dense_in_blocks(
     Layers take part whose kernel has a mask in the collection "masks" of the variables, which
     ``nn.scan`` and ``nn.vmap`` have to hand out as they do "params". Others are left alone and
     multiply by the whole kernel, which is right as long as that is masked, as training keeps it:
-    other layers (subclasses, ``DenseGeneral``, attention), those with a ``dot_general`` of their
-    own, and all while parameters are made. The context has to be active when ``jit`` traces. Needs
-    the package flax.
+    other layers (subclasses, ``DenseGeneral``, attention), those with a ``dot_general`` or a
+    ``precision`` of their own, and all while parameters are made. The context has to be active when
+    ``jit`` traces. Needs the package flax.
 
     Args:
       block: as for :func:`block_matmul`, for all layers.
@@ -48,7 +48,8 @@ def dense_in_blocks(
         if type(layer) is not nn.Dense or context.method_name != "__call__":
             return call(*args, **kwargs)
         has_both = all(layer.has_variable(kind, "kernel") for kind in ("params", "masks"))
-        if not has_both or layer.dot_general is not None or layer.dot_general_cls is not None:
+        own = layer.dot_general, layer.dot_general_cls, layer.precision
+        if not has_both or any(x is not None for x in own):
             return call(*args, **kwargs)
         names = ("kernel", "bias") if layer.use_bias else ("kernel",)
         weights = [nn.meta.unbox(layer.get_variable("params", name)) for name in names]
@@ -74,8 +75,9 @@ def linear_in_blocks(
     """A context in which layers ``nnx.Linear`` of a model multiply by :func:`block_matmul`.
 
     Layers take part whose kernel has a mask. Others are left alone, as :func:`dense_in_blocks`
-    leaves them: subclasses, ``LinearGeneral``, attention, and those with a ``dot_general`` of their
-    own. Inside ``nnx.jit`` the model has to be an argument. Needs the package flax.
+    leaves them: subclasses, ``LinearGeneral``, attention, stacks of layers, and those with a
+    ``dot_general``, a ``precision`` or a ``preferred_element_type`` of their own. Inside
+    ``nnx.jit`` the model has to be an argument. Needs the package flax.
 
     Args:
       model: any ``nnx.Module``.
@@ -100,8 +102,8 @@ def linear_in_blocks(
     layers = []
     for path, layer in nnx.iter_modules(model):
         mask = by_path.get("/".join(map(str, (*path, "kernel"))))
-        if type(layer) is nnx.Linear and layer.dot_general is jax.lax.dot_general:
-            layers += [(layer, mask)] if mask is not None else []
+        if type(layer) is nnx.Linear and mask is not None and mask.ndim == 2 and _is_plain(layer):
+            layers.append((layer, mask))
 
     def multiply(mask: Any, x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
         return block_matmul(
@@ -115,3 +117,9 @@ def linear_in_blocks(
     finally:
         for layer, _ in layers:
             layer.dot_general = jax.lax.dot_general
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a product is told nothing but its operands."""
+    told = layer.precision, getattr(layer, "preferred_element_type", None)
+    return layer.dot_general is jax.lax.dot_general and told == (None, None)

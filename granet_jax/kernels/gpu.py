@@ -49,12 +49,12 @@ def _times(
         m, n = lax.axis_index("m"), lax.axis_index("n")
 
         def x_at(i: jax.Array) -> tuple[Any, Any]:
-            return m, order[n // parts, i // splits] * splits + lax.rem(i, splits)
+            return m, order[n // parts, i // splits] * splits + _rem(i, splits)
 
         def kernel_at(i: jax.Array) -> tuple[Any, Any]:
             place = x_at(i)[1], n
             if packed:
-                slot, k_in, n_in = slots[n // parts, i // splits], lax.rem(i, splits), n % parts
+                slot, k_in, n_in = slots[n // parts, i // splits], _rem(i, splits), n % parts
                 place = (k_in, slot * parts + n_in) if flipped else (slot * splits + k_in, n_in)
             return place[::-1] if flipped else place
 
@@ -134,20 +134,21 @@ def _outer_by_mma(
     size_k, size_n = math.gcd(block[0], 128), math.gcd(block[1], 128)
     splits, parts = block[0] // size_k, block[1] // size_n
     tiled = _tiled(gpu, math.gcd(size_k, size_n, size_m), itemsize)
+    num_steps = len(x) // size_m
 
     def program(
         order: Any, num_live: Any, slots: Any, x: Any, dy: Any, out: Any, tile: Any
     ) -> None:
         i, n = lax.axis_index("i"), lax.axis_index("n")
-        column, part = n // parts, lax.rem(i, splits)
+        column, part = n // parts, _rem(i, splits)
         k = order[column, i // splits] * splits + part
 
         @pl.when(i // splits < num_live[column])
         def _() -> None:
             a = (size_m, size_k), lambda m: (m, k)
             b = (size_m, size_n), lambda m: (m, n)
-            num_steps = jnp.int32(len(x) // size_m)
-            total = _by_mma(gpu, num_steps, (a, b), (True, False), tiled, tile.shape)(x, dy)
+            sum_up = _by_mma(gpu, jnp.int32(num_steps), (a, b), (True, False), tiled, tile.shape)
+            total = sum_up(x, dy)
             place = k, n
             if lists.slots is not None:
                 place = slots[column, i // splits] * splits + part, n % parts
@@ -199,7 +200,7 @@ def _outer_by_wgmma(
     ) -> None:
         group, n = lax.axis_index("group"), lax.axis_index("n")
         first = group // splits * together
-        column, part = n // parts, lax.rem(group, splits)
+        column, part = n // parts, _rem(group, splits)
         num = num_live[column]
 
         def make() -> None:
@@ -210,7 +211,7 @@ def _outer_by_wgmma(
                 k_out, n_out = [slots[column, i] * splits + part for i in at], n % parts
 
             def load(step: Any) -> None:
-                slot, m = lax.rem(step, _LOADS), pl.ds(step * size_m, size_m)
+                slot, m = _rem(step, _LOADS), pl.ds(step * size_m, size_m)
                 columns = pl.ds(n * size_n, size_n)
                 for i, block_row in enumerate(k):
                     place = pl.ds(block_row * rows, rows)
@@ -247,11 +248,11 @@ def _sum_in_turns(
     gpu: Any, num_steps: int, load: Any, tiles: Any, turned: Any, here: Any, shape: tuple[int, int]
 ) -> jax.Array:
     """A sum of products of tiles that ``load`` brings to a place of their own each."""
-    lax.fori_loop(0, min(_LOADS - 1, num_steps), lambda i, _: load(i), None)
+    lax.fori_loop(jnp.int32(0), jnp.int32(min(_LOADS - 1, num_steps)), lambda i, _: load(i), None)
 
     def add_up(total: Any) -> Any:
         def add(step: Any, _: None) -> None:
-            slot = lax.rem(step, _LOADS)
+            slot = _rem(step, _LOADS)
             gpu.barrier_wait(here.at[slot])
             pairs = zip(tiles, turned, strict=True)
             gpu.wgmma(total, *(_turned(refs.at[slot], turn) for refs, turn in pairs))
@@ -259,7 +260,7 @@ def _sum_in_turns(
             ahead = step + _LOADS - 1
             pl.when(ahead < num_steps)(lambda: load(ahead))
 
-        lax.fori_loop(0, num_steps, add, None)
+        lax.fori_loop(jnp.int32(0), jnp.int32(num_steps), add, None)
         return total[...]
 
     return pl.run_scoped(add_up, gpu.ACC(shape, jnp.float32))
@@ -274,6 +275,10 @@ def _store(gpu: Any, total: Any, tile: Any, goals: list[Any], conditions: Any = 
         copy = functools.partial(gpu.copy_smem_to_gmem, tile.at[pl.ds(i * rows, rows)], goal)
         pl.when(condition)(copy)
     gpu.wait_smem_to_gmem(0)
+
+
+def _rem(i: Any, n: int) -> jax.Array:
+    return lax.rem(i, jnp.int32(n))  # under jax_enable_x64, too
 
 
 def _turned(ref: Any, turned: bool) -> Any:

@@ -46,6 +46,8 @@ def multiply(
       [[0.0, 0.0, 3.0, 3.0]]
     """
     rows, columns = block
+    if not len(x):
+        return jnp.zeros((0, grid[0] * rows if transposed else grid[1] * columns), x.dtype)
     by_column, by_row = packed(index, grid)
     y = backend.times(
         padded(x, (backend.rows, 1)),
@@ -70,6 +72,8 @@ def sample(
 ) -> jax.Array:
     """The entries of ``x.T @ y`` in the slots, ``(slots * size of a block,)``; 0 in dead ones."""
     rows, columns = block
+    if not len(x):
+        return jnp.zeros(len(index) * rows * columns, x.dtype)
     x, y = (padded(z, (backend.rows, 1)) for z in (x, y))
     lists = packed(index, grid)[0]
     made = backend.outer(x, y, lists, (rows, columns), len(index), interpret)

@@ -30,7 +30,7 @@ def _times(
     def program(
         order: Any, num_live: Any, slots: Any, x: Any, kernel: Any, out: Any, total: Any
     ) -> None:
-        n, i, last = pl.program_id(1), pl.program_id(2), pl.num_programs(2) - 1
+        n, i = pl.program_id(1), pl.program_id(2)
 
         @pl.when(i == 0)
         def _() -> None:
@@ -40,7 +40,7 @@ def _times(
         def _() -> None:
             total[...] += _product(x[...], kernel[...], contracted)
 
-        @pl.when(i == last)
+        @pl.when(i == jnp.maximum(num_live[n] - 1, 0))  # num_programs is wrong under vmap
         def _() -> None:
             out[...] = total[...].astype(out.dtype)
 
