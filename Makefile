@@ -29,7 +29,7 @@ test-oldest: $(OLDEST)/.installed  ## the library on the oldest supported JAX
 
 test-newest: $(NEWEST)/.installed  ## the library and the language model on the newest JAX
 	$(NEWEST)/bin/python -m pytest -n 2 -m "not full" $(call tests,$(LIBRARY) \
-		house acceptance optimizers x64 structures compact compact_states export kernels models lm)
+		house acceptance optimizers x64 structures compact compact_states compact_blocks export kernels models lm)
 
 docs: $(DOCS)/.installed  ## the site, into docs/_build; every page is run
 	JAX_PLATFORMS=cpu $(DOCS)/bin/python -m sphinx --fail-on-warning --keep-going -b html docs docs/_build/html
