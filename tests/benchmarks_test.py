@@ -81,7 +81,7 @@ def test_an_hour_on_an_accelerator_goes_on_where_it_was_killed(tmp_path, capsys)
     assert {row["weights in the mask"] for row in selections} == {"", "163"}
     benchmarks.run(["accelerator"], quick=True, out=out)  # nothing is left to do
     assert "piece" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"figures of quick True, epochs 0|figures of epochs 0"):
+    with pytest.raises(ValueError, match="holds figures of epochs 0"):
         benchmarks.run(["accelerator"], quick=True, out=out, epochs=3)
 
 

@@ -293,7 +293,7 @@ DEVICES = {
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("name", DEVICES)
 def test_can_be_lowered_for_a_device_that_is_not_there(name, x64, monkeypatch):
-    """All three products become kernels; a number of lists that another mask would change, none."""
+    """All three products become kernels."""
     backend, platform, capability, dtype = DEVICES[name]
     if platform == "cuda" and jax.__version_info__ < (0, 11, 2):
         pytest.skip("Mosaic GPU's products need jax 0.11.2")

@@ -80,9 +80,10 @@ def run(
 
     if names == ["accelerator"]:
         measured = accelerator.tables(quick, out, data_dir, epochs, keep)
-    for name in names:
-        for table in BENCHMARKS[name](quick) if name in BENCHMARKS else ():
-            keep(table)
+    else:
+        for name in names:
+            for table in BENCHMARKS[name](quick):
+                keep(table)
     command = "python -m experiments.benchmarks"
     command += f" --only={','.join(names)}" if names != list(BENCHMARKS) else ""
     about = f"`{command}`: medians; ratios of times taken in turns within this run."

@@ -34,6 +34,10 @@ from experiments.tasks import images
 
 Piece = Callable[[], list[Table]]
 VGG19 = ("dense", "gmp", "rigl", "granet", "granet_st")
+SOURCES = {
+    "vgg19": "As recipes/cifar10-vgg19-*.flags, but for the epochs and without held-out images",
+    "mlp_3072": "As Zhang et al. 2024, but for the epochs, and the learning rate is a cosine",
+}
 PERCEPTRON = ("dense", "set", "rigl", "gmp", "granet", "chts", "chtss")
 
 
@@ -195,7 +199,8 @@ def _training(
         "images/s": f"{last['images_per_second']:,.0f}",
         "whole run (s)": f"{seconds:.0f}" if is_fresh else "in parts",
     }
-    note = f"{config.title}; as its recipe says, but for the epochs; one seed, the last epoch."
+    source = "small" if quick else SOURCES[model]
+    note = f"{source}; one seed, test accuracy of the last epoch."
     return [Table(f"Trainings, {config.title}", [row], note)]
 
 

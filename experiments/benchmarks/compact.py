@@ -293,17 +293,15 @@ def _language_model(quick: bool) -> Table:
         config = text.Settings(method="rigl", size=size, sparsity=sparsity)
         if quick:
             config = dataclasses.replace(config, context=8, batch_size=2)
-        states: dict[str, Any] = {}
-        calls = {
-            "dense": language.dense(config, states),
-            "masked": language.sparse("masked", config, states),
-            "compact": language.sparse(
-                "compact", dataclasses.replace(config, compact=True), states
-            ),
+        steppers = {
+            "dense": language.dense(config),
+            "masked": language.sparse(config),
+            "compact": language.sparse(dataclasses.replace(config, compact=True)),
         }
+        calls = {name: stepper.run for name, stepper in steppers.items()}
         times = timing.in_turns(calls, rounds)
         for name, m in times.items():
-            bytes_held = sum(x.nbytes for x in jax.tree.leaves(states[name]))
+            bytes_held = sum(x.nbytes for x in jax.tree.leaves(steppers[name].held()))
             rows.append(
                 {
                     "step": f"{name}, {100 * sparsity:g} %",

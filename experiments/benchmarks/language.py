@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,13 @@ from experiments.tasks import text
 
 LETTERS = np.random.default_rng(0).integers(97, 122, 100_000, dtype=np.uint8)
 SPARSITY = 0.8
+
+
+class Stepper(NamedTuple):
+    """A model in training."""
+
+    run: Callable[[], Any]  # trains it one step further
+    held: Callable[[], Any]  # parameters, and the state of the optimizer
 
 
 def tables(quick: bool) -> list[Table]:
@@ -35,14 +42,12 @@ def tables(quick: bool) -> list[Table]:
     )
     structure = f"block:{side}x{side}"
     blocks = dataclasses.replace(config, structure=structure)
-    states: dict[str, Any] = {}
+    kernel = dataclasses.replace(blocks, block_kernel=True)
     calls = {
-        "dense": dense(config, states),
-        "masked": sparse("masked", config, states),
-        f"masked, {structure}": sparse("blocks", blocks, states),
-        f"{structure}, --block_kernel": sparse(
-            "block kernel", dataclasses.replace(blocks, block_kernel=True), states
-        ),
+        "dense": dense(config).run,
+        "masked": sparse(config).run,
+        f"masked, {structure}": sparse(blocks).run,
+        f"{structure}, --block_kernel": sparse(kernel).run,
     }
     for call in calls.values():
         call()  # once more than the warm-up: the first result lies otherwise than what was given
@@ -66,12 +71,12 @@ def tables(quick: bool) -> list[Table]:
     return [Table("Steps of the language model", rows, note)]
 
 
-def dense(config: text.Settings, states: dict[str, Any]) -> Callable[[], Any]:
-    """A call that trains a dense model one step further; ``states`` keep what it holds."""
+def dense(config: text.Settings) -> Stepper:
+    """A dense model, and the optimizer alone."""
     trainer, batch = _make(dataclasses.replace(config, method="dense"))
     tx = optimizers.inner(config, trainer.length)
     params = trainer.init(0).params
-    states["dense"] = params, tx.init(params)
+    held = params, tx.init(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, key: jax.Array) -> Any:
@@ -81,14 +86,15 @@ def dense(config: text.Settings, states: dict[str, Any]) -> Callable[[], Any]:
         return optax.apply_updates(params, updates), state
 
     def run() -> Any:
-        states["dense"] = step(*states["dense"], jax.random.key(1))
-        return states["dense"]
+        nonlocal held
+        held = step(*held, jax.random.key(1))
+        return held
 
-    return run
+    return Stepper(run, lambda: held)
 
 
-def sparse(name: str, config: text.Settings, states: dict[str, Any]) -> Callable[[], Any]:
-    """The same for any method, under a name of its own."""
+def sparse(config: text.Settings) -> Stepper:
+    """A model under the method of the settings, between its events."""
     trainer, batch = _make(config)
     event = False if trainer.family.two_programs else None
     step = jax.jit(lambda state: trainer.step(state, batch(state.key), event), donate_argnums=0)
@@ -97,10 +103,9 @@ def sparse(name: str, config: text.Settings, states: dict[str, Any]) -> Callable
     def run() -> Any:
         nonlocal state
         state, loss = step(state)
-        states[name] = state.params, state.opt_state
         return loss
 
-    return run
+    return Stepper(run, lambda: (state.params, state.opt_state))
 
 
 def _make(config: text.Settings) -> tuple[training.Trainer, Callable[..., Any]]:

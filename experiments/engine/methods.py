@@ -59,7 +59,7 @@ def check_block_kernel(config: Any) -> None:
       config: settings with ``structure`` and ``block_kernel``.
 
     Raises:
-      ValueError: the structure has no blocks of two sides, or there are several GPUs.
+      ValueError: the structure has no blocks of two sides, or there are several GPUs or TPUs.
     """
     if not config.block_kernel:
         return
@@ -67,10 +67,10 @@ def check_block_kernel(config: Any) -> None:
         raise ValueError(
             f"--block_kernel needs a structure as block:64x64; got {config.structure!r}."
         )
-    if jax.default_backend() == "gpu" and jax.device_count() > 1:
+    if jax.default_backend() != "cpu" and jax.device_count() > 1:
         raise ValueError(
-            f"--block_kernel works on one GPU; there are {jax.device_count()}. Leave it out, or "
-            "hide the others by CUDA_VISIBLE_DEVICES=0."
+            f"--block_kernel works on one device; there are {jax.device_count()}. Leave it out, or "
+            "hide the others, GPUs by CUDA_VISIBLE_DEVICES=0."
         )
 
 

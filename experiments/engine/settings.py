@@ -55,7 +55,7 @@ class Settings:
     )
     block_kernel: bool = flag(
         "dense layers multiply only by the blocks that are on, in training, too; with "
-        "--structure=block:RxC on one GPU (elsewhere simulated, slowly)",
+        "--structure=block:RxC on one GPU or TPU (on CPUs simulated, slowly)",
         False,
     )
     compact: bool = flag(

@@ -1,4 +1,14 @@
-"""Block-sparse matrix products for training and inference on accelerators."""
+"""Block-sparse matrix products for training and inference on accelerators.
+
+The way of the data, which is also the order of the files::
+
+    lists      which blocks are live
+    backend    what a kind of device brings
+    gpu, tpu   the products
+    block      block_matmul, with its gradients
+    packed     products with live blocks alone, for compact
+    flax       layers of Flax
+"""
 
 from granet_jax.kernels.backend import Backend as Backend
 from granet_jax.kernels.block import block_matmul as block_matmul

@@ -112,7 +112,8 @@ def check_block(block: Sequence[int]) -> tuple[int, int]:
 def of_the_device() -> Backend | None:
     """The kernels of the default device; None = it has none.
 
-    So are CPUs, old GPUs, those of AMD; and any GPU under JAX before 0.11.2.
+    None have CPUs, GPUs before compute capability 8.0, those of AMD, and any GPU under JAX before
+    0.11.2.
     """
     platform = jax.default_backend()
     if platform == "tpu":

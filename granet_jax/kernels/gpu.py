@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from granet_jax.kernels.backend import Backend, like_kernel
-from granet_jax.kernels.lists import Lists, three
+from granet_jax.kernels.lists import Lists, arrays
 
 _ROWS = 128  # of x that one program multiplies
 _LINE = 128  # bytes that are swizzled together
@@ -73,7 +73,7 @@ def _times(
         grid=(len(x) // _ROWS, width // size_n),
         grid_names=("m", "n"),
         **_options(gpu, interpret),
-    )(*three(lists), x, kernel)
+    )(*arrays(lists), x, kernel)
 
 
 def _by_wgmma(
@@ -162,7 +162,7 @@ def _outer_by_mma(
         grid=(lists.order.shape[1] * splits, len(lists.num_live) * parts),
         grid_names=("i", "n"),
         **_options(gpu, interpret),
-    )(*three(lists), x, dy)
+    )(*arrays(lists), x, dy)
 
 
 def _outer_by_wgmma(
@@ -186,18 +186,8 @@ def _outer_by_wgmma(
     num_steps = dy.shape[turned[1]] // size_m
     width = math.gcd(size_k if turned[0] else size_m, size_m if turned[1] else size_n, size_m)
 
-    def program(
-        order: Any,
-        num_live: Any,
-        slots: Any,
-        x: Any,
-        dy: Any,
-        out: Any,
-        xs: Any,
-        dys: Any,
-        tile: Any,
-        here: Any,
-    ) -> None:
+    def program(*refs: Any) -> None:
+        order, num_live, slots, x, dy, out, xs, dys, tile, here = refs
         group, n = lax.axis_index("group"), lax.axis_index("n")
         first = group // splits * together
         column, part = n // parts, _rem(group, splits)
@@ -241,7 +231,7 @@ def _outer_by_wgmma(
         grid=(-(-num_rows // together) * splits, len(lists.num_live) * parts),
         grid_names=("group", "n"),
         **_options(gpu, interpret),
-    )(*three(lists), x, dy)
+    )(*arrays(lists), x, dy)
 
 
 def _sum_in_turns(

@@ -35,41 +35,34 @@ def lists(live: jax.Array) -> Lists:
     return Lists(jnp.sum(jnp.where(here, row, 0), axis=2, dtype=jnp.int32), ends[:, -1])
 
 
-def packed(index: jax.Array, grid: tuple[int, int]) -> tuple[Lists, Lists]:
-    """Of packed blocks, for ``x @ w`` and for ``y @ w.T``.
+def packed(index: jax.Array, grid: tuple[int, int], transposed: bool = False) -> Lists:
+    """Of packed blocks.
 
     Args:
       index: int32 ``(slots,)``, the row-major number of each block in the grid; its size tells
         that a slot is dead.
       grid: rows and columns of blocks.
+      transposed: for ``y @ w.T`` instead of ``x @ w``.
 
     Example: the blocks of the last row, and a dead slot.
       >>> import jax.numpy as jnp
-      >>> by_column, by_row = packed(jnp.array([3, 4, 2]), (2, 2))
-      >>> by_column.order.tolist(), by_column.slots.tolist()
+      >>> found = packed(jnp.array([3, 4, 2]), (2, 2))
+      >>> found.order.tolist(), found.slots.tolist()
       ([[1, 0], [1, 0]], [[2, 0], [0, 0]])
-      >>> by_row.order.tolist(), by_row.slots.tolist()
+      >>> found = packed(jnp.array([3, 4, 2]), (2, 2), transposed=True)
+      >>> found.order.tolist(), found.slots.tolist()
       ([[0, 0], [0, 1]], [[0, 0], [2, 0]])
     """
-    size = grid[0] * grid[1]
-    live = jnp.zeros(size, bool).at[index].set(True, mode="drop")
-    slot = (
-        jnp.zeros(size, jnp.int32)
-        .at[index]
-        .set(jnp.arange(len(index), dtype=jnp.int32), mode="drop")
-    )
-    live, slot = live.reshape(grid), slot.reshape(grid)
-
-    def of(live: jax.Array, slot: jax.Array) -> Lists:
-        found = lists(live)
-        used = jnp.arange(len(live))[None] < found.num_live[:, None]
-        slots = jnp.take_along_axis(slot.T, found.order, axis=1)
-        return found._replace(slots=jnp.where(used, slots, 0))
-
-    return of(live, slot), of(live.T, slot.T)
+    empty, number = jnp.zeros(grid[0] * grid[1], jnp.int32), jnp.arange(1, len(index) + 1)
+    slot = empty.at[index].set(number.astype(jnp.int32), mode="drop").reshape(grid)  # 0 = dead
+    slot = slot.T if transposed else slot
+    found = lists(slot > 0)
+    slots = jnp.take_along_axis(slot.T, found.order, axis=1) - 1
+    used = jnp.arange(len(slot))[None] < found.num_live[:, None]
+    return found._replace(slots=jnp.where(used, slots, 0))
 
 
-def three(lists: Lists) -> tuple[jax.Array, ...]:
-    """The lists as arrays; without slots, others that nothing reads."""
+def arrays(lists: Lists) -> tuple[jax.Array, ...]:
+    """All three; without slots, others that nothing reads."""
     slots = lists.order if lists.slots is None else lists.slots
     return lists.order, lists.num_live, slots

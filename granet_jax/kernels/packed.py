@@ -48,11 +48,10 @@ def multiply(
     rows, columns = block
     if not len(x):
         return jnp.zeros((0, grid[0] * rows if transposed else grid[1] * columns), x.dtype)
-    by_column, by_row = packed(index, grid)
     y = backend.times(
         padded(x, (backend.rows, 1)),
         values.reshape(-1, columns),
-        by_row if transposed else by_column,
+        packed(index, grid, transposed),
         (rows, columns),
         transposed,
         interpret,
@@ -75,7 +74,6 @@ def sample(
     if not len(x):
         return jnp.zeros(len(index) * rows * columns, x.dtype)
     x, y = (padded(z, (backend.rows, 1)) for z in (x, y))
-    lists = packed(index, grid)[0]
-    made = backend.outer(x, y, lists, (rows, columns), len(index), interpret)
+    made = backend.outer(x, y, packed(index, grid), (rows, columns), len(index), interpret)
     live = index < math.prod(grid)
     return jnp.where(live[:, None], made.reshape(len(index), -1), 0).reshape(-1)

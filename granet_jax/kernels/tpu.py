@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from granet_jax.kernels.backend import Backend, like_kernel
-from granet_jax.kernels.lists import Lists, three
+from granet_jax.kernels.lists import Lists, arrays
 
 _ROWS = 256  # of x that one program multiplies
 
@@ -60,7 +60,7 @@ def _times(
         out_index=lambda m, n, i, *_: (m, n),
         out=jax.ShapeDtypeStruct((len(x), num_columns * size_n), x.dtype),
         interpret=interpret,
-    )(*three(lists), x, kernel)
+    )(*arrays(lists), x, kernel)
 
 
 def _outer(
@@ -117,7 +117,7 @@ def _outer(
         out_index=out_at,
         out=out,
         interpret=interpret,
-    )(*three(lists), x, dy)
+    )(*arrays(lists), x, dy)
     return made if lists.slots is None else made[: num_slots * block[0]]
 
 
