@@ -5,7 +5,7 @@ NEWEST_PYTHON ?= python3.13
 VENV := .venv
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
-SETUP := setup.py granet_jax/compact/native.cc setup.cfg pyproject.toml constraints.txt constraints-oldest.txt
+SETUP := setup.py $(wildcard granet_jax/compact/*.cc granet_jax/compact/*.h) setup.cfg pyproject.toml constraints.txt constraints-oldest.txt
 
 DOCS := .venv-docs
 

@@ -41,7 +41,8 @@ setup(
     ext_modules=[
         Extension(
             "granet_jax.compact.native",
-            ["granet_jax/compact/native.cc"],
+            ["granet_jax/compact/native.cc", "granet_jax/compact/convolutions.cc"],
+            depends=["granet_jax/compact/native.h"],
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-Wno-psabi"],
             language="c++",
             optional=True,

@@ -1,4 +1,4 @@
-"""The kernels of ``native.cc`` as JAX functions, where pip could build them.
+"""The kernels of ``native.cc`` and ``convolutions.cc`` as JAX functions, where pip could build them.
 
 They run on CPU, on XLA's own threads, with the same bits for any number of them.
 """
@@ -9,7 +9,7 @@ import logging
 import pathlib
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,24 @@ import numpy as np
 from granet_jax.compact.layouts import Layout, Lists, sides
 
 _FILE = pathlib.Path(__file__).with_name("native.kernels")  # setup.py builds it
-_KERNELS = ("multiply", "sample", "reslot", "lists")
-_TILE = 512  # kTile of native.cc
+_KERNELS = ("multiply", "sample", "convolve", "sample_convolution", "reslot", "lists")
+_TILE = 512  # kTile of native.h
+
+
+class Window(NamedTuple):
+    """What a convolution of images is, but for sizes; pairs are of rows and columns.
+
+    Output ``o`` of place ``k`` of the window is input ``(o * stride + k * spread - pad) / gap``,
+    where that is whole.
+    """
+
+    sizes: tuple[int, int]
+    strides: tuple[int, int]
+    gaps: tuple[int, int]  # between inputs, as ``lhs_dilation``; 1 where the stride is not
+    spread: tuple[int, int]  # of the window's places, as ``rhs_dilation``
+    pads: tuple[int, int]  # before the first input
+    groups: int
+    inputs: int  # of a group
 
 
 @functools.cache
@@ -98,6 +114,63 @@ def sample(lists: Lists, capacity: int, x: jax.Array, y: jax.Array) -> jax.Array
       float32 ``(capacity,)``.
     """
     return _mapped(_call("sample", _f32(capacity)))(x, y, *lists)
+
+
+def convolve(
+    lists: Lists,
+    window: Window,
+    is_transposed: bool,
+    shape: tuple[int, ...],
+    x: jax.Array,
+    values: jax.Array,
+) -> jax.Array:
+    """A convolution of images, or the gradient of its inputs.
+
+    Args:
+      lists: of one layer, a kernel ``(rows, columns, inputs of a group, outputs)``: by output; by
+        input where it is transposed.
+      window: of the convolution.
+      is_transposed: whether it is the gradient of the inputs, given that of the outputs.
+      shape: of the result, ``(images, height, width, channels)``.
+      x: float32 ``(images, height, width, channels)``.
+      values: float32 ``(capacity,)``.
+
+    Returns:
+      float32 of that shape.
+    """
+    told = {"numbers": _numbers(window), "is_transposed": is_transposed}
+    call = functools.partial(_call("convolve", _f32(*shape)), **told)
+    return _mapped(call)(x, values, *lists)
+
+
+def sample_convolution(
+    lists: Lists,
+    window: Window,
+    is_transposed: bool,
+    capacity: int,
+    x: jax.Array,
+    y: jax.Array,
+) -> jax.Array:
+    """The gradient of the slots of a convolution.
+
+    Args:
+      lists: as of :func:`convolve`.
+      window: of the convolution.
+      is_transposed: whether ``x`` are outputs and ``y`` inputs; for windows with gaps.
+      capacity: slots of the layer; those in no list have 0.
+      x: float32, the inputs.
+      y: float32, the gradient of the outputs.
+
+    Returns:
+      float32 ``(capacity,)``.
+    """
+    told = {"numbers": _numbers(window), "is_transposed": is_transposed}
+    call = functools.partial(_call("sample_convolution", _f32(capacity)), **told)
+    return _mapped(call)(x, y, *lists)
+
+
+def _numbers(window: Window) -> np.ndarray:
+    return np.array([*sum(window[:5], ()), *window[5:]], np.int64)
 
 
 def reslot(
