@@ -10,6 +10,8 @@
 
 #include "native.h"
 
+#define INLINED __attribute__((always_inline))
+
 namespace {
 
 using Images = ffi::Buffer<ffi::F32, 4>;
@@ -18,6 +20,7 @@ using Numbers = ffi::Span<const int64_t>;
 constexpr int64_t kLanes = 16;            // floats of a vector
 constexpr int64_t kFewImages = 12;        // fewer than these lie one after the other
 constexpr int64_t kFits = 768 * 1024;     // bytes of inputs and outputs that are worked on at once
+constexpr int64_t kFitsFirst = 24 * 1024;  // the same, of a first cache
 constexpr int64_t kParts = 16;            // sums of a gradient that are added up at the end
 constexpr int64_t kLargest = 1ll << 31;  // floats that offsets reach
 
@@ -146,7 +149,7 @@ INLINE void EachWeight(const Geometry& g, const int32_t* ends, const int32_t* pl
 // How an array of images is cut into planes: `rows` x `width` places from place `first` of each
 // remainder on, `margin` zeros before them.
 struct Planes {
-  int64_t lanes;  // images of a vector, 16 or 1
+  int64_t lanes;  // images that lie together: 1, or whole vectors of them
   int64_t rows, width, part, plane, channels;  // `part` floats for each pair of remainders
 
   Planes(int64_t lanes, int64_t rows, int64_t width, int64_t parts, int64_t channels)
@@ -201,6 +204,20 @@ struct Range {
   }
 };
 
+// Calls f(place, image, lanes) for each vector of a row: lanes are places of one image, or images of
+// one place.
+template <class F>
+INLINE void EachVector(const Planes& p, const Range& columns, int64_t images, const F& f) {
+  if (p.lanes == 1) {
+    for (int64_t u = columns.begin; u < columns.end; u += kLanes)
+      f(u, 0, std::min(kLanes, columns.end - u));
+    return;
+  }
+  for (int64_t u = columns.begin; u < columns.end; ++u)
+    for (int64_t i = 0; i < p.lanes; i += kLanes)
+      f(u, i, std::max<int64_t>(0, std::min(kLanes, images - i)));
+}
+
 // `images` images x (height, width, all channels), of which `p.channels` from x on, as planes.
 CLONES void ToPlanes(const float* x, int64_t images, int64_t height, int64_t width, int64_t all,
                      const Planes& p, const Range& rows, const Range& columns, float* out) {
@@ -218,14 +235,13 @@ CLONES void ToPlanes(const float* x, int64_t images, int64_t height, int64_t wid
     const float* from = x + (rows.start + row * rows.step) * width * all;
     zeros(row, 0, columns.begin);
     zeros(row, columns.end, p.width);
-    for (int64_t u = columns.begin; u < columns.end;) {
-      const int64_t num = p.lanes == 1 ? std::min(kLanes, columns.end - u) : images;
-      float* to = out + (row * p.width + u) * p.lanes;
+    EachVector(p, columns, images, [&](int64_t place, int64_t lane, int64_t num) INLINED {
+      float* to = out + (row * p.width + place) * p.lanes + lane;
       if (p.lanes != 1 && num < kLanes)
         for (int64_t c = 0; c < p.channels; ++c) Store(to + c * p.plane, V16{});
-      Gather(from + (columns.start + u * columns.step) * all, step, num, p.channels, to, p.plane);
-      u += p.lanes == 1 ? num : 1;
-    }
+      Gather(from + (columns.start + place * columns.step) * all + lane * step, step, num,
+             p.channels, to, p.plane);
+    });
   }
   if (p.lanes == 1)  // what vectors may reach
     for (int64_t c = 0; c < p.channels; ++c)
@@ -237,12 +253,11 @@ CLONES void FromPlanes(const float* in, const Planes& p, const Range& rows, cons
   const int64_t step = p.lanes == 1 ? columns.step * all : height * width * all;
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     float* to = y + (rows.start + row * rows.step) * width * all;
-    for (int64_t u = columns.begin; u < columns.end;) {
-      const int64_t num = p.lanes == 1 ? std::min(kLanes, columns.end - u) : images;
-      Scatter(in + (row * p.width + u) * p.lanes, p.plane,
-              to + (columns.start + u * columns.step) * all, step, num, p.channels);
-      u += p.lanes == 1 ? num : 1;
-    }
+    EachVector(p, columns, images, [&](int64_t place, int64_t lane, int64_t num) INLINED {
+      Scatter(in + (row * p.width + place) * p.lanes + lane, p.plane,
+              to + (columns.start + place * columns.step) * all + lane * step, step, num,
+              p.channels);
+    });
   }
 }
 
@@ -252,7 +267,7 @@ struct Plan {
   Planes x, y;
 
   Plan(const Geometry& g, int64_t threads, int64_t phases)
-      : lanes(g.images < kFewImages ? 1 : kLanes), blocks(Ceil(g.images, lanes)),
+      : lanes(Lanes(g)), blocks(Ceil(g.images, lanes)),
         band(Band(g, lanes, blocks, threads)), bands(Ceil(g.rows.steps, band)),
         x(lanes, band + g.rows.span, g.columns.steps + g.columns.span,
           g.rows.remainders.size() * g.columns.remainders.size(), g.inputs),
@@ -264,6 +279,15 @@ struct Plan {
   int64_t Rows(const Geometry& g, int64_t t) const { return std::min(band, g.rows.steps - t); }
 
  private:
+  // Where there are few places, more images make as many vectors as registers hold.
+  static int64_t Lanes(const Geometry& g) {
+    if (g.images < kFewImages) return 1;
+    int64_t lanes = kLanes;
+    const int64_t places = std::min<int64_t>(g.rows.steps, 4) * g.columns.steps;
+    while (lanes < g.images && places * lanes < 8 * kLanes) lanes *= 2;
+    return lanes;
+  }
+
   static int64_t Band(const Geometry& g, int64_t lanes, int64_t blocks, int64_t threads) {
     const int64_t parts = g.rows.remainders.size() * g.columns.remainders.size();
     const int64_t x_row = (g.columns.steps + g.columns.span) * g.inputs * lanes * parts * 4;
@@ -302,37 +326,51 @@ struct Entry {
   };
 };
 
-// Entries by phase and output channel, as many as `begins` tells.
+// Entries by phase, tile of inputs and output channel, as many as `begins` tells.
 struct Entries {
+  int64_t tiles;
   Entry* entries;
   std::vector<int32_t> begins;
 };
 
+// How many channels of inputs are gone through before the next: as many as fit a first cache, and
+// enough for a dozen weights of each output, whose sums are read and written each time.
+int64_t Tile(const Geometry& g, int64_t live) {
+  const int64_t bytes = (g.rows.span + 1) * (8 + g.columns.span) * kLanes * sizeof(float);
+  const int64_t each = std::max<int64_t>(1, live * g.groups / g.outputs);  // of all inputs
+  const int64_t tile = std::max(kFitsFirst / bytes, 16 * g.inputs / each) + 1;
+  return 3 * tile >= 2 * g.inputs ? g.inputs : tile;
+}
+
 template <class F>
 Entries MakeEntries(ffi::ThreadPool& pool, const Geometry& g, const Plan& plan, const Int32s& ends,
                     const Int32s& places, const Int32s& slots, const F& make) {
+  const int64_t tile = Tile(g, ends.typed_data()[ends.dimensions()[0] - 1]);
+  const int64_t tiles = Ceil(g.inputs, tile);
+  std::vector<int32_t> tile_of(g.inputs);
+  for (int64_t i = 0; i < g.inputs; ++i) tile_of[i] = i / tile * g.outputs;
   std::vector<int64_t> offsets, phases;
   for (const Tap& a : g.rows.taps) {
     for (const Tap& b : g.columns.taps) {
       const int64_t part = a.inputs * g.columns.remainders.size() + b.inputs;
       offsets.push_back(part * plan.x.part + (a.shift * plan.x.width + b.shift) * plan.lanes);
-      phases.push_back(a.outputs * g.columns.gap + b.outputs);
+      phases.push_back((a.outputs * g.columns.gap + b.outputs) * tiles * g.outputs);
     }
   }
-  std::vector<int32_t> next(g.Phases() * g.outputs + 1, 0);
+  std::vector<int32_t> next(g.Phases() * tiles * g.outputs + 1, 0);
   const int64_t chunk = 16, chunks = Ceil(g.outputs, chunk);
   auto each = [&](int64_t i, auto f) {
     for (int64_t c = i * chunk; c < std::min(g.outputs, (i + 1) * chunk); ++c)
       EachWeight(g, ends.typed_data(), places.typed_data(), slots.typed_data(), c,
                  [&](int64_t tap, int64_t in, int32_t slot) {
-                   f(next[phases[tap] * g.outputs + c], offsets[tap] + in * plan.x.plane, slot);
+                   f(next[phases[tap] + tile_of[in] + c], offsets[tap] + in * plan.x.plane, slot);
                  });
   };
   Parallel(pool, chunks, [&](int64_t i) {
     each(i, [](int32_t& num, int64_t, int32_t) { ++num; });
   });
   std::exclusive_scan(next.begin(), next.end(), next.begin(), 0);
-  Entries made{Scratch<Entry, 10>(next.back()), next};
+  Entries made{tiles, Scratch<Entry, 10>(next.back()), next};
   Parallel(pool, chunks, [&](int64_t i) {
     each(i, [&](int32_t& num, int64_t offset, int32_t slot) {
       made.entries[num++] = make(static_cast<int32_t>(offset), slot);
@@ -350,38 +388,47 @@ struct Piece {
   float* y;
   int64_t y_row, y_plane;
   const Entry* entries;
-  const int32_t* begins;  // of the chunk's channels
-  int64_t channels;
+  const int32_t* begins;  // of the chunk's channels in the first tile
+  int64_t channels, tiles, all;  // of the chunk; of inputs; channels of a tile
   float* sums;  // of entries
 };
 
+// Calls f(channel, begin, end, whether these are not the first) for the entries of each channel.
+template <class F>
+INLINE void EachList(const Piece& p, const F& f) {
+  for (int64_t tile = 0; tile < p.tiles; ++tile) {
+    const int32_t* begins = p.begins + tile * p.all;
+    for (int64_t c = 0; c < p.channels; ++c) f(c, begins[c], begins[c + 1], tile > 0);
+  }
+}
+
 template <int kRows, int kVectors>
 INLINE void MultiplyPiece(const Piece& p) {
-  for (int64_t c = 0; c < p.channels; ++c) {
+  EachList(p, [&](int64_t c, int32_t begin, int32_t end, bool goes_on) INLINED {
+    float* out = p.y + c * p.y_plane;
     V16 sum[kRows][kVectors];
     for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = V16{};
-    const Entry* last = p.entries + p.begins[c + 1];
-    for (const Entry* e = p.entries + p.begins[c]; e < last; ++e) {
+      for (int v = 0; v < kVectors; ++v)
+        sum[r][v] = goes_on ? Load<V16>(out + r * p.y_row + v * kLanes) : V16{};
+    for (const Entry *e = p.entries + begin, *last = p.entries + end; e < last; ++e) {
       const float* in = p.x + e->offset;
       for (int r = 0; r < kRows; ++r)
         for (int v = 0; v < kVectors; ++v)
           sum[r][v] += e->value * Load<V16>(in + r * p.x_row + v * kLanes);
     }
     for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < kVectors; ++v)
-        Store(p.y + c * p.y_plane + r * p.y_row + v * kLanes, sum[r][v]);
-  }
+      for (int v = 0; v < kVectors; ++v) Store(out + r * p.y_row + v * kLanes, sum[r][v]);
+  });
 }
 
 template <int kRows, int kVectors>
 INLINE void SamplePiece(const Piece& p) {
-  for (int64_t c = 0; c < p.channels; ++c) {
+  EachList(p, [&](int64_t c, int32_t k, int32_t last, bool) INLINED {
     V16 out[kRows][kVectors];
     for (int r = 0; r < kRows; ++r)
       for (int v = 0; v < kVectors; ++v)
         out[r][v] = Load<V16>(p.y + c * p.y_plane + r * p.y_row + v * kLanes);
-    auto product = [&](int32_t k) {
+    auto product = [&](int32_t k) INLINED {
       const float* in = p.x + p.entries[k].offset;
       V16 sum = out[0][0] * Load<V16>(in);
       for (int r = 0; r < kRows; ++r)
@@ -389,8 +436,6 @@ INLINE void SamplePiece(const Piece& p) {
           sum += out[r][v] * Load<V16>(in + r * p.x_row + v * kLanes);
       return sum;
     };
-    int32_t k = p.begins[c];
-    const int32_t last = p.begins[c + 1];
     for (; k + 4 <= last; k += 4) {
       const V4 four = SumsOf4(product(k), product(k + 1), product(k + 2), product(k + 3));
       Store(p.sums + k, Load<V4>(p.sums + k) + four);
@@ -399,7 +444,7 @@ INLINE void SamplePiece(const Piece& p) {
       const V4 one = Fold(product(k));
       p.sums[k] += (one[0] + one[2]) + (one[1] + one[3]);
     }
-  }
+  });
 }
 
 #define PIECE(R, V)                                                       \
@@ -424,7 +469,7 @@ constexpr Work kSample[3][8] = {
 // whatever the threads.
 void ThroughPlaces(const Work (&work)[3][8], const Plan& plan, int64_t rows, int64_t steps,
                    Piece piece) {
-  int64_t columns = steps;
+  int64_t columns = steps * plan.lanes / kLanes;
   if (plan.lanes == 1) {  // rows are one long row
     columns = Ceil((rows - 1) * plan.x.width + steps, kLanes);
     rows = 1;
@@ -502,7 +547,8 @@ ffi::Error Convolve(ffi::ThreadPool pool, Images x, Floats values, Int32s ends, 
       float* part = out + phase * own.part;
       ThroughPlaces(kMultiply, plan, rows, g.columns.steps,
                     {in, row, part, own.width * own.lanes, own.plane, made.entries,
-                     made.begins.data() + phase * g.outputs + first, own.channels, nullptr});
+                     made.begins.data() + phase * made.tiles * g.outputs + first, own.channels,
+                     made.tiles, g.outputs, nullptr});
       const int64_t start = t * g.rows.gap + phase / g.columns.gap;
       FromPlanes(part, own, Range(g.rows.out, start, g.rows.gap, rows),
                  Range(g.columns.out, phase % g.columns.gap, g.columns.gap, g.columns.steps),
@@ -548,7 +594,9 @@ ffi::Error SampleConvolution(ffi::ThreadPool pool, Images x, Images y, Int32s en
     float* out = Scratch<float, 12>(own.Size());
     float* sums = all + part * live;
     const int32_t* begins = made.begins.data() + first;
-    std::fill(sums + begins[0], sums + begins[own.channels], 0.0f);
+    for (int64_t tile = 0; tile < made.tiles; ++tile)
+      std::fill(sums + begins[tile * g.outputs], sums + begins[tile * g.outputs + own.channels],
+                0.0f);
     for (int64_t task = part * tasks / parts; task < (part + 1) * tasks / parts; ++task) {
       const int64_t block = task / plan.bands, t = task % plan.bands * plan.band;
       const int64_t rows = plan.Rows(g, t), size = g.rows.out * g.columns.out * g.outputs;
@@ -558,7 +606,7 @@ ffi::Error SampleConvolution(ffi::ThreadPool pool, Images x, Images y, Int32s en
                Range(g.columns.out, 0, 1, own.width), out);
       ThroughPlaces(kSample, plan, rows, g.columns.steps,
                     {in, plan.x.width * plan.lanes, out, own.width * own.lanes, own.plane,
-                     made.entries, begins, own.channels, sums});
+                     made.entries, begins, own.channels, made.tiles, g.outputs, sums});
     }
   });
   const int64_t piece = 1 << 12;

@@ -14,6 +14,47 @@ struct Entry {
   float value;
 };
 
+// --- Transposition ---
+
+// `rows` rows of x (row-major, `columns` wide) as columns of out (columns, stride); the rows that
+// are lacking become zeros.
+CLONES void ToColumns(const float* x, int64_t rows, int64_t columns, float* out, int64_t stride) {
+  for (int64_t r = 0; r < stride; r += 16) {
+    const int64_t width = std::min<int64_t>(16, stride - r);
+    for (int64_t c = 0; c < columns; c += 16) {
+      if (width == 16 && r + 16 <= rows && c + 16 <= columns) {
+        V16 block[16];
+        for (int i = 0; i < 16; ++i) block[i] = Load<V16>(x + (r + i) * columns + c);
+        Transpose16(block);
+        for (int i = 0; i < 16; ++i) Store(out + (c + i) * stride + r, block[i]);
+        continue;
+      }
+      for (int64_t j = c; j < std::min(c + 16, columns); ++j)
+        for (int64_t i = r; i < r + width; ++i)
+          out[j * stride + i] = i < rows ? x[i * columns + j] : 0.0f;
+    }
+  }
+}
+
+// Columns [begin, end) of y back from out (end - begin, stride).
+CLONES void FromColumns(const float* out, int64_t stride, float* y, int64_t rows, int64_t columns,
+                        int64_t begin, int64_t end) {
+  for (int64_t r = 0; r < rows; r += 16) {
+    for (int64_t c = begin; c < end; c += 16) {
+      if (r + 16 <= rows && c + 16 <= end) {
+        V16 block[16];
+        for (int i = 0; i < 16; ++i) block[i] = Load<V16>(out + (c - begin + i) * stride + r);
+        Transpose16(block);
+        for (int i = 0; i < 16; ++i) Store(y + (r + i) * columns + c, block[i]);
+        continue;
+      }
+      for (int64_t i = r; i < std::min(r + 16, rows); ++i)
+        for (int64_t j = c; j < std::min(c + 16, end); ++j)
+          y[i * columns + j] = out[(j - begin) * stride + i];
+    }
+  }
+}
+
 // --- Products ---
 
 // A tile of inputs for some outputs of a block of rows: one weight times all rows at a time.
