@@ -61,7 +61,7 @@ def test_products_of_odd_sizes(sides):
         index, w64 = np.asarray(layout.index), w.astype(np.float64)
         for batch in worker.BATCHES:
             x, y = worker.rows(batch, *sides)
-            xw, yw, xy = map(np.asarray, worker.products(values, layout, x, y))
+            xw, yw, xy = map(np.asarray, worker.multiplied(values, layout, x, y))
             assert_sums(xw, x @ w64, np.abs(x) @ np.abs(w64))
             assert_sums(yw, y @ w64.T, np.abs(y) @ np.abs(w64.T))
             dead = index == w.size
@@ -83,7 +83,7 @@ def test_what_is_off_takes_no_part():
     x, y = worker.rows(9, 20, 30)
     x[3, 4] = np.inf
     x[5, 6] = np.nan
-    xw, yw, xy = worker.products(values, layout, x, y)
+    xw, yw, xy = worker.multiplied(values, layout, x, y)
     reached = np.zeros((9, 30), bool)
     reached[3], reached[5] = w[4] != 0, w[6] != 0
     np.testing.assert_array_equal(~np.isfinite(xw), reached)
@@ -93,7 +93,7 @@ def test_what_is_off_takes_no_part():
     values = values + jnp.asarray(
         np.where(live == 600, draw.normal(size=len(live)), 0), jnp.float32
     )
-    chex.assert_trees_all_equal(worker.products(values, layout, x, y), (xw, yw, xy))
+    chex.assert_trees_all_equal(worker.multiplied(values, layout, x, y), (xw, yw, xy))
 
 
 RESLOTTED = [(1, 1), (7, 3), (8, 8), (16, 5), (29, 40), (70, 20)]
@@ -312,7 +312,7 @@ def test_vmap(case):
         return quadratic(NATIVE, layout)[0](values, x, y)
 
     def all_of_it(*args):
-        return worker.products(*args), jax.grad(loss, (0, 2, 3))(*args)
+        return worker.multiplied(*args), jax.grad(loss, (0, 2, 3))(*args)
 
     outs = jax.jit(jax.vmap(all_of_it, axes))(*args)
     for i, (values, layout, _) in enumerate(each):
@@ -346,11 +346,11 @@ def test_layers_without_weights(sides):
     values = jnp.zeros(2)
     for batch in (0, 1, 3):
         x, y = map(jnp.asarray, worker.rows(batch, *sides))
-        xw, yw, xy = worker.products(values, layout, x, y)
+        xw, yw, xy = worker.multiplied(values, layout, x, y)
         chex.assert_trees_all_equal(
             (xw, yw, xy), (jnp.zeros((batch, sides[1])), jnp.zeros((batch, sides[0])), values)
         )
-        stacked = jax.vmap(worker.products, (None, None, 0, 0))(
+        stacked = jax.vmap(worker.multiplied, (None, None, 0, 0))(
             values, layout, jnp.stack([x, x]), jnp.stack([y, y])
         )
         assert [z.shape for z in stacked] == [(2, *z.shape) for z in (xw, yw, xy)]

@@ -101,7 +101,7 @@ struct Geometry {
 const char* CheckGeometry(Numbers n, bool is_transposed, const Images& x, const Images& y,
                           const Int32s& ends, const Int32s& places, const Int32s& slots) {
   if (n.size() != kNumbers) return "granet_jax: a convolution is told by 12 numbers";
-  for (int i = 0; i < kNumbers; ++i)
+  for (int i = 0; i < kPerGroup; ++i)
     if (i != kPad && i != kPad + 1 && n[i] < 1) return "granet_jax: a window without a size";
   for (int i = 0; i < 2; ++i)
     if (n[kStride + i] > 1 && n[kGap + i] > 1)

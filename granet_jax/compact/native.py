@@ -35,7 +35,16 @@ class Window(NamedTuple):
     spread: tuple[int, int]  # of the window's places, as ``rhs_dilation``
     pads: tuple[int, int]  # before the first input
     groups: int
-    inputs: int  # of a group
+    inputs: int  # channels of a group
+    outputs: int  # channels
+    image: tuple[int, int]  # height and width of the inputs
+    result: tuple[int, int]  # the same of the outputs
+
+    def shape(self, images: int, of_inputs: bool) -> tuple[int, ...]:
+        """Of that many images, ``(images, height, width, channels)``: inputs, or outputs."""
+        if of_inputs:
+            return images, *self.image, self.groups * self.inputs
+        return images, *self.result, self.outputs
 
 
 @functools.cache
@@ -87,18 +96,7 @@ def multiply(lists: Lists, num_outputs: int, x: jax.Array, values: jax.Array) ->
     def one(lists: Lists, x: jax.Array, values: jax.Array) -> jax.Array:
         return _call("multiply", _f32(len(x), num_outputs))(x, values, *lists)
 
-    product = jax.custom_batching.custom_vmap(one)
-
-    @product.def_vmap
-    def over_a_batch(size: int, in_batched: Any, *args: Any) -> tuple[jax.Array, bool]:
-        lists, x, values = args
-        if any(jax.tree.leaves((in_batched[0], in_batched[2]))):
-            return _one_by_one(product, in_batched, args), True
-        rows = x.shape[1]
-        y = product(lists, x.reshape(size * rows, x.shape[2]), values)
-        return y.reshape(size, rows, num_outputs), True
-
-    return product(lists, x, values)
+    return _of_rows(one)(lists, x, values)
 
 
 def sample(lists: Lists, capacity: int, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -117,12 +115,7 @@ def sample(lists: Lists, capacity: int, x: jax.Array, y: jax.Array) -> jax.Array
 
 
 def convolve(
-    lists: Lists,
-    window: Window,
-    is_transposed: bool,
-    shape: tuple[int, ...],
-    x: jax.Array,
-    values: jax.Array,
+    lists: Lists, window: Window, is_transposed: bool, x: jax.Array, values: jax.Array
 ) -> jax.Array:
     """A convolution of images, or the gradient of its inputs.
 
@@ -131,25 +124,23 @@ def convolve(
         input where it is transposed.
       window: of the convolution.
       is_transposed: whether it is the gradient of the inputs, given that of the outputs.
-      shape: of the result, ``(images, height, width, channels)``.
       x: float32 ``(images, height, width, channels)``.
       values: float32 ``(capacity,)``.
 
     Returns:
-      float32 of that shape.
+      float32 ``(images, height, width, channels)``.
     """
-    told = {"numbers": _numbers(window), "is_transposed": is_transposed}
-    call = functools.partial(_call("convolve", _f32(*shape)), **told)
-    return _mapped(call)(x, values, *lists)
+
+    def one(lists: Lists, x: jax.Array, values: jax.Array) -> jax.Array:
+        call = _call("convolve", _f32(*window.shape(len(x), is_transposed)))
+        out: jax.Array = call(x, values, *lists, **_told(window, is_transposed))
+        return out
+
+    return _of_rows(one)(lists, x, values)
 
 
 def sample_convolution(
-    lists: Lists,
-    window: Window,
-    is_transposed: bool,
-    capacity: int,
-    x: jax.Array,
-    y: jax.Array,
+    lists: Lists, window: Window, is_transposed: bool, capacity: int, x: jax.Array, y: jax.Array
 ) -> jax.Array:
     """The gradient of the slots of a convolution.
 
@@ -164,13 +155,13 @@ def sample_convolution(
     Returns:
       float32 ``(capacity,)``.
     """
-    told = {"numbers": _numbers(window), "is_transposed": is_transposed}
-    call = functools.partial(_call("sample_convolution", _f32(capacity)), **told)
-    return _mapped(call)(x, y, *lists)
+    call = _call("sample_convolution", _f32(capacity))
+    return _mapped(functools.partial(call, **_told(window, is_transposed)))(x, y, *lists)
 
 
-def _numbers(window: Window) -> np.ndarray:
-    return np.array([*sum(window[:5], ()), *window[5:]], np.int64)
+def _told(window: Window, is_transposed: bool) -> dict[str, Any]:
+    numbers = np.array([*sum(window[:5], ()), window.groups, window.inputs], np.int64)
+    return {"numbers": numbers, "is_transposed": is_transposed}
 
 
 def reslot(
@@ -195,6 +186,22 @@ def lists(layout: Layout) -> Layout:
         make = jax.vmap(make)
     parts = (jax.vmap(make) if layout.stack else make)(layout.index)
     return layout._replace(by_output=Lists(*parts[:3]), by_input=Lists(*parts[3:]))
+
+
+def _of_rows(one: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A product ``(lists, x, values)``; under ``vmap`` over ``x`` alone, one with all its rows."""
+    product = jax.custom_batching.custom_vmap(one)
+
+    @product.def_vmap
+    def over_a_batch(size: int, in_batched: Any, *args: Any) -> tuple[jax.Array, bool]:
+        lists, x, values = args
+        if any(jax.tree.leaves((in_batched[0], in_batched[2]))):
+            return _one_by_one(product, in_batched, args), True
+        rows = x.shape[1]
+        y = product(lists, x.reshape(size * rows, *x.shape[2:]), values)
+        return y.reshape(size, rows, *y.shape[1:]), True
+
+    return product
 
 
 def _mapped(f: Callable[..., Any]) -> Callable[..., Any]:

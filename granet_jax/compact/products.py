@@ -1,4 +1,7 @@
-"""Matrix products with live weights: ``x @ w``, ``y @ w.T`` and the gradient of the slots.
+"""Products with live weights: ``x @ w``, ``y @ w.T`` and the gradient of the slots.
+
+Of matrices, or, where there is a window, of images: a convolution, its transposition, and the
+gradient of its slots.
 
 Each is linear in each of its two arguments, and the derivatives of one are the other two; so they
 can be differentiated any number of times.
@@ -10,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from granet_jax.compact import layouts, native
+from granet_jax.compact import convolutions, layouts, native
 from granet_jax.compact.layouts import Layout
 from granet_jax.kernels import Backend, packed
 
@@ -23,10 +26,14 @@ class How(NamedTuple):
     precision: Any = None  # of a dense product
     backend: Backend | None = None  # of the kernels for live blocks alone
     interpret: bool = False
+    window: native.Window | None = None  # of a convolution
 
 
 def multiply(how: How, values: jax.Array, layout: Layout, x: jax.Array) -> jax.Array:
-    """``x (n, inputs) @ w (inputs, outputs)``; the layout is that of one layer, without a stack."""
+    """``x (n, inputs) @ w (inputs, outputs)``; the layout is that of one layer, without a stack.
+
+    With a window ``x`` is ``(images, height, width, channels)``, and so is the result.
+    """
     return _multiply(how, False, values, layout, x)
 
 
@@ -51,9 +58,7 @@ def _all_forward(how: How, transposed: bool, *args: Any) -> Any:
 def _all_backward(how: How, transposed: bool, args: Any, y: jax.Array) -> Any:
     values, layout, x = args
     inputs, outputs = (y, x) if transposed else (x, y)
-    of_all = jnp.dot(
-        inputs.T, outputs, precision=how.precision, preferred_element_type=values.dtype
-    )
+    of_all = _of_all(how._replace(dtype=values.dtype), inputs, outputs)
     of_x = _multiply(how._replace(dtype=x.dtype), not transposed, values, layout, y)
     return layouts.slots(of_all, layout), None, of_all.reshape(-1), of_x
 
@@ -70,11 +75,16 @@ def _multiply(
         assert lists is not None  # native products are for layouts that have them
         num_outputs = layouts.sides(layout)[0 if transposed else 1]
         f32 = (z.astype(jnp.float32) for z in (x, values))
+        if how.window is not None:
+            return native.convolve(lists, how.window, transposed, *f32).astype(how.dtype)
         return native.multiply(lists, num_outputs, *f32).astype(how.dtype)
     if how.backend is not None:
         given = how.backend, values, layout.index, layout.grid, layout.block, x
         return packed.multiply(*given, transposed=transposed, interpret=how.interpret)
-    w = layouts.dense(values, layout).reshape(layouts.sides(layout))
+    w = layouts.dense(values, layout)
+    if how.window is not None:
+        return convolutions.multiply(how.window, w, x, transposed, how.precision).astype(how.dtype)
+    w = w.reshape(layouts.sides(layout))
     w = w.T if transposed else w
     return jnp.dot(x, w, precision=how.precision, preferred_element_type=how.dtype)
 
@@ -85,12 +95,34 @@ def _sample(how: How, layout: Layout, x: jax.Array, y: jax.Array) -> jax.Array:
     if how.native:
         assert layout.by_output is not None
         f32 = (z.astype(jnp.float32) for z in (x, y))
+        if how.window is not None:
+            return convolution_of_slots(how.window, layout, *f32).astype(how.dtype)
         return native.sample(layout.by_output, layout.capacity, *f32).astype(how.dtype)
     if how.backend is not None:
         given = how.backend, layout.index, layout.grid, layout.block, x, y
         return packed.sample(*given, interpret=how.interpret)
-    w = jnp.dot(x.T, y, precision=how.precision, preferred_element_type=how.dtype)
-    return layouts.slots(w, layout)
+    return layouts.slots(_of_all(how, x, y), layout)
+
+
+def _of_all(how: How, x: jax.Array, y: jax.Array) -> jax.Array:
+    """``x.T @ y``, the gradient of all weights."""
+    if how.window is not None:
+        return convolutions.sample(how.window, x, y, how.precision).astype(how.dtype)
+    return jnp.dot(x.T, y, precision=how.precision, preferred_element_type=how.dtype)
+
+
+def convolution_of_slots(
+    window: native.Window, layout: Layout, x: jax.Array, y: jax.Array
+) -> jax.Array:
+    """The gradient of the slots of a convolution, by its kernel, which knows of no gaps.
+
+    Seen from its outputs, gaps between the inputs are a stride.
+    """
+    assert layout.by_output is not None
+    assert layout.by_input is not None
+    if max(window.gaps) > 1:
+        return native.sample_convolution(layout.by_input, window, True, layout.capacity, y, x)
+    return native.sample_convolution(layout.by_output, window, False, layout.capacity, x, y)
 
 
 def _multiply_forward(how: How, transposed: bool, *args: Any) -> Any:

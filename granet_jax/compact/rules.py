@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from granet_jax import jaxprs, kernels
-from granet_jax.compact import products, views
+from granet_jax.compact import convolutions, products, views
 from granet_jax.compact.views import View
 from granet_jax.compact.walk import Rule, Use, Walk, inside, run
 
@@ -52,6 +52,27 @@ def _dot_general(walk: Walk, eqn: Any, given: list[Any]) -> Any:
 
 
 _OF_DOT = ("dimension_numbers", "precision")
+
+
+def _convolution(walk: Walk, eqn: Any, given: list[Any]) -> Any:
+    x, view = given
+    if isinstance(x, View) or not isinstance(view, View):
+        return "of two leaves" if isinstance(view, View) else "no kernel of weights"
+    out, numbers = eqn.outvars[0].aval, eqn.params["dimension_numbers"]
+    window = convolutions.window_of(eqn.params, x.shape, view.shape, out.shape)
+    if isinstance(window, str):
+        return window
+    order = (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
+    if not views.is_kernel(view, order):
+        return "other axes"
+    if not all(jnp.issubdtype(array.dtype, jnp.inexact) for array in (view.values, x)):
+        return "no floats"
+    way, why = _way(walk, view, x, out.dtype, eqn.params["precision"])
+    how = products.How(way == "native", out.dtype, eqn.params["precision"], window=window)
+    shape = f"{tuple(x.shape)} x {view.shape}"
+    walk.uses[(*walk.within, id(eqn), 1)] = Use(view.path, shape, way, why)
+    y = views.convolved(view, convolutions.in_order(x, numbers.lhs_spec), how)
+    return [convolutions.out_of_order(y, numbers.out_spec)]
 
 
 def _way(walk: Walk, view: View, x: Any, dtype: Any, precision: Any) -> tuple[str, str]:
@@ -244,6 +265,7 @@ def _scan(walk: Walk, eqn: Any, given: list[Any]) -> Any:
 
 RULES: dict[str, Rule] = {
     "dot_general": _dot_general,
+    "conv_general_dilated": _convolution,
     "convert_element_type": _cast,
     "optimization_barrier": _barrier,
     "transpose": _transpose,
