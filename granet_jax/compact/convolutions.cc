@@ -22,6 +22,7 @@ constexpr int64_t kFewImages = 12;        // fewer than these lie one after the 
 constexpr int64_t kFits = 768 * 1024;     // bytes of inputs and outputs that are worked on at once
 constexpr int64_t kFitsFirst = 24 * 1024;  // the same, of a first cache
 constexpr int64_t kParts = 16;            // sums of a gradient that are added up at the end
+constexpr int64_t kMostSums = 1 << 22;    // of all parts, where there is more than one
 constexpr int64_t kLargest = 1ll << 31;  // floats that offsets reach
 
 #if defined(__x86_64__)
@@ -98,8 +99,7 @@ struct Geometry {
   }
 };
 
-const char* CheckGeometry(Numbers n, bool is_transposed, const Images& x, const Images& y,
-                          const Int32s& ends, const Int32s& places, const Int32s& slots) {
+const char* CheckNumbers(Numbers n, bool is_transposed, const Images& x, const Images& y) {
   if (n.size() != kNumbers) return "granet_jax: a convolution is told by 12 numbers";
   for (int i = 0; i < kPerGroup; ++i)
     if (i != kPad && i != kPad + 1 && n[i] < 1) return "granet_jax: a window without a size";
@@ -107,11 +107,18 @@ const char* CheckGeometry(Numbers n, bool is_transposed, const Images& x, const 
     if (n[kStride + i] > 1 && n[kGap + i] > 1)
       return "granet_jax: a stride and gaps in one convolution";
   const int64_t in = (is_transposed ? y : x).dimensions()[3], groups = n[kGroups];
-  const int64_t out = (is_transposed ? x : y).dimensions()[3];
-  if (in != groups * n[kPerGroup] || out % groups) return "granet_jax: channels of other groups";
+  if (in != groups * n[kPerGroup] || (is_transposed ? x : y).dimensions()[3] % groups)
+    return "granet_jax: channels of other groups";
   if (x.dimensions()[0] != y.dimensions()[0])
     return "granet_jax: inputs and outputs of two batches";
+  return nullptr;
+}
+
+const char* CheckLists(Numbers n, bool is_transposed, const Images& x, const Images& y,
+                       const Int32s& ends, const Int32s& places, const Int32s& slots) {
+  if (const char* wrong = CheckNumbers(n, is_transposed, x, y)) return wrong;
   const int64_t rows = n[kWindow] * n[kWindow + 1] * n[kPerGroup];
+  const int64_t out = (is_transposed ? x : y).dimensions()[3];
   return CheckEnds(ends, places, slots, is_transposed ? out : rows, is_transposed ? rows : out);
 }
 
@@ -315,6 +322,15 @@ void Inputs(const Geometry& g, const Plan& plan, const Images& x, int64_t block,
   }
 }
 
+// Some channels of the outputs of a band, from `first` on, where these have no phases.
+void Outputs(const Geometry& g, const Plan& plan, const Images& y, int64_t block, int64_t t,
+             int64_t first, const Planes& own, float* out) {
+  const int64_t size = g.rows.out * g.columns.out * g.outputs;
+  ToPlanes(y.typed_data() + block * plan.lanes * size + first, plan.Images(g, block), g.rows.out,
+           g.columns.out, g.outputs, own, Range(g.rows.out, t, 1, own.rows),
+           Range(g.columns.out, 0, 1, own.width), out);
+}
+
 // --- Weights of each output channel ---
 
 // A weight, and how far from an output it finds its input. Where gradients are summed, its slot.
@@ -333,6 +349,23 @@ struct Entries {
   std::vector<int32_t> begins;
 };
 
+// How far from an output a tap finds its input, and to which of the outputs it adds.
+struct Offset {
+  int64_t floats, phase;
+};
+
+std::vector<Offset> Offsets(const Geometry& g, const Plan& plan) {
+  std::vector<Offset> offsets;
+  for (const Tap& a : g.rows.taps) {
+    for (const Tap& b : g.columns.taps) {
+      const int64_t part = a.inputs * g.columns.remainders.size() + b.inputs;
+      offsets.push_back({part * plan.x.part + (a.shift * plan.x.width + b.shift) * plan.lanes,
+                         a.outputs * g.columns.gap + b.outputs});
+    }
+  }
+  return offsets;
+}
+
 // How many channels of inputs are gone through before the next: as many as fit a first cache, and
 // enough for a dozen weights of each output, whose sums are read and written each time.
 int64_t Tile(const Geometry& g, int64_t live) {
@@ -349,21 +382,15 @@ Entries MakeEntries(ffi::ThreadPool& pool, const Geometry& g, const Plan& plan, 
   const int64_t tiles = Ceil(g.inputs, tile);
   std::vector<int32_t> tile_of(g.inputs);
   for (int64_t i = 0; i < g.inputs; ++i) tile_of[i] = i / tile * g.outputs;
-  std::vector<int64_t> offsets, phases;
-  for (const Tap& a : g.rows.taps) {
-    for (const Tap& b : g.columns.taps) {
-      const int64_t part = a.inputs * g.columns.remainders.size() + b.inputs;
-      offsets.push_back(part * plan.x.part + (a.shift * plan.x.width + b.shift) * plan.lanes);
-      phases.push_back((a.outputs * g.columns.gap + b.outputs) * tiles * g.outputs);
-    }
-  }
+  const std::vector<Offset> offsets = Offsets(g, plan);
   std::vector<int32_t> next(g.Phases() * tiles * g.outputs + 1, 0);
   const int64_t chunk = 16, chunks = Ceil(g.outputs, chunk);
   auto each = [&](int64_t i, auto f) {
     for (int64_t c = i * chunk; c < std::min(g.outputs, (i + 1) * chunk); ++c)
       EachWeight(g, ends.typed_data(), places.typed_data(), slots.typed_data(), c,
                  [&](int64_t tap, int64_t in, int32_t slot) {
-                   f(next[phases[tap] + tile_of[in] + c], offsets[tap] + in * plan.x.plane, slot);
+                   f(next[offsets[tap].phase * tiles * g.outputs + tile_of[in] + c],
+                     offsets[tap].floats + in * plan.x.plane, slot);
                  });
   };
   Parallel(pool, chunks, [&](int64_t i) {
@@ -465,6 +492,54 @@ constexpr Work kSample[3][8] = {
     {Sample2x1, Sample2x2, Sample2x3, Sample2x4},
     {Sample4x1, Sample4x2}};
 
+// A block of the gradient of all weights: kSide inputs and as many outputs, of one tap. The inputs
+// of its places lie in `rows` rows of `columns` vectors.
+template <int kSide>
+INLINE void SampleBlock(const float* x, int64_t x_plane, int64_t x_row, const float* y,
+                        int64_t y_plane, int64_t y_row, int64_t rows, int64_t columns, float* sums,
+                        int64_t stride) {
+  V16 sum[kSide][kSide];
+  for (int i = 0; i < kSide; ++i)
+    for (int o = 0; o < kSide; ++o) sum[i][o] = V16{};
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t u = 0; u < columns; ++u) {
+      V16 out[kSide];
+      for (int o = 0; o < kSide; ++o)
+        out[o] = Load<V16>(y + o * y_plane + row * y_row + u * kLanes);
+      for (int i = 0; i < kSide; ++i) {
+        const V16 in = Load<V16>(x + i * x_plane + row * x_row + u * kLanes);
+        for (int o = 0; o < kSide; ++o) sum[i][o] += in * out[o];
+      }
+    }
+  }
+  for (int i = 0; i < kSide; ++i) {
+    for (int o = 0; o < kSide; o += 4) {
+      float* to = sums + i * stride + o;
+      const V16 *a = sum[i] + o, none = V16{};
+      const V4 four = SumsOf4(a[0], a[1], kSide > 2 ? a[2] : none, kSide > 2 ? a[3] : none);
+      if (kSide > 2) {
+        Store(to, Load<V4>(to) + four);
+      } else {
+        to[0] += four[0];
+        to[1] += four[1];
+      }
+    }
+  }
+}
+
+using Block = void (*)(const float*, int64_t, int64_t, const float*, int64_t, int64_t, int64_t,
+                       int64_t, float*, int64_t);
+CLONES void SampleBlock4(const float* x, int64_t x_plane, int64_t x_row, const float* y,
+                         int64_t y_plane, int64_t y_row, int64_t rows, int64_t columns, float* sums,
+                         int64_t stride) {
+  SampleBlock<4>(x, x_plane, x_row, y, y_plane, y_row, rows, columns, sums, stride);
+}
+CLONES void SampleBlock2(const float* x, int64_t x_plane, int64_t x_row, const float* y,
+                         int64_t y_plane, int64_t y_row, int64_t rows, int64_t columns, float* sums,
+                         int64_t stride) {
+  SampleBlock<2>(x, x_plane, x_row, y, y_plane, y_row, rows, columns, sums, stride);
+}
+
 // Goes through the places of a band, as many at once as registers hold; the same places together
 // whatever the threads.
 void ThroughPlaces(const Work (&work)[3][8], const Plan& plan, int64_t rows, int64_t steps,
@@ -505,11 +580,16 @@ bool AnyOutside(ffi::ThreadPool& pool, const Int32s& ends, const Int32s& places,
   return outside;
 }
 
+// Into how many sums the work of a gradient is cut, whatever the threads.
+int64_t Parts(int64_t tasks, int64_t sums) {
+  return std::max<int64_t>(1, std::min({tasks, kParts, kMostSums / std::max<int64_t>(1, sums)}));
+}
+
 bool IsEmpty(const Images& x) { return x.element_count() == 0; }
 
 ffi::Error Convolve(ffi::ThreadPool pool, Images x, Floats values, Int32s ends, Int32s places,
                     Int32s slots, Numbers numbers, bool is_transposed, ffi::Result<Images> y) {
-  if (const char* wrong = CheckGeometry(numbers, is_transposed, x, *y, ends, places, slots))
+  if (const char* wrong = CheckLists(numbers, is_transposed, x, *y, ends, places, slots))
     return Invalid(wrong);
   if (IsEmpty(*y)) return ffi::Error::Success();
   if (IsEmpty(x)) {
@@ -562,7 +642,7 @@ ffi::Error Convolve(ffi::ThreadPool pool, Images x, Floats values, Int32s ends, 
 ffi::Error SampleConvolution(ffi::ThreadPool pool, Images x, Images y, Int32s ends, Int32s places,
                              Int32s slots, Numbers numbers, bool is_transposed,
                              ffi::Result<Floats> of_slots) {
-  if (const char* wrong = CheckGeometry(numbers, is_transposed, x, y, ends, places, slots))
+  if (const char* wrong = CheckLists(numbers, is_transposed, x, y, ends, places, slots))
     return Invalid(wrong);
   const int64_t capacity = of_slots->dimensions()[0];
   float* result = of_slots->typed_data();
@@ -582,7 +662,7 @@ ffi::Error SampleConvolution(ffi::ThreadPool pool, Images x, Images y, Int32s en
         return e;
       });
   const int64_t live = made.begins.back(), tasks = plan.blocks * plan.bands;
-  const int64_t parts = std::min(kParts, tasks);
+  const int64_t parts = Parts(tasks, live);
   float* all = Scratch<float, 13>(parts * live);
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   const int64_t chunk = Ceil(g.outputs, Ceil(threads, parts)), chunks = Ceil(g.outputs, chunk);
@@ -599,12 +679,9 @@ ffi::Error SampleConvolution(ffi::ThreadPool pool, Images x, Images y, Int32s en
                 0.0f);
     for (int64_t task = part * tasks / parts; task < (part + 1) * tasks / parts; ++task) {
       const int64_t block = task / plan.bands, t = task % plan.bands * plan.band;
-      const int64_t rows = plan.Rows(g, t), size = g.rows.out * g.columns.out * g.outputs;
       Inputs(g, plan, x, block, t, in);
-      ToPlanes(y.typed_data() + block * plan.lanes * size + first, plan.Images(g, block),
-               g.rows.out, g.columns.out, g.outputs, own, Range(g.rows.out, t, 1, own.rows),
-               Range(g.columns.out, 0, 1, own.width), out);
-      ThroughPlaces(kSample, plan, rows, g.columns.steps,
+      Outputs(g, plan, y, block, t, first, own, out);
+      ThroughPlaces(kSample, plan, plan.Rows(g, t), g.columns.steps,
                     {in, plan.x.width * plan.lanes, out, own.width * own.lanes, own.plane,
                      made.entries, begins, own.channels, made.tiles, g.outputs, sums});
     }
@@ -615,6 +692,70 @@ ffi::Error SampleConvolution(ffi::ThreadPool pool, Images x, Images y, Int32s en
       float sum = 0.0f;
       for (int64_t part = 0; part < parts; ++part) sum += all[part * live + k];
       result[made.entries[k].slot] = sum;
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// The gradient of all weights, live or not.
+ffi::Error SampleAll(ffi::ThreadPool pool, Images x, Images y, Numbers numbers,
+                     ffi::Result<Images> of_weights) {
+  if (const char* wrong = CheckNumbers(numbers, false, x, y)) return Invalid(wrong);
+  float* result = of_weights->typed_data();
+  const int64_t size = of_weights->element_count();
+  if (numbers[kGroups] > 1 || numbers[kGap] > 1 || numbers[kGap + 1] > 1)
+    return Invalid("granet_jax: a gradient of all weights with groups or gaps");
+  std::fill_n(result, size, 0.0f);
+  if (IsEmpty(x) || IsEmpty(y)) return ffi::Error::Success();
+  const Geometry g(numbers, false, x, y);
+  const int64_t window = g.rows.taps.size() * g.columns.taps.size();
+  if (size != window * g.inputs * g.outputs) return Invalid("granet_jax: weights of another shape");
+  const Plan plan(g, 1, 1);
+  if (plan.x.Size() >= kLargest || plan.y.Size() >= kLargest) return Invalid(kTooLarge);
+  const int64_t side = kHas32Vectors ? 4 : 2, all_inputs = Ceil(g.inputs, side) * side;
+  const int64_t all_outputs = Ceil(g.outputs, side) * side, num = window * all_inputs * all_outputs;
+  const int64_t tasks = plan.blocks * plan.bands, parts = Parts(tasks, num);
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t chunk = Ceil(all_outputs / side, Ceil(threads, parts)) * side;
+  const int64_t chunks = Ceil(g.outputs, chunk);
+  const Block block_of = kHas32Vectors ? SampleBlock4 : SampleBlock2;
+  float* all = Scratch<float, 13>(parts * num);
+  const std::vector<Offset> offsets = Offsets(g, plan);
+  Parallel(pool, parts * chunks, [&](int64_t i) {
+    const int64_t first = i % chunks * chunk, part = i / chunks;
+    Planes own = plan.y;
+    own.channels = std::min(chunk, g.outputs - first);
+    const int64_t outputs = std::min(chunk, all_outputs - first);
+    float* in = Scratch<float, 11>(all_inputs * plan.x.plane);
+    float* out = Scratch<float, 12>(outputs * own.plane);
+    float* sums = all + part * num + first;
+    for (int64_t k = 0; k < window * all_inputs; ++k)
+      std::fill_n(sums + k * all_outputs, outputs, 0.0f);
+    for (int64_t task = part * tasks / parts; task < (part + 1) * tasks / parts; ++task) {
+      const int64_t block = task / plan.bands, t = task % plan.bands * plan.band;
+      Inputs(g, plan, x, block, t, in);
+      Outputs(g, plan, y, block, t, first, own, out);
+      int64_t rows = plan.Rows(g, t), columns = g.columns.steps * plan.lanes / kLanes;
+      if (plan.lanes == 1) {
+        columns = Ceil((rows - 1) * plan.x.width + g.columns.steps, kLanes);
+        rows = 1;
+      }
+      for (int64_t c = 0; c < all_inputs; c += side)
+        for (int64_t tap = 0; tap < window; ++tap)
+          for (int64_t o = 0; o < outputs; o += side)
+            block_of(in + c * plan.x.plane + offsets[tap].floats, plan.x.plane,
+                     plan.x.width * plan.lanes, out + o * own.plane, own.plane,
+                     own.width * own.lanes, rows, columns,
+                     sums + (tap * all_inputs + c) * all_outputs + o, all_outputs);
+    }
+  });
+  Parallel(pool, window, [&](int64_t tap) {
+    for (int64_t c = 0; c < g.inputs; ++c) {
+      float* to = result + (tap * g.inputs + c) * g.outputs;
+      for (int64_t part = 0; part < parts; ++part) {
+        const float* from = all + part * num + (tap * all_inputs + c) * all_outputs;
+        for (int64_t o = 0; o < g.outputs; ++o) to[o] += from[o];
+      }
     }
   });
   return ffi::Error::Success();
@@ -645,3 +786,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(granet_jax_sample_convolution, SampleConvolution,
         .Attr<Numbers>("numbers")
         .Attr<bool>("is_transposed")
         .Ret<Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(granet_jax_sample_all, SampleAll,
+    ffi::Ffi::Bind()
+        .Ctx<ffi::ThreadPool>()
+        .Arg<Images>()
+        .Arg<Images>()
+        .Attr<Numbers>("numbers")
+        .Ret<Images>());

@@ -18,7 +18,10 @@ import numpy as np
 from granet_jax.compact.layouts import Layout, Lists, sides
 
 _FILE = pathlib.Path(__file__).with_name("native.kernels")  # setup.py builds it
-_KERNELS = ("multiply", "sample", "convolve", "sample_convolution", "reslot", "lists")
+_KERNELS = (
+    *("multiply", "sample", "convolve", "sample_convolution", "sample_all"),
+    *("reslot", "lists"),
+)
 _TILE = 512  # kTile of native.h
 
 
@@ -159,9 +162,27 @@ def sample_convolution(
     return _mapped(functools.partial(call, **_told(window, is_transposed)))(x, y, *lists)
 
 
+def sample_all(window: Window, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The gradient of all weights of a convolution, live or not.
+
+    Args:
+      window: of the convolution, without groups and gaps.
+      x: float32, the inputs.
+      y: float32, the gradient of the outputs.
+
+    Returns:
+      float32 ``(rows, columns, inputs, outputs)``.
+    """
+    call = _call("sample_all", _f32(*window.sizes, window.inputs, window.outputs))
+    return _mapped(functools.partial(call, numbers=_numbers(window)))(x, y)
+
+
 def _told(window: Window, is_transposed: bool) -> dict[str, Any]:
-    numbers = np.array([*sum(window[:5], ()), window.groups, window.inputs], np.int64)
-    return {"numbers": numbers, "is_transposed": is_transposed}
+    return {"numbers": _numbers(window), "is_transposed": is_transposed}
+
+
+def _numbers(window: Window) -> np.ndarray:
+    return np.array([*sum(window[:5], ()), window.groups, window.inputs], np.int64)
 
 
 def reslot(
