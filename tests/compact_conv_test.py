@@ -1,4 +1,4 @@
-"""Convolutions with live weights against numpy: odd sizes, steps, gaps, edges, groups, one image."""
+"""Convolutions with live weights against numpy: odd sizes, steps, gaps, edges, groups."""
 
 import functools
 
@@ -11,11 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from granet_jax import compact
-from granet_jax.compact import layouts, native, products
+from granet_jax.compact import convolutions, layouts, native
 from tests import compact_worker as worker
-
-NATIVE = products.How(True, jnp.float32)
-DENSE = products.How(False, jnp.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -229,7 +226,7 @@ def test_other_orders_of_axes():
         y = jax.lax.conv_general_dilated(x, params["w"], (2,), "SAME", dimension_numbers=numbers)
         return jnp.sum(jnp.sin(y))
 
-    for loss, given, leaf in (
+    for loss, image, leaf in (
         (images_last, x, w),
         (transposed, x, w),
         (of_lines, line, kernel),
@@ -237,9 +234,9 @@ def test_other_orders_of_axes():
         params = {"w": jnp.asarray(leaf, jnp.float32)}
         values, where = compact.pack(params, jax.tree.map(lambda x: x != 0, params))
         sparse = compact.sparse(loss, native=True)
-        assert "native" in compact.table(loss, values, where, given, native=True)
-        got = jax.jit(jax.value_and_grad(sparse, (0, 2)))(values, where, given)
-        value, (of_w, of_x) = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, given)
+        assert "native" in compact.table(loss, values, where, image, native=True)
+        got = jax.jit(jax.value_and_grad(sparse, (0, 2)))(values, where, image)
+        value, (of_w, of_x) = jax.jit(jax.value_and_grad(loss, (0, 1)))(params, image)
         wanted = value, (compact.to_slots(of_w, where), of_x)
         chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-5)
 
@@ -269,3 +266,61 @@ def test_half_precision_is_summed_in_float32():
     wanted = jax.grad(compact.sparse(loss))(f32[0], where, f32[1])
     assert got["w"].dtype == jnp.bfloat16
     chex.assert_trees_all_close(got["w"].astype(jnp.float32), wanted["w"], rtol=0.05, atol=0.3)
+
+
+DENSE = {
+    "3x3": worker.window(9, 5, 7),
+    "strides": worker.window(12, 4, 9, stride=2),
+    "spread": worker.window(9, 5, 7, spread=2, pad=2),
+    "smaller than the window": worker.window(2, 5, 7),
+    "one place": worker.window(1, 5, 7),
+    "1x1": worker.window(8, 9, 13, size=1, pad=0),
+    "edges cut off": worker.window(12, 5, 6, pad=-1),
+}
+
+
+@pytest.mark.parametrize("images", [1, 13, 70])
+@pytest.mark.parametrize("name", DENSE)
+def test_gradients_of_dense_convolutions(name, images):
+    window = DENSE[name]
+    x, y = worker.images(window, images)
+    shape = *window.sizes, window.inputs, window.outputs
+    w = np.random.default_rng(2).normal(size=shape).astype(np.float32)
+    how = {
+        "window_strides": window.strides,
+        "padding": convolutions._edges(window),
+        "rhs_dilation": window.spread,
+        "dimension_numbers": NUMBERS,
+    }
+
+    def run(function):
+        out, back = jax.vjp(lambda x, w: function(x, w, **how), x, w)
+        return out, *back(y)
+
+    got = jax.jit(lambda: run(compact.conv_general_dilated))()
+    wanted = convolution(window, x, w, y)
+    sizes = convolution(window, *(np.abs(a) for a in (x, w, y)))
+    for one, right, size in zip(got, wanted, sizes, strict=True):
+        np.testing.assert_array_less(np.abs(one - right), 2e-6 * size + 1e-30)
+    all_weights = native.sample_all(window, x, y)
+    np.testing.assert_array_less(np.abs(all_weights - wanted[2]), 2e-6 * sizes[2] + 1e-30)
+
+
+def test_dense_convolutions_are_plain_where_they_are_read():
+    loss, params, x = of_case("3x3")
+
+    def with_own(params, x):
+        y = compact.conv_general_dilated(x, params["w"], (1, 1), "SAME", dimension_numbers=NUMBERS)
+        return jnp.sum(jnp.sin(y))
+
+    values, where = compact.pack(params, jax.tree.map(lambda x: x != 0, params))
+    assert compact.table(with_own, values, where, x) == compact.table(loss, values, where, x)
+    chex.assert_trees_all_close(
+        jax.jit(jax.value_and_grad(with_own))(params, x),
+        jax.jit(jax.value_and_grad(loss))(params, x),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    twice = jax.grad(lambda params: jnp.sum(jnp.sin(jax.grad(with_own)(params, x)["w"])))
+    right = jax.grad(lambda params: jnp.sum(jnp.sin(jax.grad(loss)(params, x)["w"])))
+    chex.assert_trees_all_close(twice(params), right(params), rtol=1e-4, atol=1e-4)

@@ -200,6 +200,8 @@ def all_of_it(sides=SIDES, batches=BATCHES):
     for shape in WINDOWS.values():
         for seed, live in enumerate(LIVE):
             values, layout, _ = kernel(shape, live, seed)
+            if shape.groups == max(shape.gaps) == 1:
+                outs += [native.sample_all(shape, *images(shape, n)) for n in (1, 21)]
             outs += [convolutions(shape, values, layout, *images(shape, n)) for n in (1, 3, 16, 21)]
     values, layout, _ = laid_out(600, 550, "half")
     for batch in (1, 65):

@@ -1,55 +1,189 @@
 """Convolutions of images ``(images, height, width, channels)`` with dense kernels.
 
 What stands in for the kernels for live weights where these are not faster, and the gradient of all
-weights.
+weights. XLA does some of it badly on CPU: the gradient of a kernel is done here by a kernel of
+``convolutions.cc``, and a window larger than its image by a product of matrices.
 """
 
-from typing import Any
+import contextlib
+import contextvars
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from granet_jax import jaxprs
+from granet_jax.compact import native
 from granet_jax.compact.native import Window
 
 _NUMBERS = ("NHWC", "HWIO", "NHWC")
+_LEAST = 512  # images times places for which the kernel is faster
+_plain = contextvars.ContextVar("granet_jax_plain_convolutions", default=False)
 
 
-def multiply(
-    window: Window, w: jax.Array, x: jax.Array, transposed: bool, precision: Any = None
-) -> jax.Array:
-    """The convolution of inputs, or the gradient of these, given that of the outputs."""
-    w = w.reshape(*window.sizes, window.inputs, window.outputs)
+class How(NamedTuple):
+    """How a convolution is done."""
+
+    window: Window
+    precision: Any = None
+    kernels: bool = True  # whether those of ``convolutions.cc`` may be used, where they run
+
+
+def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    """``jax.lax.conv_general_dilated`` with its arguments; on a CPU its gradients are faster.
+
+    The gradient of the kernel, by which XLA:CPU loses most of its time in small networks, is as
+    fast as the convolution; and so are convolutions whose window is larger than their image, as the
+    last ones of VGG are. It is the same function elsewhere, on arrays other than float32, with
+    groups, or with gaps between inputs. Not for arrays that lie on several devices.
+
+    Flax takes it by ``nn.Conv(conv_general_dilated=...)``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> x, w = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1))
+      >>> numbers = ("NHWC", "HWIO", "NHWC")
+      >>> y = conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=numbers)
+      >>> y.squeeze().tolist()
+      [[9.0, 9.0], [9.0, 9.0]]
+    """
+
+    def plain(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(lhs, rhs, *args, **kwargs)
+
+    if _plain.get() or not native.available():
+        return plain(lhs, rhs)
+    closed, out = jax.make_jaxpr(plain, return_shape=True)(lhs, rhs)
+    params = jaxprs.opened(closed).eqns[-1].params
+    window = window_of(params, lhs.shape, rhs.shape, out.shape)
+    if isinstance(window, str) or not _is_simple(window) or {lhs.dtype, rhs.dtype} != {jnp.float32}:
+        return plain(lhs, rhs)
+    numbers = params["dimension_numbers"]
+    order = (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
+    w = rhs.transpose(order).reshape(*window.sizes, window.inputs, window.outputs)
+    y = multiply(How(window, params["precision"]), False, w, in_order(lhs, numbers.lhs_spec))
+    return out_of_order(y, numbers.out_spec)
+
+
+@contextlib.contextmanager
+def as_they_are() -> Iterator[None]:
+    """Within it :func:`conv_general_dilated` is that of JAX, for those who read traces."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def multiply(how: How, transposed: bool, w: jax.Array, x: jax.Array) -> jax.Array:
+    """The convolution of inputs, or the gradient of these, given that of the outputs.
+
+    Args:
+      how: it is done.
+      transposed: whether it is the gradient.
+      w: ``(rows, columns, inputs of a group, outputs)``.
+      x: ``(images, height, width, channels)``.
+    """
+    window = how.window
+    is_small = any(n < size for n, size in zip(window.image, window.sizes, strict=True))
+    by_matrices = how.kernels and is_small and _is_simple(window)
+    convolve = functools.partial(_by_matrices if by_matrices else _convolve, how, w)
     if not transposed:
-        return _convolve(window, x, w, precision)
-    inputs = jax.ShapeDtypeStruct(window.shape(len(x), True), x.dtype)
-    (of_inputs,) = jax.linear_transpose(lambda x: _convolve(window, x, w, precision), inputs)(x)
+        return convolve(x)
+    inputs = jax.ShapeDtypeStruct(window.shape(len(x), of_inputs=True), x.dtype)
+    (of_inputs,) = jax.linear_transpose(convolve, inputs)(x)
     return of_inputs
 
 
-def sample(window: Window, x: jax.Array, y: jax.Array, precision: Any = None) -> jax.Array:
-    """The gradient of the kernel, ``(rows, columns, inputs of a group, outputs)``."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def sample(how: How, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The gradient of the kernel, given inputs and the gradient of outputs."""
+    window = how.window
+    places = len(x) * math.prod(window.result)
+    if (
+        how.kernels
+        and _is_simple(window)
+        and min(window.result) > 2
+        and places >= _LEAST
+        and {x.dtype, y.dtype} == {jnp.float32}
+        and native.available()
+    ):
+        return native.sample_all(window, x, y)
     w = jax.ShapeDtypeStruct((*window.sizes, window.inputs, window.outputs), x.dtype)
-    (of_w,) = jax.linear_transpose(lambda w: _convolve(window, x, w, precision), w)(y)
+    (of_w,) = jax.linear_transpose(lambda w: _convolve(how, w, x), w)(y)
     return of_w
 
 
-def _convolve(window: Window, x: jax.Array, w: jax.Array, precision: Any) -> jax.Array:
-    # After the last input as many places as the last output needs.
-    reach = zip(window.image, window.result, window.sizes, *window[1:5], strict=True)
-    edges = [
-        (pad, (out - 1) * stride + (size - 1) * spread + 1 - pad - ((n - 1) * gap + 1))
-        for n, out, size, stride, gap, spread, pad in reach
-    ]
+def _multiply_forward(how: How, transposed: bool, w: jax.Array, x: jax.Array) -> Any:
+    return multiply(how, transposed, w, x), (w, x)
+
+
+def _multiply_backward(how: How, transposed: bool, args: Any, y: jax.Array) -> Any:
+    w, x = args
+    inputs, outputs = (y, x) if transposed else (x, y)
+    return sample(how, inputs, outputs), multiply(how, not transposed, w, y)
+
+
+def _sample_forward(how: How, x: jax.Array, y: jax.Array) -> Any:
+    return sample(how, x, y), (x, y)
+
+
+def _sample_backward(how: How, args: Any, w: jax.Array) -> Any:
+    x, y = args
+    return multiply(how, True, w, y), multiply(how, False, w, x)
+
+
+multiply.defvjp(_multiply_forward, _multiply_backward)
+sample.defvjp(_sample_forward, _sample_backward)
+
+
+def _is_simple(window: Window) -> bool:
+    return window.groups == 1 and window.gaps == (1, 1)
+
+
+def _convolve(how: How, w: jax.Array, x: jax.Array) -> jax.Array:
     return jax.lax.conv_general_dilated(
         x,
         w,
-        window.strides,
-        edges,
-        window.gaps,
-        window.spread,
+        how.window.strides,
+        _edges(how.window),
+        how.window.gaps,
+        how.window.spread,
         _NUMBERS,
-        feature_group_count=window.groups,
-        precision=precision,
+        feature_group_count=how.window.groups,
+        precision=how.precision,
     )
+
+
+def _by_matrices(how: How, w: jax.Array, x: jax.Array) -> jax.Array:
+    """The inputs of each output in a row, times the kernel."""
+    window = how.window
+    x = jax.lax.pad(
+        x, jnp.zeros([], x.dtype), [(0, 0, 0), *((*edge, 0) for edge in _edges(window)), (0, 0, 0)]
+    )
+    places = []
+    for place in ((i, j) for i in range(window.sizes[0]) for j in range(window.sizes[1])):
+        start = [i * spread for i, spread in zip(place, window.spread, strict=True)]
+        ends = zip(start, window.result, window.strides, strict=True)
+        limit = [first + (n - 1) * stride + 1 for first, n, stride in ends]
+        steps = (1, *window.strides, 1)
+        places.append(jax.lax.slice(x, (0, *start, 0), (len(x), *limit, x.shape[3]), steps))
+    rows = jnp.concatenate(places, axis=-1).reshape(-1, math.prod(w.shape[:3]))
+    y = jnp.dot(rows, w.reshape(-1, window.outputs), precision=how.precision)
+    return y.reshape(window.shape(len(x), of_inputs=False))
+
+
+def _edges(window: Window) -> list[tuple[int, int]]:
+    """Places before the first input and after the last, as many as the last output needs."""
+    reach = zip(window.image, window.result, window.sizes, *window[1:5], strict=True)
+    return [
+        (pad, (out - 1) * stride + (size - 1) * spread + 1 - pad - ((n - 1) * gap + 1))
+        for n, out, size, stride, gap, spread, pad in reach
+    ]
 
 
 def window_of(params: Any, x: Any, w: Any, y: Any) -> Window | str:

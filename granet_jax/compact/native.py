@@ -1,4 +1,4 @@
-"""The kernels of ``native.cc`` and ``convolutions.cc`` as JAX functions, where pip could build them.
+"""The kernels in C++ as JAX functions, where pip could build them.
 
 They run on CPU, on XLA's own threads, with the same bits for any number of them.
 """

@@ -27,6 +27,7 @@ class How(NamedTuple):
     backend: Backend | None = None  # of the kernels for live blocks alone
     interpret: bool = False
     window: native.Window | None = None  # of a convolution
+    kernels: bool = False  # whether a dense convolution may have kernels of ours
 
 
 def multiply(how: How, values: jax.Array, layout: Layout, x: jax.Array) -> jax.Array:
@@ -83,7 +84,8 @@ def _multiply(
         return packed.multiply(*given, transposed=transposed, interpret=how.interpret)
     w = layouts.dense(values, layout)
     if how.window is not None:
-        return convolutions.multiply(how.window, w, x, transposed, how.precision).astype(how.dtype)
+        w = w.reshape(*how.window.sizes, how.window.inputs, how.window.outputs)
+        return convolutions.multiply(_dense(how), transposed, w, x).astype(how.dtype)
     w = w.reshape(layouts.sides(layout))
     w = w.T if transposed else w
     return jnp.dot(x, w, precision=how.precision, preferred_element_type=how.dtype)
@@ -104,10 +106,15 @@ def _sample(how: How, layout: Layout, x: jax.Array, y: jax.Array) -> jax.Array:
     return layouts.slots(_of_all(how, x, y), layout)
 
 
+def _dense(how: How) -> convolutions.How:
+    assert how.window is not None
+    return convolutions.How(how.window, how.precision, how.kernels)
+
+
 def _of_all(how: How, x: jax.Array, y: jax.Array) -> jax.Array:
     """``x.T @ y``, the gradient of all weights."""
     if how.window is not None:
-        return convolutions.sample(how.window, x, y, how.precision).astype(how.dtype)
+        return convolutions.sample(_dense(how), x, y).astype(how.dtype)
     return jnp.dot(x.T, y, precision=how.precision, preferred_element_type=how.dtype)
 
 

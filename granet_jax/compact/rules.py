@@ -68,7 +68,10 @@ def _convolution(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     if not all(jnp.issubdtype(array.dtype, jnp.inexact) for array in (view.values, x)):
         return "no floats"
     way, why = _way(walk, view, x, out.dtype, eqn.params["precision"])
-    how = products.How(way == "native", out.dtype, eqn.params["precision"], window=window)
+    kernels = walk.native is not False and view.layout.by_output is not None
+    how = products.How(
+        way == "native", out.dtype, eqn.params["precision"], window=window, kernels=kernels
+    )
     shape = f"{tuple(x.shape)} x {view.shape}"
     walk.uses[(*walk.within, id(eqn), 1)] = Use(view.path, shape, way, why)
     y = views.convolved(view, convolutions.in_order(x, numbers.lhs_spec), how)
