@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from experiments.models import layers
+
 
 class LeNet300100(nn.Module):
     """Hidden layers of 300 and 100 units; 266,200 weights on 28x28 images (LeCun et al. 1998)."""
@@ -35,7 +37,14 @@ class LeNet5(nn.Module):
                 "Use --model=lenet_300_100, or --dataset=mnist."
             )
         for i, filters in enumerate((20, 50), start=1):
-            conv = nn.Conv(filters, (5, 5), padding="VALID", dtype=self.dtype, name=f"conv{i}")
+            conv = nn.Conv(
+                filters,
+                (5, 5),
+                padding="VALID",
+                dtype=self.dtype,
+                conv_general_dilated=layers.convolve,
+                name=f"conv{i}",
+            )
             x = nn.max_pool(nn.relu(conv(x)), (2, 2), strides=(2, 2))
         x = x.reshape(len(x), -1)
         x = nn.relu(nn.Dense(500, dtype=self.dtype, name="fc1")(x))

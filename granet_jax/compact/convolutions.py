@@ -59,7 +59,7 @@ def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: A
     closed, out = jax.make_jaxpr(plain, return_shape=True)(lhs, rhs)
     params = jaxprs.opened(closed).eqns[-1].params
     window = window_of(params, lhs.shape, rhs.shape, out.shape)
-    if isinstance(window, str) or not _is_simple(window) or {lhs.dtype, rhs.dtype} != {jnp.float32}:
+    if isinstance(window, str) or not _is_simple(window) or not _are_floats(lhs, rhs):
         return plain(lhs, rhs)
     numbers = params["dimension_numbers"]
     order = (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
@@ -109,7 +109,7 @@ def sample(how: How, x: jax.Array, y: jax.Array) -> jax.Array:
         and _is_simple(window)
         and min(window.result) > 2
         and places >= _LEAST
-        and {x.dtype, y.dtype} == {jnp.float32}
+        and _are_floats(x, y)
         and native.available()
     ):
         return native.sample_all(window, x, y)
@@ -139,6 +139,10 @@ def _sample_backward(how: How, args: Any, w: jax.Array) -> Any:
 
 multiply.defvjp(_multiply_forward, _multiply_backward)
 sample.defvjp(_sample_forward, _sample_backward)
+
+
+def _are_floats(*arrays: jax.Array) -> bool:
+    return all(x.dtype == jnp.float32 for x in arrays)
 
 
 def _is_simple(window: Window) -> bool:
