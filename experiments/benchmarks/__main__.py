@@ -21,6 +21,7 @@ from experiments.benchmarks import (
     bandwidth,
     compact,
     compile_time,
+    convolutions,
     inference,
     input,
     kernels,
@@ -43,6 +44,7 @@ BENCHMARKS = {
     "inference": inference.tables_of,
     "kernels": kernels.tables,
     "compact": compact.tables,
+    "convolutions": convolutions.tables,
 }
 
 
