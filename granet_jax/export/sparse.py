@@ -21,6 +21,7 @@ import numpy as np
 from granet_jax import report
 from granet_jax.compact import layouts, native
 from granet_jax.export.graph import Known, Program, Step, flatten
+from granet_jax.export.products import Product
 from granet_jax.masks import apply_masks
 from granet_jax.types import PyTree
 
@@ -57,7 +58,7 @@ def compile(
     params: PyTree,
     masks: PyTree | None,
     *example: Any,
-    ways: Sequence[str] = ("native", "bcsr", "bcsr2", "bcsr4", "gather"),
+    ways: Sequence[str] = ("native", "convolve", "bcsr", "bcsr2", "bcsr4", "gather"),
 ) -> SparseApply:
     """A model's inference, each of its products done in the fastest way.
 
@@ -69,9 +70,9 @@ def compile(
       params: the trained parameters, and whatever else ``apply_fn`` takes as its first argument.
       masks: bool tree; its leaves find their parameters by path. None = zeros count as pruned.
       *example: inputs of the shapes and dtypes to compile for; their values do not matter.
-      ways: what to try besides the dense product: "native", where the kernels are built; "bcsr";
-        "bcsr2" and "bcsr4", the same in two and four tiles of the inputs, where these are large;
-        "gather".
+      ways: what to try besides the dense product: "native", where the kernels are built, and
+        "convolve", the one for convolutions; "bcsr"; "bcsr2" and "bcsr4", the same in two and four
+        tiles of the inputs, where these are large; "gather".
 
     Returns:
       A function of the inputs. Its outputs are those of ``apply_fn`` but for the order in which
@@ -101,7 +102,7 @@ def compile(
     out_tree = jax.tree.structure(shapes)
     ready, choices = {}, []
     for i, step in enumerate(program.steps):
-        product = _Product.of(step)
+        product = Product.of(step)
         if product is not None:
             way, choice = _fastest(product, step, ways)
             choices.append(choice)
@@ -218,102 +219,7 @@ def _check_inputs(inputs: Any, example: Any) -> None:
         )
 
 
-# --- Products ---
-
-
-class _Product(NamedTuple):
-    """A product with known weights, as ``x (rows, inputs) @ weights (inputs, outputs)``."""
-
-    weights: np.ndarray
-    shape: tuple[int, ...]  # of x
-    dtype: Any  # of the sums
-    to_rows: Callable[[jax.Array], jax.Array]
-    from_rows: Callable[[jax.Array], jax.Array]
-
-    @classmethod
-    def of(cls, step: Step) -> "_Product | None":
-        """None where the step is no product, or its weights are not known."""
-        known = [isinstance(x, Known) for x in step.inputs]
-        if step.eqn.primitive.name == "dot_general" and sum(known) == 1:
-            return _of_dot(step, known.index(True))
-        if step.eqn.primitive.name == "conv_general_dilated" and known == [False, True]:
-            return _of_convolution(step)
-        return None
-
-
-def _of_dot(step: Step, side: int) -> _Product | None:
-    contracted, batch = step.eqn.params["dimension_numbers"]
-    value = np.asarray(step.known()[0])
-    is_float = jnp.issubdtype(value.dtype, jnp.floating)
-    if batch[0] or not contracted[0] or not is_float or not value.size:
-        return None
-    axes, x_axes = contracted[side], contracted[1 - side]
-    weights = np.moveaxis(value, axes, range(len(axes)))
-    inputs, free = weights.shape[: len(axes)], weights.shape[len(axes) :]
-    aval = step.eqn.invars[1 - side].aval
-    rows = tuple(n for i, n in enumerate(aval.shape) if i not in x_axes)
-    dtype = step.eqn.outvars[0].aval.dtype
-
-    def to_rows(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x, x_axes, range(-len(x_axes), 0))
-        return x.reshape(-1, math.prod(inputs))
-
-    def from_rows(y: jax.Array) -> jax.Array:
-        y = y.astype(dtype)
-        if side == 1:
-            return y.reshape(*rows, *free)
-        return y.T.reshape(*free, *rows)
-
-    two_axes = weights.reshape(math.prod(inputs), -1)
-    return _Product(two_axes, aval.shape, dtype, to_rows, from_rows)
-
-
-def _of_convolution(step: Step) -> _Product | None:
-    """The inputs of each output position laid out in a row, as ``im2col`` does."""
-    params = step.eqn.params
-    numbers = params["dimension_numbers"]
-    if (
-        params["feature_group_count"] * params["batch_group_count"] > 1
-        or math.prod(params["lhs_dilation"]) > 1
-    ):
-        return None
-    # The kernel as (*window, in, out), the input as (batch, *space, in).
-    kernel = np.transpose(
-        np.asarray(step.known()[0]), (*numbers.rhs_spec[2:], *numbers.rhs_spec[1::-1])
-    )
-    *window, num_in, num_out = kernel.shape
-    out = step.eqn.outvars[0].aval
-    out_shape = [out.shape[i] for i in (numbers.out_spec[0], *numbers.out_spec[2:])]
-    aval = step.eqn.invars[0].aval
-
-    def to_rows(x: jax.Array) -> jax.Array:
-        x = jnp.transpose(x, (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1]))
-        edges = [(0, 0, 0), *((low, high, 0) for low, high in params["padding"]), (0, 0, 0)]
-        x = jax.lax.pad(x, jnp.zeros([], x.dtype), edges)
-        places = []
-        for place in np.ndindex(*window):
-            start = [i * d for i, d in zip(place, params["rhs_dilation"], strict=True)]
-            limit = [
-                s + (n - 1) * stride + 1
-                for s, n, stride in zip(start, out_shape[1:], params["window_strides"], strict=True)
-            ]
-            places.append(
-                jax.lax.slice(
-                    x,
-                    (0, *start, 0),
-                    (len(x), *limit, num_in),
-                    (1, *params["window_strides"], 1),
-                )
-            )
-        return jnp.concatenate(places, axis=-1).reshape(-1, math.prod(window) * num_in)
-
-    def from_rows(y: jax.Array) -> jax.Array:
-        y = y.astype(out.dtype).reshape(*out_shape, num_out)
-        order = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
-        return jnp.transpose(y, tuple(order.index(i) for i in range(len(order))))
-
-    weights = kernel.reshape(-1, num_out)
-    return _Product(weights, aval.shape, out.dtype, to_rows, from_rows)
+# --- Ways ---
 
 
 class _Ready(NamedTuple):
@@ -323,27 +229,52 @@ class _Ready(NamedTuple):
     run: Callable[[Any, jax.Array], list[jax.Array]]  # (arrays, x) -> [output]
 
 
-def _native(product: _Product) -> _Ready | None:
+def _native(product: Product) -> _Ready | None:
     """The kernel for live weights."""
-    if not native.available() or product.weights.dtype != np.float32:
-        return None
     num_inputs, num_outputs = product.weights.shape
-    index = np.flatnonzero(product.weights)
-    values = product.weights.reshape(-1)[index]
-    if not index.size:  # XLA knows what to do with nothing
+    made = _slots(product, (num_inputs,))
+    if made is None:
         return None
-    sizes = layouts.written((), (num_inputs,), (num_outputs,))
-    layout = native.lists(layouts.Layout(jnp.asarray(index, jnp.int32), None, None, sizes))
-    assert layout.by_output is not None
 
     def run(parts: Any, x: jax.Array) -> list[jax.Array]:
         rows = product.to_rows(x).astype(jnp.float32)
         return [product.from_rows(native.multiply(parts[0], num_outputs, rows, parts[1]))]
 
-    return _Ready((layout.by_output, jnp.asarray(values)), run)
+    return _Ready(made, run)
 
 
-def _bcsr(product: _Product, num_tiles: int = 1) -> _Ready | None:
+def _convolve(product: Product) -> _Ready | None:
+    """The kernel for convolutions with live weights."""
+    images = product.images
+    if images is None:
+        return None
+    made = _slots(product, (*images.window.sizes, images.window.inputs))
+    if made is None:
+        return None
+
+    def run(parts: Any, x: jax.Array) -> list[jax.Array]:
+        x = images.to_images(x).astype(jnp.float32)
+        y = native.convolve(parts[0], images.window, False, x, parts[1])
+        return [images.from_images(y)]
+
+    return _Ready(made, run)
+
+
+def _slots(product: Product, inputs: tuple[int, ...]) -> tuple[layouts.Lists, jax.Array] | None:
+    """The lists and live weights that kernels take; None where these do not run."""
+    if not native.available() or product.weights.dtype != np.float32:
+        return None
+    index = np.flatnonzero(product.weights)
+    values = product.weights.reshape(-1)[index]
+    if not index.size:  # XLA knows what to do with nothing
+        return None
+    sizes = layouts.written((), inputs, product.weights.shape[1:])
+    layout = native.lists(layouts.Layout(jnp.asarray(index, jnp.int32), None, None, sizes))
+    assert layout.by_output is not None
+    return layout.by_output, jnp.asarray(values)
+
+
+def _bcsr(product: Product, num_tiles: int = 1) -> _Ready | None:
     """A sparse matrix times a dense one: a kernel of XLA:CPU; on a GPU cuSPARSE.
 
     For each weight the kernel reads one input of all rows. Where the inputs do not fit a core's
@@ -393,7 +324,7 @@ def _sparse_times_dense(parts: Any, shape: tuple[int, ...], x: jax.Array) -> jax
     return product
 
 
-def _gather(product: _Product) -> _Ready | None:
+def _gather(product: Product) -> _Ready | None:
     """Each output gathers its inputs, as many for all as the fullest one has."""
     fan_in = max(int(np.count_nonzero(product.weights, axis=0).max()), 1)
     num_rows = _num_rows(product)
@@ -417,8 +348,9 @@ def _gather(product: _Product) -> _Ready | None:
 
 _SMALLEST_TILE = 2**16  # entries, 256 KiB: fits in any core's second cache
 _LARGEST_GATHER = 2**26  # entries; more of them are never fast
-_WAYS: dict[str, Callable[[_Product], _Ready | None]] = {
+_WAYS: dict[str, Callable[[Product], _Ready | None]] = {
     "native": _native,
+    "convolve": _convolve,
     "bcsr": _bcsr,
     "bcsr2": functools.partial(_bcsr, num_tiles=2),
     "bcsr4": functools.partial(_bcsr, num_tiles=4),
@@ -426,7 +358,7 @@ _WAYS: dict[str, Callable[[_Product], _Ready | None]] = {
 }
 
 
-def _fastest(product: _Product, step: Step, ways: Sequence[str]) -> tuple[_Ready, Choice]:
+def _fastest(product: Product, step: Step, ways: Sequence[str]) -> tuple[_Ready, Choice]:
     """Tries all ways on random inputs, in turns."""
 
     def dense(known: Any, x: jax.Array) -> list[jax.Array]:
@@ -470,16 +402,16 @@ def _shortest(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     return best
 
 
-def _num_rows(product: _Product) -> int:
+def _num_rows(product: Product) -> int:
     return int(jax.eval_shape(product.to_rows, _shape_of(product)).shape[0])
 
 
-def _shape_of(product: _Product) -> jax.ShapeDtypeStruct:
+def _shape_of(product: Product) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(product.shape, product.weights.dtype)
 
 
 def _custom_calls() -> list[Any]:
     """Calls of our kernel and of XLA's own sparse ones, whose names are not promised to stay."""
     check = jax.export.DisabledSafetyCheck.custom_call
-    names = "cpu_csr_sparse_dense_ffi", "cusparse_csr_matmat_ffi", native.target("multiply")
-    return [check(name) for name in names]
+    of_xla, ours = ("cpu_csr_sparse_dense_ffi", "cusparse_csr_matmat_ffi"), ("multiply", "convolve")
+    return [check(name) for name in (*of_xla, *map(native.target, ours))]
