@@ -43,7 +43,7 @@ def test_they_run_anywhere_they_could_be_built():
 
 
 def test_one_tile_in_both_languages():
-    source = pathlib.Path(native.__file__).with_name("native.cc").read_text()
+    source = pathlib.Path(native.__file__).with_name("native.h").read_text()
     assert re.findall(r"kTile = (\d+);", source) == [str(native._TILE)]
 
 

@@ -26,9 +26,9 @@ def sanitized(folder, *options):
     """The kernels, compiled for the oldest instructions, with checks."""
     library = folder / "native.kernels"
     headers = ["-isystem", jax.ffi.include_dir()]
-    source = pathlib.Path(native.__file__).with_name("native.cc")
+    sources = sorted(pathlib.Path(native.__file__).parent.glob("*.cc"))
     flags = ["-std=c++17", "-O1", "-g", "-Wno-psabi", "-DONE_TARGET", "-shared", "-fPIC", *options]
-    subprocess.run([COMPILER, *flags, *headers, "-o", library, source], check=True)
+    subprocess.run([COMPILER, *flags, *headers, "-o", library, *sources], check=True)
     return library
 
 

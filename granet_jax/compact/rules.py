@@ -14,6 +14,7 @@ from granet_jax.compact.views import View
 from granet_jax.compact.walk import Rule, Use, Walk, inside, run
 
 MOST_DENSE = 0.4  # of a layer's weights may be live; beyond that it is faster to unpack them
+MOST_DENSE_IMAGES = 0.7  # the same of convolutions, which XLA does not do as well as products
 
 
 def _own_derivative(walk: Walk, eqn: Any, given: list[Any]) -> str:
@@ -67,7 +68,8 @@ def _convolution(walk: Walk, eqn: Any, given: list[Any]) -> Any:
         return "other axes"
     if not all(jnp.issubdtype(array.dtype, jnp.inexact) for array in (view.values, x)):
         return "no floats"
-    way, why = _way(walk, view, x, out.dtype, eqn.params["precision"])
+    most = MOST_DENSE if convolutions.is_product(window) else MOST_DENSE_IMAGES
+    way, why = _way(walk, view, x, out.dtype, eqn.params["precision"], most)
     kernels = walk.native is not False and view.layout.by_output is not None
     how = products.How(
         way == "native", out.dtype, eqn.params["precision"], window=window, kernels=kernels
@@ -78,7 +80,9 @@ def _convolution(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     return [convolutions.out_of_order(y, numbers.out_spec)]
 
 
-def _way(walk: Walk, view: View, x: Any, dtype: Any, precision: Any) -> tuple[str, str]:
+def _way(
+    walk: Walk, view: View, x: Any, dtype: Any, precision: Any, most: float = MOST_DENSE
+) -> tuple[str, str]:
     """By which kernels a product is done, or "dense"; and why not by others."""
     if walk.native is False:
         return "dense", "native=False"
@@ -97,7 +101,7 @@ def _way(walk: Walk, view: View, x: Any, dtype: Any, precision: Any) -> tuple[st
         for array in (view.values, x):
             if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
                 return "dense", str(array.dtype)
-    if walk.native is None and view.layout.density > MOST_DENSE:
+    if walk.native is None and view.layout.density > most:
         return "dense", "density"
     return way, ""
 
