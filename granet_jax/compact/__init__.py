@@ -2,15 +2,15 @@
 
 The way of the data, which is also the order of the files::
 
-    layouts    slots, and where each belongs
-    native     the kernels of native.cc as JAX functions
-    packing    dense trees to slots and back
-    convolutions   of images with dense kernels, and their gradients
-    products   x @ w, y @ w.T and the gradient of the slots
-    views      stand-ins for dense arrays in a trace
-    trace      sparse(fn): the products of any function over live weights
-    gradients  of all weights, computed with live ones
-    transform  sparsify: any method around any elementwise optimizer
+    layouts       slots, and where each belongs
+    native        the kernels in C++ as JAX functions
+    packing       dense trees to slots and back
+    convolutions  of images with dense kernels, and their gradients
+    products      x @ w, y @ w.T and the gradient of the slots
+    views         stand-ins for dense arrays in a trace
+    trace         sparse(fn): the products of any function over live weights
+    gradients     of all weights, computed with live ones
+    transform     sparsify: any method around any elementwise optimizer
 """
 
 from granet_jax.compact.convolutions import conv_general_dilated as conv_general_dilated

@@ -25,11 +25,15 @@ constexpr int64_t kParts = 16;            // sums of a gradient that are added u
 constexpr int64_t kMostSums = 1 << 22;    // of all parts, where there is more than one
 constexpr int64_t kLargest = 1ll << 31;  // floats that offsets reach
 
-#if defined(__x86_64__)
-const bool kHas32Vectors = __builtin_cpu_supports("avx512f");
+// Whether 32 vectors of 16 floats fit the registers.
+bool Has32Vectors() {
+#if HAS_CLONES
+  static const bool has = (__builtin_cpu_init(), __builtin_cpu_supports("x86-64-v4") != 0);
+  return has;
 #else
-const bool kHas32Vectors = false;
+  return false;
 #endif
+}
 
 // --- Where taps of a window find their inputs ---
 
@@ -549,7 +553,7 @@ void ThroughPlaces(const Work (&work)[3][8], const Plan& plan, int64_t rows, int
     columns = Ceil((rows - 1) * plan.x.width + steps, kLanes);
     rows = 1;
   }
-  const int64_t most = kHas32Vectors ? 8 : 4;
+  const int64_t most = Has32Vectors() ? 8 : 4;
   const int64_t num = Ceil(columns, Ceil(columns, most));
   const float* x = piece.x;
   float* y = piece.y;
@@ -712,13 +716,13 @@ ffi::Error SampleAll(ffi::ThreadPool pool, Images x, Images y, Numbers numbers,
   if (size != window * g.inputs * g.outputs) return Invalid("granet_jax: weights of another shape");
   const Plan plan(g, 1, 1);
   if (plan.x.Size() >= kLargest || plan.y.Size() >= kLargest) return Invalid(kTooLarge);
-  const int64_t side = kHas32Vectors ? 4 : 2, all_inputs = Ceil(g.inputs, side) * side;
+  const int64_t side = Has32Vectors() ? 4 : 2, all_inputs = Ceil(g.inputs, side) * side;
   const int64_t all_outputs = Ceil(g.outputs, side) * side, num = window * all_inputs * all_outputs;
   const int64_t tasks = plan.blocks * plan.bands, parts = Parts(tasks, num);
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   const int64_t chunk = Ceil(all_outputs / side, Ceil(threads, parts)) * side;
   const int64_t chunks = Ceil(g.outputs, chunk);
-  const Block block_of = kHas32Vectors ? SampleBlock4 : SampleBlock2;
+  const Block block_of = Has32Vectors() ? SampleBlock4 : SampleBlock2;
   float* all = Scratch<float, 13>(parts * num);
   const std::vector<Offset> offsets = Offsets(g, plan);
   Parallel(pool, parts * chunks, [&](int64_t i) {

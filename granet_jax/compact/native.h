@@ -21,8 +21,10 @@ namespace ffi = xla::ffi;
 #define INLINE inline __attribute__((always_inline))
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && !defined(ONE_TARGET)
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define HAS_CLONES 1
 #else
 #define CLONES
+#define HAS_CLONES 0
 #endif
 
 namespace {
