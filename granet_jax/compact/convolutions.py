@@ -89,8 +89,7 @@ def multiply(how: How, transposed: bool, w: jax.Array, x: jax.Array) -> jax.Arra
       x: ``(images, height, width, channels)``.
     """
     window = how.window
-    is_small = any(n < size for n, size in zip(window.image, window.sizes, strict=True))
-    by_matrices = how.kernels and is_small and _is_simple(window)
+    by_matrices = how.kernels and is_wide(window) and _is_simple(window)
     convolve = functools.partial(_by_matrices if by_matrices else _convolve, how, w)
     if not transposed:
         return convolve(x)
@@ -226,13 +225,9 @@ def window_of(params: Any, x: Any, w: Any, y: Any) -> Window | str:
     )
 
 
-def is_product(window: Window) -> bool:
-    """Whether it is one of matrices, of every place or of some."""
-    reach = zip(window.image, window.result, window.strides, strict=True)
-    rest = window.sizes, window.gaps, window.pads, (window.groups, 1)
-    return rest == ((1, 1), (1, 1), (0, 0), (1, 1)) and all(
-        -(-n // stride) == out for n, out, stride in reach
-    )
+def is_wide(window: Window) -> bool:
+    """Whether it is larger than its image."""
+    return any(n < size for n, size in zip(window.image, window.sizes, strict=True))
 
 
 def in_order(array: jax.Array, spec: Any) -> jax.Array:

@@ -68,7 +68,7 @@ def _convolution(walk: Walk, eqn: Any, given: list[Any]) -> Any:
         return "other axes"
     if not all(jnp.issubdtype(array.dtype, jnp.inexact) for array in (view.values, x)):
         return "no floats"
-    most = MOST_DENSE if convolutions.is_product(window) else MOST_DENSE_IMAGES
+    most = MOST_DENSE if convolutions.is_wide(window) else MOST_DENSE_IMAGES
     way, why = _way(walk, view, x, out.dtype, eqn.params["precision"], most)
     kernels = walk.native is not False and view.layout.by_output is not None
     how = products.How(
@@ -76,7 +76,7 @@ def _convolution(walk: Walk, eqn: Any, given: list[Any]) -> Any:
     )
     shape = f"{tuple(x.shape)} x {view.shape}"
     walk.uses[(*walk.within, id(eqn), 1)] = Use(view.path, shape, way, why)
-    y = views.convolved(view, convolutions.in_order(x, numbers.lhs_spec), how)
+    y = views.product(view, convolutions.in_order(x, numbers.lhs_spec), how)
     return [convolutions.out_of_order(y, numbers.out_spec)]
 
 

@@ -34,8 +34,8 @@ def sparse(fn: Callable[..., Any], *, native: bool | None = None) -> Callable[..
       fn: any function of a tree of params. What it reads is an array of the dense shape.
       native: None = products are done by the kernels for live weights where the layout has lists
         for these, or by those for blocks where it has blocks and the device is a GPU or a TPU, and
-        at most 40 % of the weights are live, 70 % in convolutions with a window; True = wherever
-        it has lists, or blocks (on a CPU by JAX's interpreter: for tests); False = never.
+        at most 40 % of the weights are live, 70 % in convolutions; True = wherever it has
+        lists, or blocks (on a CPU by JAX's interpreter: for tests); False = never.
 
     Example: two weights of six are live, and one slot is dead.
       >>> import jax.numpy as jnp

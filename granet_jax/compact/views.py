@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from granet_jax.compact import convolutions, layouts, products
+from granet_jax.compact import layouts, products
 from granet_jax.compact.layouts import Layout
 
 _Part: TypeAlias = tuple[int, int]  # of an axis of a leaf: its stride in the leaf, its size
@@ -207,14 +207,15 @@ def _of_layer(view: View, x: Any, dot: Dot, free: list[int]) -> Any:
     x = x.transpose(*x_free, *dot.x_sums).reshape(rows, *(n for _, n in summed))
     x = to_leaf(x, summed)
     x = x.reshape(rows, math.prod(n for _, n in summed))
-    y = _with_zeros(view, x, dot.how, bool(is_transposed(view, dot)))
+    y = product(view, x, dot.how, bool(is_transposed(view, dot)))
     y = from_leaf(y.reshape(rows, *(n for _, n in in_leaf(kept))), kept)
     y = y.reshape(*sizes, *(view.shape[i] for i in free))
     last = list(range(-len(sizes), 0))
     return jnp.moveaxis(y, list(range(len(sizes))), last) if dot.is_first else y
 
 
-def _with_zeros(view: View, x: Any, how: products.How, transposed: bool) -> Any:
+def product(view: View, x: Any, how: products.How, transposed: bool = False) -> Any:
+    """With the one layer of a view, of rows; or of images, where it :func:`is_kernel`."""
     if view.zeros is not None:
         given = view.values, view.layout, view.zeros, x
         return products.multiply_and_sample_all(how, transposed, *given)
@@ -231,17 +232,6 @@ def is_kernel(view: View, order: Sequence[int]) -> bool:
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     axes = [((s, n),) if n != 1 else () for s, n in zip(strides, shape, strict=True)]
     return [view.axes[i] for i in order] == axes
-
-
-def convolved(view: View, x: Any, how: products.How) -> Any:
-    """Images ``(images, height, width, channels)`` through a kernel, see :func:`is_kernel`."""
-    window = how.window
-    assert window is not None
-    if not convolutions.is_product(window):
-        return _with_zeros(view, x, how, False)
-    (a, b), shape = window.strides, window.shape(len(x), of_inputs=False)
-    rows = x[:, ::a, ::b].reshape(-1, window.inputs)
-    return _with_zeros(view, rows, how._replace(window=None), False).reshape(shape)
 
 
 def in_leaf(parts: Any) -> list[_Part]:
