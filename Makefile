@@ -22,7 +22,7 @@ test-all: lint  ## also the full product of methods, optimizers and wrappers
 
 tests = $(patsubst %,tests/%_test.py,$(1))
 LIBRARY := selection trees distributions schedules masks reference errors rules flops products pitfalls \
-	compact_native compact_trace one_shot scores
+	compact_native compact_conv compact_trace one_shot scores
 
 test-oldest: $(OLDEST)/.installed  ## the library on the oldest supported JAX
 	$(OLDEST)/bin/python -m pytest -n 2 -m "not full" $(call tests,$(LIBRARY))
