@@ -16,7 +16,8 @@ import granet_jax as gj
 from experiments.benchmarks import weights
 from granet_jax import export
 from granet_jax.compact import native
-from granet_jax.export import sparse
+from granet_jax.export import products, sparse
+from granet_jax.export.graph import flatten
 
 KEY = jax.random.key(0)
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -402,3 +403,27 @@ def test_serialized_models_give_the_same_outputs(way, monkeypatch):
     sparse_apply = export.compile(apply_fn, params, masks, x, ways=[way])
     data = export.serialize(sparse_apply, x)
     chex.assert_trees_all_close(export.deserialize(data)(x), sparse_apply(x), **CLOSE)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolutions_by_the_kernel_for_live_weights(stride):
+    if not native.available():
+        pytest.skip("native.cc is not built here")
+    draw = np.random.default_rng(0)
+    kernel = draw.normal(size=(3, 3, 8, 16)) * (draw.random((3, 3, 8, 16)) < 0.1)
+    x = jnp.asarray(draw.normal(size=(3, 10, 9, 8)), jnp.float32)
+    params = {"w": jnp.asarray(kernel, jnp.float32)}
+
+    def apply_fn(params, x):
+        how = {"padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+        return jax.lax.conv_general_dilated(x, params["w"], (stride, stride), **how)
+
+    program = flatten(jax.make_jaxpr(functools.partial(apply_fn, params))(x))
+    (step,) = sparse._partially_evaluate(program).steps
+    way = sparse._convolve(products.Product.of(step))
+    (got,) = jax.jit(way.run)(way.arrays, x)
+    wanted = apply_fn(params, x)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-5)
+    sparse_apply = export.compile(apply_fn, params, None, x, ways=["convolve"])
+    assert sparse_apply.choices[0].milliseconds.keys() == {"dense", "convolve"}
+    chex.assert_trees_all_close(sparse_apply(x), wanted, rtol=1e-5, atol=1e-5)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from granet_jax import jaxprs, trees
 from granet_jax.compact import views
+from granet_jax.compact.convolutions import as_they_are
 from granet_jax.compact.layouts import Layout, written
 from granet_jax.compact.rules import RULES
 from granet_jax.compact.views import View
@@ -279,7 +280,8 @@ def _walk(
     def function(*arrays: Any) -> Any:
         return apply_fn(*jax.tree.unflatten(tree, arrays))
 
-    jaxpr = jax.make_jaxpr(function)(*flat)
+    with as_they_are():
+        jaxpr = jax.make_jaxpr(function)(*flat)
     walk.dense("output", "output", run(walk, jaxpr, given), "returned")
     return walk.sums
 
