@@ -1,4 +1,4 @@
-"""Convolutions with live weights alone, layer by layer, against dense ones."""
+"""Convolutions with live weights alone, by layer and in whole networks, against dense ones."""
 
 import functools
 from collections.abc import Callable
@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import granet_jax as gj
 from experiments.benchmarks import timing
 from experiments.benchmarks.tables import Table
+from experiments.models import MODELS
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 PARTS = ("forward", "of inputs", "of weights")
@@ -50,6 +52,7 @@ LAYERS = [
     Layer(32, 64, 128, window=1, stride=2),
     Layer(8, 64, 64, batch=1),
 ]
+NETWORKS = [("resnet20", 32, 128), ("wrn_22_2", 32, 128), ("vgg19", 32, 128)]  # image, batch
 QUICK = [Layer(4, 4, 4, batch=2), Layer(4, 4, 4, window=1, batch=2)]
 
 
@@ -98,6 +101,7 @@ def tables(quick: bool) -> list[Table]:
             "Times faster than the dense convolution of the table before, all within one run; "
             "below 1 the layer is better unpacked.",
         ),
+        _networks(quick),
     ]
 
 
@@ -159,3 +163,69 @@ def _sparse_row(layer: Layer, times: Any, sparsity: float) -> dict[str, str]:
 
 def _whole(times: Any, way: str) -> float:
     return sum(times[way, part].median for part in PARTS)
+
+
+def _networks(quick: bool) -> Table:
+    networks, sparsities = ([("lenet5", 16, 2)], (0.9,)) if quick else (NETWORKS, (0.9, 0.95))
+    rows = []
+    for name, image, batch in networks:
+        steps = {"dense": _step(name, image, batch, None)}
+        steps |= {f"{100 * s:g} %": _step(name, image, batch, s) for s in sparsities}
+        times = timing.in_turns(steps, 2 if quick else 7)
+        for way, m in times.items():
+            rows.append(
+                {
+                    "network": f"{name}, batch {batch}, {way}",
+                    "ms": timing.ms(m.median),
+                    "images/s": f"{batch / m.median:,.0f}",
+                    "times faster": f"{times['dense'].median / m.median:.2f}",
+                    "quartiles": timing.quartiles(timing.ratios(times["dense"], m)),
+                }
+            )
+    note = (
+        "Whole steps (forward pass, gradients, SGD with momentum), without an event of RigL. Dense "
+        "is plain training with the dense convolutions of the first table."
+    )
+    return Table("Networks of convolutions with live weights", rows, note)
+
+
+def _step(name: str, image: int, batch: int, sparsity: float | None) -> Callable[[], Any]:
+    """Steps that go on from each other; None = dense."""
+    x = jax.random.normal(jax.random.key(0), (batch, image, image, 3))
+    labels = jax.random.randint(jax.random.key(1), (batch,), 0, 10)
+    model = MODELS[name](num_classes=10)
+    variables = dict(jax.jit(model.init)(jax.random.key(2), x[:1]))
+    params = variables.pop("params")
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        told: dict[str, Any] = {"train": True, "mutable": list(variables)} if variables else {}
+        out: Any = model.apply({"params": params, **variables}, x, **told)
+        logits = out[0] if variables else out
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+    tx: Any = optax.sgd(0.1, momentum=0.9)
+    if sparsity is not None:
+        key = jax.random.key(3)
+        method = gj.rigl(sparsity=sparsity, update_every=100, total_steps=10**6, key=key)
+        tx = gj.compact.sparsify(tx, method)
+    state = tx.init(params)
+    if sparsity is not None:
+        params = gj.compact.to_slots(params, gj.compact.get_layouts(state))
+
+    def step(params: Any, state: Any, x: jax.Array) -> Any:
+        if sparsity is None:
+            updates, state = tx.update(jax.grad(loss)(params, x), state, params)
+        else:
+            layouts = gj.compact.get_layouts(state)
+            grads = jax.grad(gj.compact.sparse(loss))(params, layouts, x)
+            updates, state = tx.update(grads, state, params, event=False)
+        return optax.apply_updates(params, updates), state
+
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    carry = params, state
+
+    def run() -> None:
+        nonlocal carry
+        carry = jax.block_until_ready(jitted(*carry, x))  # donated by the next call
+
+    return run
