@@ -157,11 +157,12 @@ INLINE void EachWeight(const Geometry& g, const int32_t* ends, const int32_t* pl
 
 // --- How images lie in planes ---
 
-// How an array of images is cut into planes: `rows` x `width` places from place `first` of each
-// remainder on, `margin` zeros before them.
+// How images are cut into planes: one for each channel, with a part for each pair of remainders, in
+// which `rows` x `width` places follow each other, and the images of a place.
 struct Planes {
   int64_t lanes;  // images that lie together: 1, or whole vectors of them
-  int64_t rows, width, part, plane, channels;  // `part` floats for each pair of remainders
+  int64_t rows, width, channels;
+  int64_t part, plane;  // floats of each
 
   Planes(int64_t lanes, int64_t rows, int64_t width, int64_t parts, int64_t channels)
       : lanes(lanes), rows(rows), width(width), channels(channels) {
