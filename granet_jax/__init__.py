@@ -102,4 +102,4 @@ from granet_jax.types import SparseState as SparseState
 from granet_jax.young import correct_young as correct_young
 from granet_jax.young import scale_by_density as scale_by_density
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
