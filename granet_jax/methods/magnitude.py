@@ -24,11 +24,14 @@ def magnitude(
 
     Args:
       sparsity: fraction of zeros among prunable weights after the prune, in [0, 1).
-      at: the step of the prune, >= 1; the masks apply from the end of that step.
+      at: the step of the prune, >= 1; the weights are 0 from the end of that step.
       scope: what is ranked together: ``global_ranking``, or ``uniform`` or ``erk`` by layer.
-      score: the highest are kept.
+      score: the weights that score highest are kept.
       masks: start from these instead of dense (bool, tree of params).
       prunable: path rules, see :func:`granet_jax.trees.describe`.
+
+    Returns:
+      A method for :func:`granet_jax.sparsify`.
 
     Raises:
       ValueError: a sparsity outside [0, 1), or ``at < 1``.
