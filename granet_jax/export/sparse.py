@@ -1,9 +1,8 @@
 """Sparse execution: products with pruned weights, done in the way that is fastest.
 
-:func:`compile` traces a model and finds the matrix products and convolutions whose weights are
-known. It times several ways on this machine and takes the fastest for each: dense, the kernel for
-live weights of :mod:`granet_jax.compact`, a sparse matrix (BCSR, for which XLA:CPU has a kernel),
-or gathering the inputs of each output.
+:func:`compile` traces a model and finds the products and convolutions with known weights. For each
+it takes the fastest of several ways, timed on this machine: dense, the kernel for live weights of
+:mod:`granet_jax.compact`, BCSR (XLA:CPU has a kernel for it), or gathering each output's inputs.
 """
 
 import dataclasses
@@ -364,8 +363,8 @@ def _bcsr(product: _Product, num_tiles: int = 1) -> _Ready | None:
     """A sparse matrix times a dense one: a kernel of XLA:CPU; on a GPU cuSPARSE.
 
     For each weight the kernel reads one input of all rows. If the inputs do not fit a core's cache,
-    it is faster to process them in tiles, each for all outputs. The sum over tiles is a product
-    with ones, because XLA would fuse any other sum with the transposition, which is slow.
+    tiles of them are faster, each for all outputs. The sum over tiles is a product with ones: XLA
+    would fuse any other sum with the transposition, which is slow.
     """
     num_inputs, num_outputs = product.weights.shape
     small = num_tiles > 1 and _num_rows(product) * num_inputs < num_tiles * _SMALLEST_TILE
