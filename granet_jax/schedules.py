@@ -223,8 +223,8 @@ def gradual_num_keep(
         end_step) -> schedule``.
 
     Returns:
-      ``(shapes, step) -> counts``, int32: a scalar, or one count for each layer, as
-      ``distribution`` gives them.
+      ``(shapes, step) -> counts``, int32, a scalar or one count for each layer, as ``distribution``
+      gives them.
 
     Raises:
       ValueError: a sparsity outside [0, 1), ``initial_sparsity > final_sparsity``, or as ``curve``;

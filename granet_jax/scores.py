@@ -320,7 +320,7 @@ def cannistraci_hebb(prunable: Rules = ()) -> ScoreFn:
       prunable: the path rules of the method, which say which axes stack layers.
 
     Returns:
-      A score that reads ``masks`` and ``key``: above 0 with a path, in [-1, 0) without one.
+      A score that reads ``masks`` and ``key``, above 0 with a path, in [-1, 0) without one.
 
     Raises:
       ValueError: when it scores without a key.

@@ -214,7 +214,7 @@ def check_sparse(params: PyTree, opt_state: Any) -> jax.Array:
       opt_state: state of a transformation that contains at least one ``sparsify``.
 
     Returns:
-      The count. Under ``jit`` check it yourself: nothing is raised there.
+      The count. Check it yourself under ``jit``, where nothing is raised.
 
     Raises:
       ValueError: outside ``jit``, if the count is not 0; the message names the first such leaf. Or

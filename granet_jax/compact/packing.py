@@ -43,8 +43,8 @@ def pack(
         masks have to be constant within blocks.
 
     Returns:
-      ``(values, layouts)``. ``values`` is a tree like ``params``: prunable leaves are vectors of
-      slots ``(*stack, capacity)``, the others are copied. ``layouts`` is
+      ``(values, layouts)``. ``values`` is a tree like ``params``, with vectors of slots
+      ``(*stack, capacity)`` for prunable leaves and copies of the others. ``layouts`` is
       ``{path: granet_jax.compact.Layout}`` for the prunable leaves.
 
     Raises:

@@ -65,7 +65,7 @@ def snip(
       prunable: path rules, see :func:`granet_jax.trees.describe`.
 
     Returns:
-      Masks: bool tree of ``params``; leaves that are not prunable are all True. Counts are exact.
+      Masks, a bool tree of ``params``; leaves that are not prunable are all True. Counts are exact.
 
     Warns:
       UserWarning: a layer has lost all its weights.
@@ -89,7 +89,7 @@ def snip(
 
 
 def snip_scores(loss_fn: LossFn, params: PyTree, batches: Iterable[Any]) -> PyTree:
-    """``|theta * g|``, where g is the gradient of the loss, summed over batches.
+    """``|theta * g|``, where g is the gradient of the loss summed over batches.
 
     This is ``|dL/dm|`` at masks m of ones; for a complex weight, the largest value over masks of
     modulus 1. The papers divide by the sum of all scores, which changes no ranking.
@@ -102,7 +102,7 @@ def snip_scores(loss_fn: LossFn, params: PyTree, batches: Iterable[Any]) -> PyTr
       batches: as in :func:`snip`.
 
     Returns:
-      Tree of ``params``, scores >= 0: float32, or float64 for float64 parameters.
+      Tree of ``params``, scores >= 0, float32 or (for float64 parameters) float64.
 
     Raises:
       ValueError: no batch.
@@ -175,7 +175,7 @@ def grasp_scores(loss_fn: LossFn, params: PyTree, batches: Iterable[Any]) -> PyT
       batches: as in :func:`grasp`.
 
     Returns:
-      Tree of ``params``, signed scores: float32, or float64 for float64 parameters.
+      Tree of ``params``, signed scores, float32 or (for float64 parameters) float64.
 
     Raises:
       ValueError: no batch.
@@ -289,7 +289,7 @@ def synflow_scores(apply_fn: ApplyFn, params: PyTree, example: Any) -> PyTree:
       example: as in :func:`synflow`.
 
     Returns:
-      Tree of ``params``, scores >= 0: float32, or float64 for float64 parameters.
+      Tree of ``params``, scores >= 0, float32 or (for float64 parameters) float64.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -389,7 +389,7 @@ def collapsed(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> list
       prunable: path rules, see :func:`granet_jax.trees.describe`.
 
     Returns:
-      A list of paths; layers of a stack have their index: ``"path[0]"``.
+      A list of paths; layers of a stack have their index, ``"path[0]"``.
 
     Example: the first of two stacked layers is empty.
       >>> import granet_jax as gj, jax.numpy as jnp

@@ -78,8 +78,8 @@ def prune(
       prunable: path rules, see :func:`granet_jax.trees.describe`.
 
     Returns:
-      New masks, a subset of ``masks``. Ties are settled by index. The count is computed in float32:
-      above 10^6 weights it may be off by one.
+      New masks, a subset of ``masks``. Ties are settled by index. The count is computed in float32
+      and may be off by one above 10^6 weights.
 
     Warns:
       UserWarning: a layer has lost its last weight.

@@ -89,7 +89,7 @@ def dst(*, output_axis: int = -1, prunable: trees.Rules = ()) -> Reparameterisat
 
 
 def long_tailed(x: jax.Array) -> jax.Array:
-    """The surrogate derivative of the step: 2 - 4|x| for |x| up to .4, then .4 up to 1, then 0.
+    """The surrogate derivative of the step: ``2 - 4|x|`` up to .4, then .4 up to 1, then 0.
 
     Example:
       >>> import jax.numpy as jnp

@@ -235,8 +235,8 @@ def at_bound(opt_state: Any, controller: Controller) -> jax.Array:
       controller: the one that ``penalise`` was given.
 
     Returns:
-      int32: 1 at the largest coefficient, -1 at the smallest, else 0. It has the shape of the
-      coefficient: a scalar, or more under ``vmap``.
+      1 at the largest coefficient, -1 at the smallest, else 0; int32, of the shape of the
+      coefficient (a scalar, or more under ``vmap``).
 
     Raises:
       ValueError: there is no ``penalise`` inside, or more than one.
