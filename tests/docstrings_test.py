@@ -4,6 +4,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import re
 
 import pytest
 
@@ -19,15 +20,14 @@ def test_examples_in_docstrings(name):
     assert results.failed == 0
 
 
-def test_public_names_have_docstrings_and_functions_have_examples():
+def test_public_functions_have_docstrings_with_arguments_and_examples():
     for name, value in vars(gj).items():
         if name.startswith("_"):
             continue
-        assert inspect.getdoc(value), f"granet_jax.{name} has no docstring"
-        if inspect.isfunction(value) and name not in (
-            "ones",
-            "start_from",
-            "get_masks",
-            "get_method_state",
-        ):
-            assert ">>> " in value.__doc__, f"granet_jax.{name} has no example"
+        told = inspect.getdoc(value)
+        assert told, f"granet_jax.{name} has no docstring"
+        if inspect.isfunction(value):
+            assert ">>> " in told, f"granet_jax.{name} has no example"
+            for argument in inspect.signature(value).parameters:
+                pattern = rf"^  \*{{0,2}}{argument}: "
+                assert re.search(pattern, told, re.MULTILINE), f"{name} says nothing of {argument}"
