@@ -241,8 +241,8 @@ def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
     positions; class tokens and the like; layer scales; adapters (LoRA). The names are those of
     Flax, Haiku, Equinox, Penzai, Keras and Hugging Face. A vector in disguise stays dense as well:
     all its axes but the last are 1, or, with three axes or more, all but the first. (Leaves called
-    ``kernel``, ``w``, ``weight`` or ``weights``, and leaves without a name, are kernels even so.) A
-    leaf without elements is never prunable.
+    ``kernel``, ``w``, ``weight`` or ``weights``, and matrices without a name, are kernels even so.)
+    A leaf without elements is never prunable.
 
     Args:
       params: tree of arrays or ``ShapeDtypeStruct``.

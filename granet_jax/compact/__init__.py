@@ -2,14 +2,15 @@
 
 The files, in the order in which data flow::
 
-    layouts    slots, and where each belongs
-    native     the kernels of native.cc as JAX functions
-    packing    dense trees to slots and back
-    products   x @ w, y @ w.T and the gradient of the slots
-    views      stand-ins for dense arrays in a trace
-    trace      sparse(fn): the products of any function over live weights
-    gradients  of all weights, computed with live ones
-    transform  sparsify: any elementwise optimizer, training live weights by any method
+    layouts      slots, and where each belongs
+    native       the kernels of native.cc as JAX functions
+    packing      dense trees to slots and back
+    products     x @ w, y @ w.T and the gradient of the slots
+    views        stand-ins for dense arrays in a trace
+    trace        sparse(fn): the products of any function over live weights
+    gradients    of all weights, computed with live ones
+    elementwise  checks that an optimizer treats slots as it treats dense params
+    transform    sparsify: any elementwise optimizer, training live weights by any method
 """
 
 from granet_jax.compact.gradients import value_and_dense_grad as value_and_dense_grad

@@ -23,7 +23,7 @@ class Lists(NamedTuple):
     native kernels read the lists; :func:`granet_jax.compact.pack` makes them.
     """
 
-    ends: jax.Array  # int32 (*stack, tiles * outputs + 1), where lists begin; last, their length
+    ends: jax.Array  # int32 (*stack, tiles * outputs + 1), starts of lists; last, the end
     places: jax.Array  # int32 (*stack, capacity), the input of each entry
     slots: jax.Array  # int32 (*stack, capacity), the slot of each entry
 

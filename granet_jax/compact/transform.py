@@ -1,7 +1,6 @@
 """``compact.sparsify``: any elementwise optax optimizer, training live weights alone."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +10,8 @@ import optax
 from granet_jax import jaxprs, moments, trees
 from granet_jax import transform as masked
 from granet_jax.checkpoint import exportable
+from granet_jax.compact import elementwise, native, packing
 from granet_jax.compact import layouts as _layouts
-from granet_jax.compact import native, packing
 from granet_jax.compact.layouts import Layout, Layouts, Lists
 from granet_jax.types import Event, Method, PyTree
 
@@ -21,7 +20,7 @@ class CompactState(NamedTuple):
     """State of :func:`sparsify`: plain arrays, for any kind of file."""
 
     mask_step: jax.Array  # int32 scalar, updates done
-    method: Any  # the method's state, but for its masks, which follow from the layouts
+    method: Any  # the method's state without its masks, which follow from the layouts
     inner: Any  # the wrapped optimizer's state, on slots
     layouts: dict[str, Layout]  # by path
     outgrown: jax.Array  # int32 scalar, how many grown weights got no slot, so far
@@ -128,7 +127,7 @@ def sparsify(
         )
         inner_state = inner.init(values)
         moments.check_maskable(inner_state, values)
-        _check_elementwise(inner, params, values)
+        elementwise.check(inner, params, values)
         dense_state = jax.eval_shape(inner.init, params)
         masked.check_frozen(inner, dense_state, method, method_state, params)
         step, mistimed = (jnp.zeros([], jnp.int32) for _ in range(2))
@@ -197,8 +196,17 @@ def get_state(opt_state: Any) -> CompactState:
     Args:
       opt_state: state of a transformation that contains one ``compact.sparsify``.
 
+    Returns:
+      The state itself, not a copy.
+
     Raises:
       ValueError: there is none, or more than one.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp, optax
+      >>> tx = optax.chain(gj.compact.sparsify(optax.sgd(0.1), gj.static()))
+      >>> int(get_state(tx.init({"kernel": jnp.ones((2, 2))})).outgrown)
+      0
     """
     states = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_compact) if _is_compact(x)]
     if len(states) != 1:
@@ -210,16 +218,40 @@ def get_state(opt_state: Any) -> CompactState:
 
 
 def get_layouts(opt_state: Any) -> dict[str, Layout]:
-    """The layouts inside an optimizer state, by path of the leaf; errors as :func:`get_state`."""
+    """The layouts inside an optimizer state.
+
+    Args:
+      opt_state: as for :func:`get_state`.
+
+    Returns:
+      ``{path: Layout}`` for the leaves that are compact.
+
+    Raises:
+      ValueError: as :func:`get_state`.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp, optax
+      >>> tx = gj.compact.sparsify(optax.sgd(0.1), gj.static())
+      >>> layouts = get_layouts(tx.init({"bias": jnp.ones(2), "kernel": jnp.ones((2, 2))}))
+      >>> {path: layout.capacity for path, layout in layouts.items()}
+      {'kernel': 4}
+    """
     return get_state(opt_state).layouts
 
 
 def check(opt_state: Any) -> None:
     """Checks, outside ``jit``, that a run has done what its method asked for.
 
+    Args:
+      opt_state: as for :func:`get_state`; concrete arrays.
+
     Raises:
       ValueError: grown weights got no slot (a method that moves weights between layers needs a
         larger ``capacity``), or ``event=`` differed from the method's schedule at some steps.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp, optax
+      >>> check(gj.compact.sparsify(optax.sgd(0.1), gj.static()).init({"w": jnp.ones((2, 2))}))
     """
     state = get_state(opt_state)
     if int(jnp.max(state.outgrown)):
@@ -292,7 +324,20 @@ def shrink(
 
 
 def num_live(layout: Layout) -> int:
-    """The number of live weights in the fullest layer of a leaf, at least 1; not traced."""
+    """The number of live weights in the fullest layer of a leaf, at least 1.
+
+    Args:
+      layout: of the leaf; concrete arrays.
+
+    Returns:
+      An int.
+
+    Example: one of two slots is dead.
+      >>> import jax.numpy as jnp
+      >>> from granet_jax.compact.layouts import written
+      >>> num_live(Layout(jnp.array([4, 6]), None, None, written((), (3,), (2,))))
+      1
+    """
     return max(1, int(jnp.sum(_layouts.live(layout), axis=-1).max()))
 
 
@@ -388,12 +433,13 @@ def _reads_gradients(
     """Whether the method's trace reads gradients."""
     masks = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, bool), params)
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    rest, params = _with_masks(_shapes(method_state), masks), _shapes(params)
+    rest = _with_masks(elementwise.abstract(method_state), masks)
+    params = elementwise.abstract(params)
 
     def update(grads: PyTree, state: Any, params: PyTree, step: jax.Array, inner: Any) -> Any:
         return method.update(state, Event(params, grads, state[0], step, None, inner, extra_args))
 
-    closed = jax.make_jaxpr(update)(params, rest, params, step, _shapes(inner))
+    closed = jax.make_jaxpr(update)(params, rest, params, step, elementwise.abstract(inner))
     return any(jaxprs.reads(closed)[: len(jax.tree.leaves(params))])
 
 
@@ -413,55 +459,6 @@ def _check_method(method: Method, method_state: Any, params: PyTree) -> None:
             "weights and needs dense gradients at every step. Use granet_jax.sparsify, or a method "
             "that looks at gradients at events alone (rigl, granet)."
         )
-
-
-# Operations that follow from shapes alone.
-_SHAPES = frozenset({"reshape", "squeeze", "broadcast_in_dim", "expand_dims", "transpose"})
-
-
-def _check_elementwise(inner: Any, params: PyTree, values: PyTree) -> None:
-    """Refuses an optimizer that treats slots differently from dense parameters."""
-
-    def what_it_does(tree: PyTree) -> Any:
-        tree = _shapes(tree)
-        state = jax.eval_shape(inner.init, tree)
-        keep = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, bool), tree)
-        update = jax.make_jaxpr(lambda g, s, p, keep: inner.update(g, s, p, keep=keep))
-        trace = update(tree, state, tree, keep)
-        owners = trees.owners(state, tree)
-        kept = {path: x is not None and x.same_shape for path, x in owners.items()}
-        return Counter(op for op in _operations(trace) if op[0] not in _SHAPES), kept
-
-    try:
-        of_params = what_it_does(params)
-    except Exception:  # an optimizer that needs more than gradients: nothing is known
-        return
-    of_slots = what_it_does(values)
-    if of_params == of_slots:
-        return
-    odd = (of_params[0] - of_slots[0]) + (of_slots[0] - of_params[0])
-    told = ", ".join(sorted({" ".join(op) for op in odd})[:3]) or "the shapes of its state"
-    raise ValueError(
-        "This optimizer treats slots, which are vectors, in another way than the dense parameters: "
-        f"{told} differ. It looks at their shapes, as muon, adafactor, means over a leaf and a "
-        "weight decay for matrices alone (mask=lambda p: p.ndim > 1) do. Choose leaves by path "
-        "instead, or use granet_jax.sparsify."
-    )
-
-
-def _operations(jaxpr: Any) -> Iterator[tuple[str, ...]]:
-    """The primitive of each equation and its numeric parameters, in inner jaxprs too."""
-    for eqn in jaxprs.opened(jaxpr).eqns:
-        numbers = [str(x.val) for x in eqn.invars if isinstance(x, jaxprs.Literal)]
-        if len(eqn.params.get("axes", ())) not in (0, getattr(eqn.invars[0].aval, "ndim", 0)):
-            numbers.append("over some axes")
-        yield eqn.primitive.name, *numbers
-        for inner in jaxprs.inner(eqn):
-            yield from _operations(inner)
-
-
-def _shapes(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def _check_update(grads: PyTree, state: Any, values: PyTree | None, method: Method) -> None:

@@ -70,7 +70,7 @@ def magnitude(*, by_output: bool = False) -> OneShot:
     Args:
       by_output: each output keeps the same number of weights. Which axes are outputs follows from
         the batch of :func:`granet_jax.one_shot.prune`, or from the statistics of ``prune_from``;
-        without statistics the last axis is.
+        without statistics the last axis is the outputs.
 
     Returns:
       A method for :func:`granet_jax.one_shot.prune`.
