@@ -6,7 +6,6 @@ the parameters in any optax optimizer, without a list of optimizers.
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,16 +18,20 @@ from granet_jax.types import PyTree
 
 
 def told_keep(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The optimizer with an argument ``keep=``, passed on if it takes extra arguments.
+    """The optimizer with an argument ``keep=``, passed on if it takes it.
 
-    Optax asks transformations with extra arguments to accept unknown ones; SAM does not.
+    Optax asks transformations with extra arguments to accept unknown ones. SAM and line searches do
+    not, nor do wrappers that pass all of them on to a plain transformation.
     """
     inner = optax.with_extra_args_support(inner)
-    named = inspect.signature(inner.update).parameters.values()
-    takes = any(x.name == "keep" or x.kind is inspect.Parameter.VAR_KEYWORD for x in named)
 
     def update(grads: PyTree, state: Any, params: PyTree, *, keep: PyTree, **extra: Any) -> Any:
-        return inner.update(grads, state, params, **extra, **({"keep": keep} if takes else {}))
+        try:
+            return inner.update(grads, state, params, **extra, keep=keep)
+        except TypeError as error:
+            if "'keep'" not in str(error):
+                raise
+        return inner.update(grads, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
