@@ -73,7 +73,8 @@ def test_every_page_is_in_a_table_of_contents():
     listed = {DOCS / "index.md"}
     for path in PAGES:
         for block in re.findall(r"```{toctree}(.*?)```", path.read_text(), re.DOTALL):
-            entries = [x.strip() for x in block.splitlines() if x.strip() and x[0] != ":"]
+            lines = [x.strip() for x in block.splitlines() if x.strip() and x[0] != ":"]
+            entries = [re.sub(r".*<(.*)>", r"\1", line) for line in lines]
             listed |= {(path.parent / f"{entry}.md").resolve() for entry in entries}
     assert {path.resolve() for path in PAGES} == {path.resolve() for path in listed}
 
