@@ -18,7 +18,7 @@ from tests.lm_test import _tiny, mesh_of, numbers, run_until  # noqa: F401
 from tests.run_test import OwnNet, own_data, own_settings
 
 
-@pytest.mark.parametrize("method", ["rigl", "granet"])
+@pytest.mark.parametrize("method", [pytest.param("rigl", marks=pytest.mark.full), "granet"])
 def test_images_go_on_to_the_same_bits(method, tmp_path):
     """GraNet starts dense: its slots are repacked on the way, and a checkpoint has fewer."""
     config = own_settings(
