@@ -61,15 +61,16 @@ def check_restored(restored: PyTree, example: PyTree) -> PyTree:
         for path, x in expected.items()
         if kinds.get(path) != _kind(x)
     ]
-    wrong += [f"{path} is {kinds[path]}, expected nothing" for path in kinds.keys() - expected]
+    more = [f"{path} is {x}, expected nothing" for path, x in kinds.items() if path not in expected]
+    wrong = [*more[:2], *wrong, *more[2:]]  # both are shown where names differ
     writers = _writers(example)
     for words, writer in _writers(restored).items():
         if writer != writers.get(words, writer):
             wrong.insert(0, f"it was written by the method {writer}, expected {writers[words]}")
     if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        others = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(
-            f"The checkpoint does not fit the model: {'; '.join(wrong[:5])}{more}. "
+            f"The checkpoint does not fit the model: {'; '.join(wrong[:5])}{others}. "
             "Build the model, optimizer and method that it was saved with."
         )
     structure: Any = jax.tree.structure(example)

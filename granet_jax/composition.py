@@ -45,7 +45,7 @@ def start_from(
       >>> int(start({"kernel": jnp.ones((4, 4))})["kernel"].sum())
       8
     """
-    distributions.check_sparsity("initial sparsity", sparsity)
+    distributions.check_sparsity("sparsity", sparsity)
     is_dense = not isinstance(sparsity, jax.core.Tracer) and float(sparsity) == 0.0
     if masks is None and not is_dense and key is None:
         raise ValueError(
@@ -95,6 +95,9 @@ def compose(
       event it raises a ValueError if the state was made with a key and the method has none, or the
       other way round.
 
+    Raises:
+      TypeError: ``key`` is no key.
+
     Example: a method in one line, with a rule of your own for growth.
       >>> import granet_jax as gj
       >>> import jax.numpy as jnp
@@ -108,6 +111,8 @@ def compose(
       >>> int(state.masks["kernel"].sum())
       16
     """
+    if key is not None and not hasattr(key, "dtype"):
+        raise TypeError(f"key is a key of JAX, as jax.random.key(0) gives it; got {key!r}.")
 
     def init(params: PyTree) -> MaskState:
         # A copy, so that donating the state does not delete the caller's.

@@ -25,7 +25,9 @@ from granet_jax.types import Counts, Distribution, Shapes
 
 
 def check_sparsity(name: str, sparsity: Any) -> None:
-    """Raises a ValueError unless ``0 <= sparsity < 1``; a traced value is not checked."""
+    """Raises an error unless ``0 <= sparsity < 1``; a traced value is not checked."""
+    if isinstance(sparsity, str):
+        raise TypeError(f"{name} must be a number; got {sparsity!r}.")
     if not isinstance(sparsity, jax.core.Tracer) and not 0.0 <= float(sparsity) < 1.0:
         raise ValueError(
             f"{name} must be in [0, 1), the fraction of zeros; got {float(sparsity)}. "

@@ -91,7 +91,8 @@ def sparsify(
     if not isinstance(method, Method):
         raise TypeError(
             f"sparsify needs a Method, got {type(method).__name__}. "
-            "Call the method first: sparsify(inner, granet_jax.granet(...))."
+            "Call the method first: sparsify(inner, granet_jax.granet(...)). Methods of "
+            "granet_jax.reparam go around by penalise(inner, method, coefficient)."
         )
     inner = moments.told_keep(inner)
 
@@ -236,6 +237,7 @@ def check_sparse(params: PyTree, opt_state: Any) -> jax.Array:
     if not states:
         get_masks(opt_state)  # raises
     counts: dict[str, jax.Array] = {}
+    leaves: dict[str, Any] = {}
     for state in states:
         masks = trees.by_path(state.method[0])
         owners = trees.owners(params, state.method[0])
@@ -248,16 +250,24 @@ def check_sparse(params: PyTree, opt_state: Any) -> jax.Array:
         for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
             if keys in matched:
                 odd = jnp.sum(~masks[matched[keys]] & (leaf != 0), dtype=jnp.int32)
-                counts["/".join(trees.names(keys))] = odd
+                counts[path := "/".join(trees.names(keys))] = odd
+                leaves[path] = leaf
     total = sum(counts.values(), start=jnp.zeros([], jnp.int32))
     if not isinstance(total, jax.core.Tracer) and total > 0:
         first = next(path for path, x in counts.items() if x > 0)
-        raise ValueError(
-            f"{int(counts[first])} weights of {first} are not 0 though they are pruned, "
-            f"{int(total)} in all. "
+        cause = (
             "Mask the parameters once after tx.init, params = granet_jax.apply_masks(params, "
             "granet_jax.get_masks(opt_state)), and let nothing after sparsify touch updates or "
             "weights: scaling, decay and averages belong inside."
+        )
+        if not jnp.all(jnp.isfinite(leaves[first])):
+            cause = (
+                "Some are NaN or infinite, and no update brings these to 0: apply_masks does, and "
+                "optax.apply_if_finite(sparsify(...), n) keeps such gradients out."
+            )
+        raise ValueError(
+            f"{int(counts[first])} weights of {first} are not 0 though they are pruned, "
+            f"{int(total)} in all. {cause}"
         )
     return total
 

@@ -256,9 +256,9 @@ def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
       optimizers.
 
     Raises:
-      ValueError: a rule matches no leaf or decides something else, a leaf has fewer axes than its
-        rule stacks, a structure does not fit a leaf, two leaves have the same path, or nothing is
-        prunable.
+      ValueError: a rule is no pair, matches no leaf or decides something else, a leaf has fewer
+        axes than its rule stacks, a structure does not fit a leaf, two leaves have the same path,
+        or nothing is prunable.
 
     Example:
       >>> import jax.numpy as jnp
@@ -273,8 +273,16 @@ def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
     named = paths(params)
     if not named:
         return ()
-    for pattern, _ in rules:
-        if not any(re.search(pattern, name) for name in named):
+    for rule in rules:
+        try:
+            pattern, _ = () if isinstance(rule, str) else rule
+            matches = any(re.search(pattern, name) for name in named)
+        except (TypeError, ValueError, re.error) as error:
+            raise ValueError(
+                "A rule is a pair of a regular expression and a decision, as in "
+                f"prunable=[('^head/', False)]; got {rule!r}: {error}."
+            ) from None
+        if not matches:
             raise ValueError(
                 f"The rule {pattern!r} matches no parameter; the paths are: {', '.join(named)}."
             )
@@ -451,17 +459,11 @@ def pick(tree: PyTree, leaves: Sequence[Leaf]) -> list[jax.Array]:
 
 
 def split(tree: PyTree, leaves: Sequence[Leaf]) -> list[jax.Array]:
-    """The prunable leaves of a tree as stacks, arrays ``(num_layers, *layer_shape)``.
+    """The prunable leaves of a tree, in leaf order, as stacks ``(num_layers, *layer_shape)``.
 
     Args:
-      tree: as for :func:`pick`.
+      tree: as for :func:`pick`, which raises the errors.
       leaves: from :func:`describe`.
-
-    Returns:
-      A list of arrays, in leaf order.
-
-    Raises:
-      ValueError: as :func:`pick`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -481,9 +483,6 @@ def join(stacks: Sequence[jax.Array], tree: PyTree, leaves: Sequence[Leaf]) -> P
       stacks: arrays ``(num_layers, *layer_shape)``, one for each prunable leaf, in leaf order.
       tree: gives the structure and the other leaves.
       leaves: from :func:`describe`.
-
-    Returns:
-      A tree of the structure of ``tree``.
 
     Example:
       >>> import jax.numpy as jnp

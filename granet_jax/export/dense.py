@@ -65,7 +65,7 @@ def save_dense(
         name, transposed = _name(leaf, names)
         if name in tensors:
             raise ValueError(f"Two leaves are called {name!r} in the file; the second is {leaf}.")
-        array = native(leaf, np.asarray(jax.device_get(x)))
+        array = native(leaf, jax.device_get(x))
         _check_transposed(leaf, array.shape, transposed)
         tensors[name] = np.ascontiguousarray(array.T if transposed else array)
     data = serialize(tensors, {"format": "pt"})

@@ -70,12 +70,12 @@ def save(path: str | os.PathLike[str], params: PyTree, masks: PyTree | None = No
 
     if masks is not None:
         masks = check_masks(masks, params)
-    flat = {name: np.asarray(x) for name, x in trees.by_path(jax.device_get(params)).items()}
+    flat = trees.by_path(jax.device_get(params))
     flat_masks = {} if masks is None else trees.by_path(jax.device_get(masks))
     tensors, leaves = {}, []
-    for words, array in flat.items():
+    for words, x in flat.items():
         name = "/".join(words)
-        array = native(name, array)
+        array = native(name, x)
         if f"values/{name}" in tensors:
             raise ValueError(f"Two leaves are called {name} once their paths are joined.")
         leaf = _Stored.of(array, flat_masks.get(words))
@@ -153,15 +153,17 @@ def load(path: str | os.PathLike[str], like: PyTree | None = None) -> Saved:
     return Saved(*(jax.tree.unflatten(structure, [pair[i] for pair in in_order]) for i in (0, 1)))
 
 
-def native(name: str, array: np.ndarray) -> np.ndarray:
-    """An array in this machine's byte order; an error if a file cannot hold it."""
-    dtype = array.dtype.newbyteorder("=")
+def native(name: str, leaf: Any) -> np.ndarray:
+    """A leaf as an array in this machine's byte order; an error if a file cannot hold it."""
     try:
+        array = np.asarray(leaf)
+        dtype = array.dtype.newbyteorder("=")
         is_number = dtype.kind in "biufcV" and np.dtype(dtype.name) == dtype
-    except TypeError:  # raw bytes, records
+    except TypeError:  # raw bytes, records, typed keys
         is_number = False
     if not is_number:
-        raise ValueError(f"{name} is no array of numbers, but {array.dtype}.")
+        found = getattr(leaf, "dtype", type(leaf).__name__)
+        raise ValueError(f"{name} is no array of numbers, but {found}.")
     if dtype.itemsize > 8:
         raise ValueError(
             f"{name} is {dtype}, which a file cannot hold: numbers have at most 8 bytes there. "

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+
 from granet_jax import distributions, schedules, scores, trees
 from granet_jax.composition import compose, start_from
 from granet_jax.masks import prune_to
@@ -19,6 +21,7 @@ def gmp(
     score: ScoreFn = scores.magnitude,
     masks: PyTree | None = None,
     prunable: trees.Rules = (),
+    key: jax.Array | None = None,
 ) -> Method:
     """Prunes a dense network by magnitude on a cubic schedule; what is pruned stays pruned.
 
@@ -41,6 +44,7 @@ def gmp(
       score: the weights that score highest are kept.
       masks: start from these instead of dense (bool, tree of params).
       prunable: path rules, see :func:`granet_jax.trees.describe`.
+      key: typed key; needed for a ``score`` that draws.
 
     Returns:
       A method for :func:`granet_jax.sparsify`.
@@ -66,5 +70,6 @@ def gmp(
         start_from(masks, 0.0, scope, prunable, None, (scope, final_sparsity)),
         prune_to(num_keep, score=score, prunable=prunable),
         is_update_step=schedules.every(update_every, begin_step),
+        key=key,
         name="gmp",
     )
