@@ -194,7 +194,8 @@ def test_pruned_weights_that_are_nan_are_told_as_such():
     tx = gj.sparsify(optax.sgd(0.1), gj.static(sparsity=0.5, key=KEY))
     state = tx.init(PARAMS)
     nans = jax.tree.map(lambda x: x * jnp.nan, PARAMS)
-    with pytest.raises(ValueError, match=r"24 weights of fc/kernel .* NaN or infinite.*apply_masks"):
+    message = r"24 weights of fc/kernel .* NaN or infinite.*apply_masks"
+    with pytest.raises(ValueError, match=message):
         gj.check_sparse(nans, state)
     assert gj.check_sparse(gj.apply_masks(nans, gj.get_masks(state)), state) == 0
 
