@@ -5,11 +5,13 @@ NEWEST_PYTHON ?= python3.13
 VENV := .venv
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
-SETUP := setup.py $(wildcard granet_jax/compact/*.cc granet_jax/compact/*.h) setup.cfg pyproject.toml constraints.txt constraints-oldest.txt
-
+WHEEL := .venv-wheel
 DOCS := .venv-docs
+TOOLS := chex hypothesis pytest pytest-xdist
+SETUP := setup.py $(wildcard granet_jax/compact/*.cc granet_jax/compact/*.h) setup.cfg pyproject.toml constraints.txt constraints-oldest.txt
+SOURCES := $(shell find granet_jax experiments -name '*.py' -o -name '*.html' -o -name '*.flags') README.md
 
-.PHONY: demo test test-all test-oldest test-newest docs lint benchmark clean
+.PHONY: demo test test-all test-wheel test-oldest test-newest dist docs lint benchmark clean
 
 demo: $(VENV)/.installed  ## six methods on digits, a table and a report
 	$(VENV)/bin/python -m experiments.compare --out_dir=runs/demo
@@ -21,15 +23,27 @@ test-all: lint  ## also the full product of methods, optimizers and wrappers
 	$(VENV)/bin/python -m pytest -n auto --dist worksteal
 
 tests = $(patsubst %,tests/%_test.py,$(1))
-LIBRARY := selection trees distributions schedules masks reference errors rules flops products pitfalls \
-	compact_native compact_conv compact_trace one_shot scores
+CORE := selection trees distributions schedules masks reference errors rules
+LIBRARY := $(CORE) flops products pitfalls compact_native compact_conv compact_trace one_shot scores
 
-test-oldest: $(OLDEST)/.installed  ## the library on the oldest supported JAX
-	$(OLDEST)/bin/python -m pytest -n 2 -m "not full" $(call tests,$(LIBRARY))
+# Installs the wheel into an environment and runs tests where the checkout cannot be imported.
+define with_wheel
+	$(1)/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl
+	folder=$$(mktemp -d) && cp -r tests pyproject.toml "$$folder" && cd "$$folder" \
+		&& $(CURDIR)/$(1)/bin/python -m pytest -n 2 -m "not full" $(call tests,$(2)) && rm -r "$$folder"
+endef
 
-test-newest: $(NEWEST)/.installed  ## the library and the language model on the newest JAX
-	$(NEWEST)/bin/python -m pytest -n 2 -m "not full" $(call tests,$(LIBRARY) \
-		house acceptance optimizers x64 structures compact compact_states compact_blocks export kernels models lm)
+test-wheel: $(WHEEL)/.installed dist/.built  ## the core of the library as the wheel installs it
+	$(call with_wheel,$(WHEEL),$(CORE))
+
+test-oldest: $(OLDEST)/.installed dist/.built  ## the library on the oldest supported JAX, from the wheel
+	$(call with_wheel,$(OLDEST),$(LIBRARY))
+
+test-newest: $(NEWEST)/.installed dist/.built  ## the library and the language model on the newest JAX, from the wheel
+	$(call with_wheel,$(NEWEST),$(LIBRARY) docstrings acceptance optimizers x64 structures \
+		compact compact_states compact_blocks export kernels models lm)
+
+dist: dist/.built  ## the wheel and the source distribution, checked
 
 docs: $(DOCS)/.installed  ## the site, into docs/_build; every page is run
 	JAX_PLATFORMS=cpu $(DOCS)/bin/python -m sphinx --fail-on-warning --keep-going -b html docs docs/_build/html
@@ -43,25 +57,43 @@ benchmark: $(VENV)/.installed  ## what sparsity and the input cost, into docs/be
 	$(VENV)/bin/python -m experiments.benchmarks
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(DOCS) build dist docs/_build *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(WHEEL) $(DOCS) build dist docs/_build *.egg-info
 
-$(NEWEST)/.installed: PYTHON = $(NEWEST_PYTHON)
-$(VENV)/.installed $(NEWEST)/.installed: $(SETUP)
+dist/.built: $(VENV)/.installed $(SETUP) $(SOURCES)
+	rm -rf dist build
+	$(VENV)/bin/python -m build --outdir dist
+	$(VENV)/bin/python -m twine check --strict dist/*
+	touch $@
+
+define new_environment
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
+endef
+
+$(VENV)/.installed: $(SETUP)
+	$(new_environment)
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[experiments,test]'
 	touch $@
 
 $(DOCS)/.installed: $(SETUP)
-	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --upgrade pip
-	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(new_environment)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
-$(OLDEST)/.installed: $(SETUP)
-	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
-	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . \
-		chex hypothesis pytest pytest-xdist
+$(WHEEL)/.installed: $(SETUP) | dist/.built
+	$(new_environment)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl $(TOOLS)
+	touch $@
+
+$(OLDEST)/.installed: $(SETUP) | dist/.built
+	$(new_environment)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints-oldest.txt dist/*.whl $(TOOLS)
+	touch $@
+
+$(NEWEST)/.installed: PYTHON = $(NEWEST_PYTHON)
+$(NEWEST)/.installed: $(SETUP) | dist/.built
+	$(new_environment)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt \
+		"$$(ls dist/*.whl)[experiments]" $(TOOLS) cloudpickle equinox
 	touch $@

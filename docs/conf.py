@@ -16,6 +16,8 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 
+highlight_language = "none"  # of blocks that name no language
+
 html_theme = "furo"
 html_title = "granet_jax"
 html_show_copyright = False

@@ -1,7 +1,7 @@
 """granet_jax: sparse training for JAX as one optax transformation.
 
-The way of the data, which is also the order of the modules: ``params, grads -> scores ->
-selection -> masks -> updates``. Modules import only from those before them::
+Data flow in the order of the modules: ``params, grads -> scores -> selection -> masks ->
+updates``. A module imports only from modules before it::
 
     types          the vocabulary
     trees          paths, what is prunable, leaves as stacks of layers
@@ -12,25 +12,25 @@ selection -> masks -> updates``. Modules import only from those before them::
     sortable       integers of the order of floats
     blocks         stacks of layers as few arrays, so that little is compiled
     selection      exact top-k masks without sorting
-    structures     N:M, blocks, channels, constant fan-in: how weights are grouped for selection
-    masks          prune_to, regenerate
+    structures     N:M, blocks, channels, constant fan-in: weights that are selected in groups
+    masks          prune_to, regenerate: the two mask steps
     composition    compose: a start and mask steps make a method
     methods        granet, gmp, rigl, set_, snfs, rigl_itop, set_itop, ac_dc, chts, static,
                    magnitude; at_init (SNIP, GraSP, SynFlow) and lottery, which give masks
-    moments        what an optimizer's state holds of each parameter
+    moments        what an optimizer's state holds for each parameter
     transform      sparsify: a method around any optax optimizer
-    young          what newly grown weights need of an optimizer
+    young          what newly grown weights need from an optimizer
     init           initial weights for sparse starts
-    lora           low-rank updates that wake no pruned weight
+    lora           low-rank updates that keep pruned weights at 0
     metrics, report   numbers, a table
-    products, flops   which parameters a model's products contract, what they cost
-    sharding, checkpoint   where a state lies on many devices, whether one came back whole
+    products, flops   which parameters a model's products contract, and their FLOPs
+    sharding, checkpoint   shardings of a state, checks of a restored state
     kernels        block-sparse products for GPUs and TPUs
-    export         compact files, sparse execution: a model that is smaller and faster to run
-    compact        live weights only: training that costs what its live weights cost
-    one_shot       trained models pruned with one call: Wanda, SparseGPT and their kin
-    reparam        dst and str_: thresholds that are trained, a family of its own
-    scaling        what loss a sparsity will have, which is best for a budget
+    export         compact files, sparse execution, channels cut out: a smaller, faster model
+    compact        live weights only: training whose cost follows the number of live weights
+    one_shot       trained models pruned with one call: Wanda, RIA, SparseGPT, ALPS
+    reparam        dst, str_: trained thresholds; ste and others: masks from dense weights
+    scaling        the loss at a sparsity, and the best sparsity for a budget
     testing        the conformance kit for methods
 """
 
@@ -102,4 +102,4 @@ from granet_jax.types import SparseState as SparseState
 from granet_jax.young import correct_young as correct_young
 from granet_jax.young import scale_by_density as scale_by_density
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

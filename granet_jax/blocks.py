@@ -1,9 +1,9 @@
 """Stacks of layers laid out as few blocks of rows, so that little is compiled for many layers.
 
-A *block* is an array whose first axis are rows, each of one layer. On one device all small stacks
-share one block, in which rows have one length and the last of a layer is padded; a large stack is a
-block without being copied, with a row for each layer. On several devices each stack is a block as
-it is, for anything else would move entries between devices.
+A *block* is an array of rows (its first axis); each row belongs to one layer. On one device all
+small stacks share one block of rows of equal length, where the last row of each layer is padded. A
+large stack is a block of its own, with one row for each layer, and is not copied. On several
+devices each stack is a block as it is, because anything else would move entries between devices.
 """
 
 import math
@@ -14,26 +14,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_ROW = 256  # of what is counted on CPU
-_SMALL = 2**18  # stacks of up to so many entries share a block
-_WIDTHS = (2048, 256, 32, 8)  # of its rows: the first that pads little
+_ROW = 256  # length of the rows in which the CPU counts
+_SMALL = 2**18  # stacks of at most this many entries share a block
+_WIDTHS = (2048, 256, 32, 8)  # of the rows of that block: the first that pads little is taken
 
 
 class Rows(NamedTuple):
     """What the rows of a block hold."""
 
     layer: np.ndarray  # int32 (rows,)
-    start: np.ndarray  # uint32 (rows,), how many entries of the layer are in rows before
-    length: np.ndarray  # uint32 (rows,), how many entries are no padding
+    start: np.ndarray  # uint32 (rows,), how many entries of the layer are in earlier rows
+    length: np.ndarray  # uint32 (rows,), how many entries are not padding
 
 
 class Layout(NamedTuple):
     """Which stack lies where; made by :func:`lay_out`."""
 
     shapes: tuple[tuple[int, ...], ...]  # of the stacks, (layers, *layer_shape)
-    alone: tuple[int, ...]  # the stacks that are the first blocks
-    together: tuple[int, ...]  # those that share the last block; if none, there is no such block
-    width: int  # of that block's rows
+    alone: tuple[int, ...]  # the stacks with a block of their own; these blocks come first
+    together: tuple[int, ...]  # the stacks that share the last block; () = there is no such block
+    width: int  # of the shared block's rows
 
 
 def lay_out(shapes: Sequence[tuple[int, ...]]) -> Layout:
@@ -58,7 +58,7 @@ def lay_out(shapes: Sequence[tuple[int, ...]]) -> Layout:
 
 
 def rows(layout: Layout) -> list[Rows]:
-    """Of each block."""
+    """The rows of each block."""
     first = np.cumsum([0] + [shape[0] for shape in layout.shapes])
 
     def of(i: int, width: int) -> Rows:
@@ -83,7 +83,7 @@ def layer_sizes(layout: Layout) -> np.ndarray:
 
 
 def to_blocks(stacks: Sequence[jax.Array], layout: Layout) -> list[jax.Array]:
-    """Stacks -> blocks; padding is 0, or False.
+    """Lays out stacks as blocks; padding is 0, or False.
 
     Example:
       >>> import jax.numpy as jnp
@@ -97,12 +97,12 @@ def to_blocks(stacks: Sequence[jax.Array], layout: Layout) -> list[jax.Array]:
 
 
 def flat(stack: jax.Array) -> jax.Array:
-    """On one device ``(layers, entries)``, so that kernels depend on sizes alone."""
+    """The stack as ``(layers, entries)``, so that kernels depend on sizes alone; on one device."""
     return stack.reshape(len(stack), layer_size(stack.shape)) if jax.device_count() == 1 else stack
 
 
 def together(stacks: Sequence[jax.Array], layout: Layout) -> list[jax.Array]:
-    """The block of the stacks that share one, in a list; an empty one where none do."""
+    """A list with the shared block; an empty list if no stacks share one."""
     each = [_to_rows(stack, layout.width) for stack in stacks]
     return [jnp.concatenate(each)] if each else []
 
@@ -120,7 +120,7 @@ def to_stacks(blocks: Sequence[jax.Array], layout: Layout) -> list[jax.Array]:
 
 
 def all_but_padding(layout: Layout) -> list[jax.Array | None]:
-    """For each block a bool block, False in padding; None where there is none."""
+    """For each block a bool block, False in padding; None for a block without padding."""
     found: list[jax.Array | None] = [None for _ in layout.alone]
     if layout.together:
         length = rows(layout)[-1].length
@@ -130,7 +130,7 @@ def all_but_padding(layout: Layout) -> list[jax.Array | None]:
 
 
 def but(excluded: Sequence[jax.Array], layout: Layout) -> list[jax.Array]:
-    """The entries that are not in these bool blocks, but for padding."""
+    """Bool blocks, True where ``excluded`` is False, except in padding."""
     pairs = zip(excluded, all_but_padding(layout), strict=True)
     return [~x if real is None else real & ~x for x, real in pairs]
 
@@ -154,9 +154,9 @@ def count(blocks: Sequence[jax.Array], layout: Layout) -> jax.Array:
 def _sums_on_cpu(blocks: Sequence[jax.Array]) -> tuple[jax.Array, list[int]]:
     """Sums of parts of rows, and how many parts each row of a block has.
 
-    XLA:CPU is slow to sum booleans, but as fast as memory to add up eighths of an array. What
-    remains is laid out in rows of its own. Barriers keep the steps apart: simplified into one, they
-    are slow again.
+    XLA:CPU is slow at summing booleans, but adds up the eighths of an array at the speed of memory.
+    The result is laid out in rows of its own. Barriers keep the steps apart, because XLA would
+    simplify them into one slow step.
     """
     apart = jax.lax.optimization_barrier
     found, repeats = [], []
@@ -174,7 +174,7 @@ def _sums_on_cpu(blocks: Sequence[jax.Array]) -> tuple[jax.Array, list[int]]:
 
 
 def replicated(counts: jax.Array) -> jax.Array:
-    """One number for each layer, on every device of an explicit mesh that shares the layers."""
+    """Counts of layers, copied to every device of an explicit mesh that shards the layers."""
     if any(axis is not None for axis in jax.typeof(counts).sharding.spec):
         return jax.sharding.reshard(counts, jax.sharding.PartitionSpec())
     return counts
@@ -183,7 +183,8 @@ def replicated(counts: jax.Array) -> jax.Array:
 def starts(lengths: Sequence[int]) -> list[jax.Array]:
     """Where parts of these lengths begin, uint32, hidden from XLA by a conditional.
 
-    Parts of one shape, and what is made of them, then share one kernel, which is compiled once.
+    So parts of one shape share one kernel, which is compiled once, and so do later operations on
+    them.
     """
     ends = np.cumsum(lengths)
     known = [np.uint32(end - length) for end, length in zip(ends, lengths, strict=True)]
@@ -198,7 +199,7 @@ def starts(lengths: Sequence[int]) -> list[jax.Array]:
 
 
 def split(x: jax.Array, starts: Sequence[jax.Array], lengths: Sequence[int]) -> list[jax.Array]:
-    """Parts along the first axis, as of :func:`jnp.split`."""
+    """Parts along the first axis, as ``jnp.split`` gives them."""
     if len(lengths) == 1:
         return [x]
     pairs = zip(starts, lengths, strict=True)

@@ -1,4 +1,4 @@
-"""States in files: a check that what came back is what went in, and states of exported steps."""
+"""States in files: checks of restored states, and registering states for ``jax.export``."""
 
 from typing import Any, TypeVar
 
@@ -14,25 +14,28 @@ T = TypeVar("T")
 def check_restored(restored: PyTree, example: PyTree) -> PyTree:
     """Returns ``restored`` in the structure of ``example``, if it has its paths, shapes and dtypes.
 
-    Readers of checkpoints are lenient: where the checkpoint holds None, or less than the model
-    asks for, Orbax gives None without a word, and casts bool masks to what it is asked for. Masks
-    that are gone or belong to another model then let pruned weights grow back. Masks live in the
-    optimizer state, so one call on the whole restored state checks them too.
+    Readers of checkpoints are lenient. If a leaf is missing in the checkpoint, Orbax returns None
+    without an error; and it casts bool masks to any dtype it is asked for. With missing or wrong
+    masks, pruned weights would grow back. Masks are part of the optimizer state, so one call on the
+    whole restored state checks them too.
 
-    Leaves find their place by path. So dicts and lists are as good as NamedTuples and tuples (what
-    Orbax gives without an abstract tree, ``flax.serialization.to_state_dict``), and so is a flat
-    dict of whole paths, as .npz and safetensors files hold (``granet_jax.trees.paths(state)``; the
-    name of the method is no array and gets lost there). A typed key is as good as its raw data, and
-    the other way round: so checkpoints of before are read, by Orbax without an abstract tree.
+    Leaves are matched by path. So ``restored`` may hold dicts and lists instead of NamedTuples and
+    tuples (Orbax without an abstract tree, ``flax.serialization.to_state_dict``), or be a flat dict
+    by whole paths, as .npz and safetensors files are (``granet_jax.trees.paths(state)``; such a
+    file cannot hold the name of the method). A typed key matches its raw data, and the other way
+    round, so that checkpoints of earlier versions can be read by Orbax without an abstract tree.
 
     Args:
-      restored: what the reader returned; its leaves are arrays, of numpy, too.
-      example: the state of the model at hand: arrays or ``ShapeDtypeStruct``, as from
+      restored: what the reader returned; its leaves are arrays of JAX or numpy.
+      example: the state of the current model: arrays or ``ShapeDtypeStruct``, as from
         ``jax.eval_shape``.
+
+    Returns:
+      The leaves of ``restored`` in the structure of ``example``.
 
     Raises:
       ValueError: a leaf is missing, None, unexpected, or of another shape or dtype, or another
-        method wrote the state; the message names up to five.
+        method wrote the state; the message names up to five of these.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -58,15 +61,16 @@ def check_restored(restored: PyTree, example: PyTree) -> PyTree:
         for path, x in expected.items()
         if kinds.get(path) != _kind(x)
     ]
-    wrong += [f"{path} is {kinds[path]}, expected nothing" for path in kinds.keys() - expected]
+    more = [f"{path} is {x}, expected nothing" for path, x in kinds.items() if path not in expected]
+    wrong = [*more[:2], *wrong, *more[2:]]  # both are shown where names differ
     writers = _writers(example)
     for words, writer in _writers(restored).items():
         if writer != writers.get(words, writer):
             wrong.insert(0, f"it was written by the method {writer}, expected {writers[words]}")
     if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        others = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(
-            f"The checkpoint does not fit the model: {'; '.join(wrong[:5])}{more}. "
+            f"The checkpoint does not fit the model: {'; '.join(wrong[:5])}{others}. "
             "Build the model, optimizer and method that it was saved with."
         )
     structure: Any = jax.tree.structure(example)
@@ -78,14 +82,14 @@ def check_restored(restored: PyTree, example: PyTree) -> PyTree:
 
 
 def _writers(tree: PyTree) -> dict[tuple[str, ...], str]:
-    """The methods that a tree's states of ``sparsify`` name, by path."""
+    """The names of methods in a tree's states of ``sparsify``, by path."""
     nones = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
     found = [trees.names(path) for path, x in nones if x is None]
     return {words[:-1]: words[-1] for words in found if words[-2:-1] == ("written_by",)}
 
 
 def _as_example(leaf: Any, example: Any) -> Any:
-    """A key as raw data, or raw data as a key, where the example has the other."""
+    """A key as raw data, or raw data as a key, if the example has it so."""
     kinds = tuple(str(getattr(x, "dtype", None)).split("<")[0] for x in (leaf, example))
     if kinds == ("key", "uint32"):
         return jax.random.key_data(leaf)
@@ -99,16 +103,16 @@ def _kind(leaf: Any) -> str:
 
 
 def register_for_jax_export(tree: PyTree) -> None:
-    """Tells ``jax.export`` of the NamedTuples in a tree, so that steps on them can be serialised.
+    """Registers the NamedTuples in a tree with ``jax.export``, so that steps can be serialised.
 
-    ``jax.export`` serialises a function only if it knows the types of all that goes in and comes
-    out. It knows the states of this library once that is imported. It does not know optax's: call
-    this with the whole optimizer state, where a step is exported and where it is read.
+    ``jax.export`` serialises a function only if the types of all its inputs and outputs are
+    registered. Importing this library registers its own states. Optax's states are not registered:
+    call this with the whole optimizer state, both where a step is exported and where it is read.
     (``serialize`` needs the package flatbuffers.)
 
     Args:
-      tree: any pytree, say what ``tx.init`` or ``jax.eval_shape(tx.init, params)`` returns. Types
-        that are registered already, by whomever, stay as they are.
+      tree: any pytree, such as the result of ``tx.init`` or ``jax.eval_shape(tx.init, params)``.
+        Types that are already registered do not change.
 
     Raises:
       ValueError: two types have the same module and name.
@@ -141,7 +145,7 @@ def exportable(kind: type[T]) -> type[T]:
     try:
         jax.export.register_namedtuple_serialization(kind, serialized_name=name)
     except ValueError as error:
-        if "registration for type" not in str(error):  # but for its name, which another type has
+        if "registration for type" not in str(error):  # another type has this name
             raise
     return kind
 

@@ -1,4 +1,4 @@
-"""Methods are composed: a start and mask steps, strung together."""
+"""Composing methods from a start and mask steps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,24 +19,33 @@ def start_from(
     key: jax.Array | None,
     end: tuple[Distribution, Any] | None = None,
 ) -> Callable[[PyTree], PyTree]:
-    """``params -> masks`` at the start: the given masks, or random ones, or (sparsity 0) dense.
+    """The start of a method, ``params -> masks``: given masks, random ones, or dense (sparsity 0).
 
     Args:
       masks: bool tree of params, or None.
-      sparsity: fraction of zeros among prunable weights that is asked for at the start, in [0, 1).
+      sparsity: fraction of zeros among prunable weights at the start, in [0, 1).
       distribution: how it is spread over layers.
-      prunable: path rules.
+      prunable: path rules, see :func:`granet_jax.trees.describe`.
       key: typed key for random masks.
-      end: distribution and sparsity that gradual pruning ends with; for errors alone, which then
-        come with the parameters and not when it gets there.
+      end: distribution and sparsity at the end of gradual pruning. They are only checked, so that
+        errors come with the parameters and not at the end of training.
+
+    Returns:
+      ``params -> masks``, for :func:`compose`. It raises a ValueError for masks that do not fit the
+      parameters, that have another sparsity than the one asked for (unless that is 0), or that
+      switch off weights of a leaf that is not prunable; and for a sparsity that the layers or their
+      structures cannot have.
 
     Raises:
-      ValueError: at once, a sparsity outside [0, 1), or random masks without a key; with the
-        parameters, masks that do not fit them, have another sparsity than the one asked for (if
-        that is not 0), or switch off weights of a leaf that is not prunable; a sparsity that the
-        layers or their structures do not have.
+      ValueError: a sparsity outside [0, 1), or random masks without a key.
+
+    Example:
+      >>> import granet_jax as gj, jax, jax.numpy as jnp
+      >>> start = gj.start_from(None, 0.5, gj.erk, (), jax.random.key(0))
+      >>> int(start({"kernel": jnp.ones((4, 4))})["kernel"].sum())
+      8
     """
-    distributions.check_sparsity("initial sparsity", sparsity)
+    distributions.check_sparsity("sparsity", sparsity)
     is_dense = not isinstance(sparsity, jax.core.Tracer) and float(sparsity) == 0.0
     if masks is None and not is_dense and key is None:
         raise ValueError(
@@ -75,13 +84,21 @@ def compose(
 
     Args:
       start: ``params -> masks``.
-      *steps: mask steps; each gets a key of its own, folded from ``key``, the step and its place.
+      *steps: mask steps; each gets its own key, made from ``key``, the step and its position.
       is_update_step: which steps are events.
-      key: a typed key, needed by steps that draw. Its data is kept in the state, and that is used:
-        a method made once serves many seeds under ``vmap``.
-      name: which states carry, so that one of another method is refused.
+      key: a typed key, needed by steps that draw. The state holds its data, and events read the key
+        from there, so one method serves many seeds under ``vmap``.
+      name: stored in the state, so that the state of another method is refused.
 
-    Example: a method in one line, with a rule of your own for what to grow.
+    Returns:
+      A :class:`granet_jax.types.Method` whose state is a :class:`granet_jax.types.MaskState`. At an
+      event it raises a ValueError if the state was made with a key and the method has none, or the
+      other way round.
+
+    Raises:
+      TypeError: ``key`` is no key.
+
+    Example: a method in one line, with a rule of your own for growth.
       >>> import granet_jax as gj
       >>> import jax.numpy as jnp
       >>> method = gj.compose(
@@ -94,6 +111,8 @@ def compose(
       >>> int(state.masks["kernel"].sum())
       16
     """
+    if key is not None and not hasattr(key, "dtype"):
+        raise TypeError(f"key is a key of JAX, as jax.random.key(0) gives it; got {key!r}.")
 
     def init(params: PyTree) -> MaskState:
         # A copy, so that donating the state does not delete the caller's.
@@ -116,7 +135,7 @@ def _key_data(key: jax.Array) -> jax.Array:
 
 
 def _event_key(data: jax.Array | None, key: jax.Array | None, step: jax.Array) -> jax.Array | None:
-    """The key of an event, from the data in a state; ``key`` tells what kind it is."""
+    """The key of an event, from the data in a state; ``key`` gives its implementation."""
     if (data is None) != (key is None):
         raise ValueError(
             f"The state was made {'without' if data is None else 'with'} a key, the method "
@@ -140,7 +159,7 @@ def _check_asked(masks: PyTree, sparsity: Any, leaves: tuple[trees.Leaf, ...]) -
         return
     total = sum(x.size for x in stacks)
     live, asked = int(sum(jnp.sum(x) for x in stacks)), round(total * (1 - float(sparsity)))
-    # Masks drawn at random, or with rounded layers, are about right.
+    # Masks drawn at random, or with rounded counts, differ a little.
     if abs(live - asked) > max(len(stacks), min(0.01 * total, 0.05 * asked)):
         raise ValueError(
             f"The masks keep {live} of {total} prunable weights, a sparsity of "

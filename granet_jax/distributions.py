@@ -1,13 +1,13 @@
 """How one sparsity is spread over the layers of a network.
 
-Each function takes ``(shapes, sparsity)``, the shapes of the layers and the fraction of zeros
-asked for over all of them together, and returns how many weights to keep: a tuple of ints, one a
-layer, or one int for the whole tree; see :class:`granet_jax.types.Distribution`. The counts add up
-to exactly ``round(N * (1 - sparsity))`` for N weights (halves round to even, as Python does).
+A distribution takes ``(shapes, sparsity)``: the shapes of the layers, and the fraction of zeros
+over all of them together. It returns how many weights to keep: a tuple with one int for each layer,
+or one int for the whole tree; see :class:`granet_jax.types.Distribution`. The counts add up to
+exactly ``round(N * (1 - sparsity))`` for N weights (halves round to even, as in Python).
 
-A *traced* sparsity (``vmap``, ``optax.inject_hyperparams``) is computed in float32, which may be
-off by a few weights in 10^8, or in float64 where it is that. ``uniform`` then rounds each layer for
-itself, and ``erk``, which decides in Python which layers stay dense, refuses.
+If the sparsity is *traced* (``vmap``, ``optax.inject_hyperparams``), counts are computed in float32
+and may be off by a few weights in 10^8; in float64 if the sparsity is float64. ``uniform`` then
+rounds each layer by itself. ``erk`` and ``by_path`` decide in Python and refuse a traced sparsity.
 """
 
 import math
@@ -25,7 +25,9 @@ from granet_jax.types import Counts, Distribution, Shapes
 
 
 def check_sparsity(name: str, sparsity: Any) -> None:
-    """Raises a ValueError unless ``0 <= sparsity < 1``; a traced value passes unseen."""
+    """Raises an error unless ``0 <= sparsity < 1``; a traced value is not checked."""
+    if isinstance(sparsity, str):
+        raise TypeError(f"{name} must be a number; got {sparsity!r}.")
     if not isinstance(sparsity, jax.core.Tracer) and not 0.0 <= float(sparsity) < 1.0:
         raise ValueError(
             f"{name} must be in [0, 1), the fraction of zeros; got {float(sparsity)}. "
@@ -36,8 +38,18 @@ def check_sparsity(name: str, sparsity: Any) -> None:
 def uniform(shapes: Shapes, sparsity: Any) -> Counts:
     """The same sparsity in each layer.
 
-    Weights that do not divide evenly go to the layers with the largest fractions, so that the
-    total is exact. (RigL's uniform runs also keep the first convolution dense: use a rule.)
+    Each layer's count is rounded down. The weights left over go to the layers with the largest
+    fractions, so that the total is exact.
+
+    Source: Evci et al. 2020, "Rigging the Lottery", section 3, whose uniform runs also keep the
+    first convolution dense: use a rule for that.
+
+    Args:
+      shapes: one shape for each layer.
+      sparsity: fraction of zeros in [0, 1); may be traced.
+
+    Returns:
+      One int for each layer; an int32 array if the sparsity is traced.
 
     Raises:
       ValueError: sparsity outside [0, 1), or so high that a layer would lose all its weights; the
@@ -56,14 +68,21 @@ def uniform(shapes: Shapes, sparsity: Any) -> Counts:
 def erk(shapes: Shapes, sparsity: Any) -> Counts:
     """Erdos-Renyi-Kernel: density proportional to (sum of dimensions) / (product of dimensions).
 
-    Layers whose density would exceed 1 are kept dense and the rest is computed again, until none
-    does. Kernels may be laid out in any order; ``(kh, kw, in, out)`` and ``(out, in, kh, kw)`` give
-    the same. A kernel of rank 3 or 4 that is a matrix in disguise (attention heads) is taken as it
-    is shaped.
+    A layer whose density would exceed 1 is kept dense, and the densities of the others are computed
+    again, until no density exceeds 1. The order of a kernel's axes does not matter: ``(kh, kw, in,
+    out)`` and ``(out, in, kh, kw)`` give the same. An attention kernel ``(in, heads, dim)`` counts
+    with its three dimensions, although it is used as a matrix.
 
     Source: Mocanu et al. 2018 (ER) and Evci et al. 2020, "Rigging the Lottery", section 3 (ERK).
     Differs from the reference code in that the counts are exact: each layer is rounded down and
     the weights left over go to the largest fractions.
+
+    Args:
+      shapes: one shape for each layer.
+      sparsity: fraction of zeros in [0, 1), a number.
+
+    Returns:
+      One int for each layer.
 
     Raises:
       ValueError: sparsity outside [0, 1) or traced, or so high that a layer would lose all its
@@ -82,10 +101,17 @@ def erk(shapes: Shapes, sparsity: Any) -> Counts:
 
 
 def global_ranking(shapes: Shapes, sparsity: Any) -> Counts:
-    """One budget for all layers together: the whole tree is ranked as one.
+    """One budget for all layers together: the weights of the whole tree are ranked as one.
 
-    A layer may lose all its weights (layer collapse); :func:`granet_jax.report` warns of it. On
-    transformers a budget for each layer is often better.
+    A layer may lose all its weights (layer collapse); :func:`granet_jax.report.table` names such
+    layers. On transformers a budget for each layer is often better.
+
+    Args:
+      shapes: one shape for each layer.
+      sparsity: fraction of zeros in [0, 1); may be traced.
+
+    Returns:
+      One int; an int32 scalar if the sparsity is traced.
 
     Raises:
       ValueError: sparsity outside [0, 1), or so high that nothing would be left; or 2^31 weights
@@ -107,25 +133,26 @@ def global_ranking(shapes: Shapes, sparsity: Any) -> Counts:
 
 
 def by_path(rules: Sequence[tuple[str, float]], otherwise: Distribution = erk) -> Distribution:
-    """A sparsity of their own for the layers whose path matches a pattern.
+    """Gives the layers whose path matches a pattern a sparsity of their own.
 
-    The others share what is left of the sparsity asked for, as ``otherwise`` spreads it, so that
-    the total is what the method was given. Asked for no sparsity at all, as at a dense start of
+    The other layers get the weights that are left, spread by ``otherwise``, so that the total is
+    the sparsity that the method asks for. If the method asks for sparsity 0, as at a dense start of
     gradual pruning, all layers are dense.
 
     Args:
       rules: pairs of a pattern, searched for in the path, and a sparsity in [0, 1); the first that
         matches decides.
-      otherwise: how the rest is spread; counts for each layer.
+      otherwise: distribution of the other layers; it has to give one count for each layer.
 
     Returns:
-      A distribution. It raises a ValueError where a pattern matches no layer, where the rest cannot
-      make up for the total, or where all layers are named and their total is another.
+      A distribution. It raises a ValueError if a pattern matches no layer, if the other layers
+      cannot make up for the total, if all layers are named and their total differs from the one
+      asked for, or if the sparsity is traced.
 
     Raises:
       ValueError: a sparsity outside [0, 1).
 
-    Example: half of the attention; what is left for the perceptron is .7 of its weights.
+    Example: attention at .5, so the perceptron has to be at .7 for .6 in all.
       >>> from granet_jax.types import LayerShape
       >>> layers = [LayerShape((10, 10), "attn/kernel"), LayerShape((10, 10), "mlp/kernel")]
       >>> by_path([("attn", 0.5)])(layers, 0.6)
@@ -167,7 +194,7 @@ def by_path(rules: Sequence[tuple[str, float]], otherwise: Distribution = erk) -
 
 
 def _named(rules: Sequence[tuple[str, float]], shapes: Shapes) -> dict[int, float]:
-    """The sparsity of each layer that a rule names, by its place."""
+    """The sparsity of each layer that a rule matches, by the layer's index."""
     paths = [getattr(shape, "path", "") for shape in shapes]
     for pattern, _ in rules:
         if not any(re.search(pattern, path) for path in paths):
@@ -219,7 +246,7 @@ def _erk_counts(shapes: Shapes, num_keep: int) -> tuple[int, ...]:
 
 
 def _apportion(shares: Sequence[Fraction], total: int) -> tuple[int, ...]:
-    """Rounds shares down and hands what is left to the largest fractions, ties in layer order."""
+    """Rounds shares down; what is left goes to the largest fractions, ties in layer order."""
     floors = [math.floor(share) for share in shares]
     fractions = [share - floor for share, floor in zip(shares, floors, strict=True)]
     by_fraction = sorted(range(len(shares)), key=lambda i: -fractions[i])
@@ -229,7 +256,7 @@ def _apportion(shares: Sequence[Fraction], total: int) -> tuple[int, ...]:
 
 
 def _feasible(name: str, counts_of: Any, shapes: Shapes, sparsity: Any) -> Counts:
-    """Turns the sparsity into a count and refuses counts that leave a layer without weights."""
+    """The counts for a sparsity; refuses those that leave a layer without weights."""
     check_sparsity("sparsity", sparsity)
     total = sum(math.prod(shape) for shape in shapes)
     if total == 0:

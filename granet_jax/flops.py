@@ -24,7 +24,7 @@ class LeafCost(NamedTuple):
 
     path: str  # e.g. "conv1/kernel"
     shape: tuple[int, ...]
-    macs: int  # multiply-adds of the products that read it, 0 for biases and the like
+    macs: int  # multiply-adds of the products that read it; 0 for biases and norms
     outputs: int  # entries of the results of those products
 
 
@@ -32,29 +32,36 @@ class Costs(NamedTuple):
     """What one call of a function costs."""
 
     leaves: tuple[LeafCost, ...]  # all leaves of params, in leaf order
-    other: int  # MACs of products that read no parameter (attention scores), or two
+    other: int  # MACs of products of data with data (attention scores), or of two parameters
 
 
 def count(apply_fn: Callable[..., Any], params: PyTree, *args: Any) -> Costs:
     """Counts the multiply-adds of ``apply_fn(params, *args)`` by parameter, without computing it.
 
-    A parameter is followed through whatever makes a kernel of it inside the function: reshapes,
-    casts, slices of a stack of layers, masks, thresholds, normalisation by its own entries. Values
-    that depend on ``args`` are data and no longer the parameter. A product of data with a parameter
-    counts for that parameter, as often as it is done: in each iteration of a ``scan``, at each use
-    of a shared parameter. Of a ``cond``, the costliest branch counts. Where several parameters
-    enter elementwise, the largest is meant; concatenated ones share the cost by size.
+    A parameter is followed through the operations that make a kernel of it: reshapes, casts, slices
+    of a stack of layers, masks, thresholds, normalisation by its own entries. A value that depends
+    on ``args`` is data. A product of data with a parameter counts for that parameter, as often as
+    it is done: in each iteration of a ``scan``, and at each use of a shared parameter. The
+    costliest branch of a ``cond`` counts. If a kernel is made elementwise from several parameters,
+    the product counts for the largest; concatenated parameters share the cost by size.
 
-    A convolution has ``positions * kernel size`` MACs, where the positions are those of the output,
-    or of the input where that is dilated (transposed convolutions). Only ``conv_general_dilated``
-    and ``dot_general`` are counted: neither lookups, norms and activations, nor ``ragged_dot``.
+    A convolution has ``positions * kernel size`` MACs, with the positions of the output, or those
+    of the input if it is dilated (transposed convolutions). Only ``conv_general_dilated`` and
+    ``dot_general`` are counted; lookups, norms, activations and ``ragged_dot`` are not.
+
+    Source: Evci et al. 2020, "Rigging the Lottery", appendix H, for what is counted.
 
     Args:
-      apply_fn: the forward pass. What is not an array (``train=False``) it has to close over.
+      apply_fn: the forward pass. It has to close over arguments that are not arrays
+        (``train=False``).
       params: tree of arrays or ``ShapeDtypeStruct``.
-      *args: the same, of any structure: a batch of one image gives costs for each image; batch
-        statistics, typed keys, masks. All but bool arrays, keys and single floats is data: masks
-        that are not in ``params`` have to be bool (they may be cast inside).
+      *args: arrays or ``ShapeDtypeStruct`` in any structure: inputs (one image gives the costs of
+        one image), batch statistics, typed keys, masks. Everything but bool arrays, keys and single
+        floats is data. So masks that are not in ``params`` have to be bool here; the function may
+        cast them.
+
+    Returns:
+      The :class:`Costs`, ints.
 
     Raises:
       ValueError: a product is done in a ``while_loop``, whose trips cannot be known, or inside a
@@ -96,16 +103,16 @@ def forward(
     Args:
       costs: from :func:`count`.
       densities: kept fraction by path, as :func:`granet_jax.metrics.densities` returns; floats or
-        arrays, traced ones too. Leaves not named, and all under None, are dense.
+        arrays, which may be traced. Leaves that are not named are dense; None = all are dense.
       per_output: FLOPs added for each output of a product with a parameter, at any density.
-        RigL's counter adds 2, for bias and ReLU, and so has 8.20e9 for a dense ResNet-50 where 0
-        gives 8.18e9.
+        RigL's counter adds 2, for bias and ReLU, which gives 8.20e9 for a dense ResNet-50; 0 gives
+        8.18e9.
 
     Returns:
-      A float, or a float32 array where densities are arrays.
+      A float, or a float32 array if densities are arrays.
 
     Raises:
-      ValueError: a density is of no leaf.
+      ValueError: a density whose path is no leaf.
 
     Example:
       >>> costs = Costs((LeafCost("bias", (3,), 0, 0), LeafCost("kernel", (4, 3), 12, 3)), other=0)
@@ -124,12 +131,18 @@ def forward(
 
 
 def ratio(costs: Costs, densities: Mapping[str, Any], *, per_output: int = 0) -> Any:
-    """FLOPs of a forward pass over those of the dense one: the papers' "test FLOPs", e.g. .24x.
+    """FLOPs of a forward pass divided by those of the dense one: the papers' "test FLOPs", .24x.
 
     Args:
       costs: from :func:`count`.
       densities: as for :func:`forward`.
       per_output: as for :func:`forward`.
+
+    Returns:
+      A float, or a float32 array if densities are arrays.
+
+    Raises:
+      ValueError: as :func:`forward`.
 
     Example: three quarters of the MACs are in a layer that keeps a tenth of its weights.
       >>> costs = Costs((LeafCost("a", (6, 5), 30, 5), LeafCost("b", (5, 2), 10, 2)), other=0)
@@ -140,25 +153,29 @@ def ratio(costs: Costs, densities: Mapping[str, Any], *, per_output: int = 0) ->
 
 
 def training_ratio(forward_ratio: Any, dense_gradients: float = 0.0) -> Any:
-    """FLOPs of training over those of dense training for as many steps: ``f + q (1 - f) / 3``.
+    """FLOPs of training divided by those of dense training: ``f + q (1 - f) / 3``.
 
-    A step costs three forward passes: one, one for the gradients of the activations, one for those
-    of the weights. Sparse, each costs f of the dense one, but a method that grows by gradients
-    needs a dense third on a share q of the steps:
+    Both train for the same number of steps. A step costs three forward passes: the forward pass
+    itself, the gradients of the activations, and those of the weights. In sparse training each
+    costs f times as much as in dense training. But a method that grows by gradients needs dense
+    gradients of the weights in a share q of the steps:
 
     * 0 for static masks, SET, pruning without growth;
     * ``1 / (dT + 1)`` for RigL with updates every dT steps, whose paper has
       ``(3 dT f_S + 2 f_S + f_D) / (dT + 1)``; about as much for GraNet;
-    * 1 for SNFS (and whatever else looks at all gradients at each step).
+    * 1 for SNFS, and for any method that reads all gradients at each step.
 
-    Source: Evci et al. 2020, appendix H. The sources disagree: the authors of GraNet and ITOP
-    neglect the dense gradients (q = 0); a reproduction of RigL (arXiv 2103.15767) prints 3 E[f] for
-    gradual pruning (q = 0), but its code adds dense gradients at each step (q = 1).
+    Source: Evci et al. 2020, appendix H. Sources disagree: the authors of GraNet and ITOP leave out
+    the dense gradients (q = 0); a reproduction of RigL (arXiv 2103.15767) prints 3 E[f] for gradual
+    pruning (q = 0), but its code adds dense gradients at each step (q = 1).
 
     Args:
-      forward_ratio: f, the mean over steps of :func:`ratio`; a float or an array. Train x times
-        longer than the dense run and multiply the result by x.
+      forward_ratio: f, the mean of :func:`ratio` over the steps; a float or an array. If the sparse
+        run is x times longer than the dense run, multiply the result by x.
       dense_gradients: q, in [0, 1].
+
+    Returns:
+      A float, or an array if ``forward_ratio`` is one.
 
     Raises:
       ValueError: q outside [0, 1].
@@ -176,14 +193,17 @@ def training_ratio(forward_ratio: Any, dense_gradients: float = 0.0) -> Any:
 
 
 def table(costs: Costs, densities: Mapping[str, Any] | None = None) -> str:
-    """One line for each leaf with a product or a density: MACs, density, FLOPs and their share.
+    """A table with a line for each leaf that has MACs or a density: its FLOPs and their share.
 
-    A prunable leaf without MACs is one that the trace lost on its way to a product, or that enters
-    none: its density saves nothing.
+    If a prunable leaf has no MACs, no product reads it, or the trace could not follow it to one:
+    its sparsity saves no FLOPs.
 
     Args:
       costs: from :func:`count`.
       densities: as for :func:`forward`, not traced.
+
+    Returns:
+      Lines of text, joined.
 
     Raises:
       ValueError: as :func:`forward`.

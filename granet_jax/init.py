@@ -8,21 +8,22 @@ from granet_jax.types import PyTree
 
 
 def by_fan_in(params: PyTree, masks: PyTree, prunable: trees.Rules = ()) -> PyTree:
-    """Scales each output's live weights to the spread that its live inputs call for.
+    """Scales the live weights of each output to match its number of live inputs.
 
-    An output that keeps a share f of its inputs sums over fewer of them, so its weights are divided
-    by ``sqrt(f)``: what was drawn with a deviation of ``gain / sqrt(inputs)`` then has ``gain /
-    sqrt(live inputs)``. Without it, signals and gradients shrink with every sparse layer. Masked
-    weights are 0; outputs without inputs stay 0; leaves that are not prunable stay as they are.
+    If an output keeps a share f of its inputs, its weights are divided by ``sqrt(f)``. Weights that
+    were drawn with standard deviation ``gain / sqrt(inputs)`` then have ``gain / sqrt(live
+    inputs)``. Without this, signals and gradients shrink in every sparse layer. Masked weights
+    become 0, so outputs without live inputs are 0. Leaves that are not prunable do not change.
 
     Source: Evci et al. 2022, "Gradient flow in sparse neural networks and how lottery tickets win",
-    section 3.1 (each output for itself, not the mean of its layer).
+    section 3.1 (for each output, not the mean of its layer).
 
     Args:
       params: tree of arrays, as initialised for a dense network. The last axis of a layer is its
         outputs, all others are inputs (Flax's and Haiku's kernels).
       masks: bool tree of params.
-      prunable: path rules, see :func:`granet_jax.trees.describe`; stack axes are no inputs.
+      prunable: path rules, see :func:`granet_jax.trees.describe`; stack axes do not count as
+        inputs.
 
     Returns:
       New parameters, of the same dtypes.

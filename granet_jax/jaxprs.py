@@ -1,7 +1,7 @@
-"""What is inside traces (jaxprs): all that differs between versions of JAX is known here alone.
+"""What is inside traces (jaxprs). Only this module knows how versions of JAX differ in it.
 
-JAX 0.12 has one type for jaxprs with and without constants, where older versions have two, and
-tells the parts of a ``scan`` in other words. Names of calls differ, too.
+JAX 0.12 has one type for jaxprs with and without constants; older versions have two. It also names
+the parts of a ``scan`` and some calls differently.
 """
 
 import math
@@ -13,25 +13,25 @@ from jax.extend.core import Literal as Literal
 
 
 class Scan(NamedTuple):
-    """A ``scan`` equation; its inputs are constants, what is carried, what is scanned over."""
+    """A ``scan`` equation; its inputs are the constants, the carry, and the scanned arrays."""
 
     body: Any  # a jaxpr
     num_consts: int
-    num_carry: int  # of the inputs, and first among the outputs
+    num_carry: int  # among the inputs; the first outputs are the new carry
     length: int
 
 
 class While(NamedTuple):
-    """A ``while`` equation; its inputs are constants of the test, of the body, what is carried."""
+    """A ``while`` equation; its inputs are constants of the test, of the body, and the carry."""
 
-    test: Any  # a jaxpr of its constants and what is carried
+    test: Any  # a jaxpr of its constants and the carry
     body: Any  # the same
     num_test: int  # constants
     num_body: int
 
 
 def scan(eqn: Any) -> Scan:
-    """The parts of a ``scan``: what is scanned over has an axis more outside than in the body.
+    """The parts of a ``scan``. Scanned arrays have one axis more outside than in the body.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -63,7 +63,7 @@ def inner(eqn: Any) -> list[Any]:
     return [opened(x) for x in flat if hasattr(x, "eqns")]
 
 
-_CALLS = {  # what is not here is no plain call
+_CALLS = {  # all plain calls
     *("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"),
     *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
 }
@@ -95,7 +95,7 @@ _NAMES = {  # of old versions
 
 
 def name(eqn: Any) -> str:
-    """What an equation does, in the same word for all versions.
+    """The name of an equation's primitive, the same in all versions of JAX.
 
     Example:
       >>> import jax
@@ -180,9 +180,9 @@ def shapes(x: Any) -> tuple[list[Any], list[Any]]:
 
 
 def runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Splits two shapes of one size into the shortest runs of axes of equal sizes.
+    """Splits two shapes of one total size into the shortest runs of axes of equal sizes.
 
-    Without elements, all axes are one run.
+    If the size is 0, all axes are one run.
 
     Example:
       >>> runs((2, 3, 4), (6, 2, 2))

@@ -1,4 +1,4 @@
-"""Low-rank updates of sparse weights: ``W + scale m (a b)`` wakes no pruned weight."""
+"""Low-rank updates of sparse weights, ``W + scale m (a b)``, which keep pruned weights at 0."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,14 +20,15 @@ def init(
       key: typed key.
       params: tree of arrays or ``ShapeDtypeStruct``; leaves ``(*stack, in, out)``.
       rank: of the update, >= 1.
-      prunable: path rules; leading axes that they stack get factors of their own.
+      prunable: path rules, see :func:`granet_jax.trees.describe`; each stacked layer gets factors
+        of its own.
 
     Returns:
-      ``{path: (*stack, in, rank)}`` and ``{path: (*stack, rank, out)}``, to be trained by any
-      optimizer while ``params`` stay as they are.
+      ``{path: (*stack, in, rank)}`` and ``{path: (*stack, rank, out)}``. Train them with any
+      optimizer and keep ``params`` fixed.
 
     Raises:
-      ValueError: a rank below 1, or a layer that is no matrix.
+      ValueError: a rank below 1, or a prunable layer that is not a matrix.
 
     Source: Hu et al. 2021, "LoRA: low-rank adaptation of large language models", section 4.1.
 
@@ -63,10 +64,12 @@ def merge(
     masks: PyTree,
     scale: float = 1.0,
 ) -> PyTree:
-    """``W + scale m (a b)`` for the leaves that have factors; weights under False are 0.
+    """``W + scale m (a b)`` for the leaves that have factors; masked weights are 0.
 
-    In the loss it is the form to train, with gradients for ``a`` and ``b``; after training it gives
-    the weights, as sparse as before.
+    Use it in the loss to train ``a`` and ``b``. After training it gives the merged weights, which
+    are as sparse as before.
+
+    Source: Hu et al. 2021, section 4.1, with the product masked by ``m``.
 
     Args:
       params: tree of arrays.
@@ -76,10 +79,11 @@ def merge(
       scale: of the update, alpha / rank in the paper.
 
     Returns:
-      ``params``, of the same dtypes; the product is float32 where they are narrower.
+      New parameters of the same dtypes. The product ``a b`` is float32 or wider.
 
     Raises:
-      ValueError: factors of no leaf, or of another shape; masks of another tree.
+      ValueError: factors without a parameter or without the other factor, or of a wrong shape;
+        masks of another tree.
 
     Example:
       >>> import jax.numpy as jnp

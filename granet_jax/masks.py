@@ -27,7 +27,19 @@ from granet_jax.types import (
 
 
 def ones(params: PyTree) -> PyTree:
-    """All-True masks with the shapes, and the sharding, of ``params``."""
+    """All-True masks with the shapes and the sharding of ``params``.
+
+    Args:
+      params: tree of arrays or ``ShapeDtypeStruct``.
+
+    Returns:
+      bool tree of params.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> ones({"bias": jnp.zeros(2)})["bias"].tolist()
+      [True, True]
+    """
     return jax.tree.map(lambda p: jnp.ones_like(p, dtype=bool), params)
 
 
@@ -38,7 +50,7 @@ def random_masks(
     distribution: Distribution = distributions.erk,
     prunable: trees.Rules = (),
 ) -> PyTree:
-    """Random masks with exactly the counts of ``distribution``; leaves not prunable stay True.
+    """Random masks with exactly the counts of ``distribution``.
 
     Args:
       key: a typed key.
@@ -47,8 +59,14 @@ def random_masks(
       distribution: how the sparsity is spread over layers.
       prunable: path rules, see :func:`granet_jax.trees.describe`.
 
-    Differs from the reference code of SET and GraNet, which draws each entry for itself, so that
-    counts are right on average only.
+    Returns:
+      bool tree of params; leaves that are not prunable are all True.
+
+    Raises:
+      ValueError: as ``distribution``; or a sparsity that the structures cannot have.
+
+    Differs from the reference code of SET and GraNet, which draws each entry independently, so that
+    counts are right only on average.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -67,16 +85,16 @@ def random_masks(
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
-    """Sets the weights whose mask is False to exactly +0, whatever they are (NaN, too).
+    """Sets the weights whose mask is False to exactly +0, even if they are NaN.
 
     Args:
       params: tree of arrays.
-      masks: bool tree; its leaves find their parameters by path, so that a pure dict and a Flax
-        ``nnx.State`` may be mixed. Parameters without a mask (those that ``optax.partition`` or
-        ``optax.masked`` kept from ``sparsify``) pass through.
+      masks: bool tree. Masks and parameters are matched by path, so that a pure dict and a Flax
+        ``nnx.State`` may be mixed. Parameters without a mask (``optax.partition`` or
+        ``optax.masked`` hid them from ``sparsify``) pass through.
 
     Returns:
-      ``params`` with the same structure and dtypes.
+      New parameters of the same structure and dtypes.
 
     Raises:
       ValueError: a mask has no parameter, or one of another shape.
@@ -108,16 +126,19 @@ def prune_to(
     score: ScoreFn = scores.magnitude,
     prunable: trees.Rules = (),
 ) -> MaskStep:
-    """Keeps the ``min(num_keep, live)`` best of the live weights; never revives one.
+    """Keeps the ``min(num_keep, live)`` best of the live weights; it never revives a weight.
 
-    What it removes leaves ``keep`` as well, so that a weight which it removed and a later step of
-    the same event regrew starts again at 0 with zero moments.
+    Removed weights leave ``keep`` as well: if a later step of the same event regrows one, it starts
+    at 0 with zero moments.
 
     Args:
-      num_keep: ``(shapes, step) -> counts``: a scalar ranks the whole tree as one, a vector each
-        layer for itself.
-      score: what is kept is what scores highest.
-      prunable: path rules.
+      num_keep: ``(shapes, step) -> counts``: a scalar ranks the whole tree as one, a vector ranks
+        each layer by itself.
+      score: the weights that score highest are kept.
+      prunable: path rules, see :func:`granet_jax.trees.describe`.
+
+    Returns:
+      A mask step, for :func:`granet_jax.compose`.
 
     Example: keep the two largest of the three live weights.
       >>> import jax.numpy as jnp
@@ -144,7 +165,15 @@ def prune_to(
 
 
 def revive(masks: PyTree, keep: PyTree, event: Event) -> tuple[PyTree, PyTree]:
-    """A mask step that switches every weight on; those that were off begin at 0.
+    """A mask step that switches every weight on; weights that were off start at 0.
+
+    Args:
+      masks: bool tree of params.
+      keep: bool tree of params.
+      event: not read.
+
+    Returns:
+      All-True masks, and ``keep`` as it was.
 
     Example:
       >>> import jax.numpy as jnp
@@ -165,28 +194,32 @@ def regenerate(
     redistribute: Redistribution | None = None,
     prunable: trees.Rules = (),
 ) -> MaskStep:
-    """In each layer drops ``ceil(fraction * live)`` weights and grows as many.
+    """Drops ``ceil(fraction * live)`` weights in each layer and grows the same number.
 
-    Dropped are the live weights with the lowest ``drop`` score; grown are the highest by ``grow``
-    among all that are then off, those just dropped included. A weight dropped and regrown in one
-    event stays in ``keep``, with its value and moments. Counts of layers do not change (unless
-    ``redistribute`` moves them, or ``structures.fan_in`` ablates outputs), and in a dense layer
-    nothing does.
+    It drops the live weights with the lowest ``drop`` score. Then it grows the weights with the
+    highest ``grow`` score among all that are off, including those just dropped. A weight that is
+    dropped and regrown in one event stays in ``keep``, with its value and moments. A layer keeps
+    its number of live weights (unless ``redistribute`` moves them, or ``structures.fan_in`` ablates
+    outputs). A dense layer does not change.
 
     Args:
       fraction: schedule of the fraction of live weights exchanged, in [0, 1].
-      drop: what is kept is what scores highest.
-      grow: what is grown is what scores highest.
-      by_sign: take the fraction of the negative weights and of the others (zeros included) each
-        for itself, instead of both together; not with structures or complex weights.
-      redistribute: deals out what all layers dropped; None = each layer grows what it dropped; not
+      drop: the weights that score lowest are dropped.
+      grow: the weights that score highest are grown.
+      by_sign: apply the fraction to the negative weights and to the others (zeros included)
+        separately; not with structures or complex weights.
+      redistribute: decides how many weights each layer grows; None = as many as it dropped; not
         with structures.
-      prunable: path rules.
+      prunable: path rules, see :func:`granet_jax.trees.describe`.
+
+    Returns:
+      A mask step, for :func:`granet_jax.compose`. It raises a ValueError if ``by_sign`` or
+      ``redistribute`` meets a structure, or ``by_sign`` or a score complex numbers.
 
     Source: Evci et al. 2020, section 3; GraNet, section 4.2 (zero-cost neuroregeneration).
 
-    Example: of the two live weights the smaller goes, and the largest gradient among the three
-    then off comes.
+    Example: of the two live weights the smaller is dropped; of the three that are then off, the one
+    with the largest gradient is grown.
       >>> import jax.numpy as jnp
       >>> step = regenerate(lambda step: 0.5)
       >>> masks = {"kernel": jnp.array([[True, True], [False, False]])}
@@ -245,7 +278,7 @@ def regenerate(
 def _by_sign(
     live: list[jax.Array], params: PyTree, layout: blocks.Layout, leaves: tuple[trees.Leaf, ...]
 ) -> list[list[jax.Array]]:
-    """Blocks of what is live, the negative weights apart from the others."""
+    """Blocks of live weights: first the negative ones, then the others."""
     weights = trees.split(params, leaves)
     _refuse_complex("What by_sign splits", weights, leaves)
     negative = blocks.to_blocks([w < 0 for w in weights], layout)
@@ -253,18 +286,18 @@ def _by_sign(
     return [[x & y for x, y in pairs], [x & ~y for x, y in pairs]]
 
 
-# Operations that give the same bits in every kernel (a product and a sum may become one, and
-# complex numbers take both).
+# Operations that give the same bits in every kernel. (Not so a product and a sum, which may be
+# fused; complex arithmetic has both.)
 _ARITHMETIC = frozenset({"abs", "convert_element_type", "mul", "neg"})
 
 
 def _scores(
     score: ScoreFn, event: Event, leaves: tuple[trees.Leaf, ...], masks: Callable[[], PyTree]
 ) -> list[selection.Scores]:
-    """Scores that are plain arithmetic on entries are left to be computed where they are needed.
+    """Scores, computed later where they are needed if they are plain arithmetic on entries.
 
-    Storing them would take 4 bytes a weight. Others (random ones, say) are computed here, and so
-    are those of structures. ``masks`` makes the masks as they are by now, for scores that look.
+    Storing them would take 4 bytes for each weight. Other scores (random ones, those of structures)
+    are computed here. ``masks`` makes the current masks, for scores that read them.
     """
     given = event.params, event.grads
 
@@ -319,7 +352,7 @@ def _scores(
 
 
 def _live(masks: PyTree, layout: blocks.Layout, leaves: tuple[trees.Leaf, ...]) -> list[jax.Array]:
-    """Blocks of units: which are on."""
+    """Bool blocks of units, True for those that are on."""
     units = structures.live_units(trees.split(masks, leaves), leaves)
     return blocks.to_blocks(units, layout)
 
@@ -327,7 +360,7 @@ def _live(masks: PyTree, layout: blocks.Layout, leaves: tuple[trees.Leaf, ...]) 
 def _join(
     units: list[jax.Array], masks: PyTree, layout: blocks.Layout, leaves: tuple[trees.Leaf, ...]
 ) -> PyTree:
-    """``masks`` with those of prunable leaves replaced by blocks of units."""
+    """``masks``, with the masks of prunable leaves taken from blocks of units."""
     stacks = blocks.to_stacks(units, layout)
     return trees.join(structures.spread(stacks, leaves), masks, leaves)
 
@@ -339,7 +372,7 @@ def _best(
     layout: blocks.Layout,
     leaves: tuple[trees.Leaf, ...],
 ) -> list[jax.Array]:
-    """Blocks: the best of the live units; in groups, as many of each live one. None = all live."""
+    """Blocks of the best live units; of groups, the best of each. ``live=None`` = all are live."""
     first = structures.first_leaves(leaves)
     grouped = [structures.is_grouped(x) for x in first]
     if not any(grouped):
@@ -385,9 +418,8 @@ def _refuse_complex(what: str, values: Sequence[Any], leaves: tuple[trees.Leaf, 
 def ceil_of_share(fraction: Any, num_live: jax.Array) -> jax.Array:
     """``ceil(fraction * num_live)`` within ``[0, num_live]``, int32.
 
-    Computed in float32, with ``jax_enable_x64``, too. A product that rounding may have lifted above
-    an integer (one part in 2^23) counts as that integer, so that .3 of 10 is 3; above 10^6 weights
-    this may be one off.
+    Always computed in float32. A product that rounding may have lifted above an integer (by one
+    part in 2^23) counts as that integer: .3 of 10 is 3. Above 10^6 weights it may be off by one.
     """
     share = jnp.asarray(fraction, jnp.float32) * num_live.astype(jnp.float32)
     return jnp.clip(jnp.ceil(share * (1 - 2.0**-23)).astype(jnp.int32), 0, num_live)
@@ -398,13 +430,14 @@ def _and(a: PyTree, b: PyTree) -> PyTree:
 
 
 def masks_from_zeros(params: PyTree, prunable: trees.Rules = ()) -> PyTree:
-    """The masks of parameters that are sparse already: False where a prunable weight is 0.
-
-    Leaves that are not prunable are all True, zeros too, as biases often start.
+    """The masks of parameters that are already sparse: False where a prunable weight is 0.
 
     Args:
       params: tree of arrays; NaN counts as not 0.
       prunable: path rules, see :func:`granet_jax.trees.describe`.
+
+    Returns:
+      bool tree of params; leaves that are not prunable are all True, even where they are 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -421,7 +454,7 @@ def check_dense(masks: PyTree, leaves: tuple[trees.Leaf, ...]) -> None:
     """Refuses masks that switch off weights of leaves that are not prunable.
 
     Raises:
-      ValueError: the message names the first such leaf. Traced masks pass unseen.
+      ValueError: the message names the first such leaf. Traced masks are not checked.
     """
     found = trees.paths(masks)
     for leaf in leaves:
@@ -437,15 +470,15 @@ def check_dense(masks: PyTree, leaves: tuple[trees.Leaf, ...]) -> None:
 
 
 def is_known(mask: jax.Array) -> bool:
-    """Whether its values can be looked at here and now."""
+    """Whether the values of a mask can be read here: it is not traced, and all of it is local."""
     return not isinstance(mask, jax.core.Tracer) and getattr(mask, "is_fully_addressable", True)
 
 
 def check_masks(masks: PyTree, params: PyTree) -> PyTree:
-    """A copy of given masks (donating a state must not delete the caller's), once they fit.
+    """A copy of given masks, checked; a copy, so that donating a state keeps the caller's masks.
 
     Raises:
-      ValueError: they have other leaves, shapes or dtypes than total masks of ``params``.
+      ValueError: they are not bool, or have other leaves or shapes than ``params``.
     """
     given, wanted = trees.by_path(masks), trees.by_path(params)
     if given.keys() != wanted.keys():

@@ -1,7 +1,7 @@
 """Numbers about masks: pure functions, cheap, safe under ``jit``.
 
-All take the same static ``prunable`` rules as the method did, so that sparsity counts prunable
-weights alone. Masks find their parameters by path.
+Give them the same ``prunable`` rules as the method, so that sparsity counts prunable weights alone.
+Masks and parameters are matched by path.
 """
 
 import math
@@ -16,12 +16,41 @@ from granet_jax.types import PyTree
 
 
 def num_live(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> jax.Array:
-    """How many weights each layer keeps, int32 ``(layers,)`` in layer order."""
+    """How many weights each layer keeps.
+
+    Args:
+      masks: bool tree of params.
+      params: tree of arrays or ``ShapeDtypeStruct``.
+      prunable: the path rules that the method was given.
+
+    Returns:
+      int32 ``(layers,)``, in layer order.
+
+    Raises:
+      ValueError: masks of another tree.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> masks = {"kernel": jnp.array([[True, False], [False, False]])}
+      >>> num_live(masks, {"kernel": jnp.zeros((2, 2))}).tolist()
+      [1]
+    """
     return selection.count(trees.split(masks, trees.describe(params, prunable)))
 
 
 def sparsity(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> jax.Array:
-    """Fraction of zeros among all prunable weights, a float32 scalar.
+    """Fraction of zeros among all prunable weights.
+
+    Args:
+      masks: as for :func:`num_live`.
+      params: as for :func:`num_live`.
+      prunable: as for :func:`num_live`.
+
+    Returns:
+      A float32 scalar in [0, 1].
+
+    Raises:
+      ValueError: masks of another tree.
 
     Example:
       >>> import jax.numpy as jnp
@@ -36,7 +65,25 @@ def sparsity(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> jax.A
 
 
 def densities(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> dict[str, Any]:
-    """Kept fraction of each prunable leaf by its path, float32 scalars."""
+    """The fraction of weights that each prunable leaf keeps.
+
+    Args:
+      masks: as for :func:`num_live`.
+      params: as for :func:`num_live`.
+      prunable: as for :func:`num_live`.
+
+    Returns:
+      ``{path: float32 scalar}``, for :func:`granet_jax.flops.forward`.
+
+    Raises:
+      ValueError: masks of another tree.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> masks = {"kernel": jnp.array([[True, False], [False, False]])}
+      >>> float(densities(masks, {"kernel": jnp.zeros((2, 2))})["kernel"])
+      0.25
+    """
     leaves = trees.describe(params, prunable)
     paths = [leaf.path for leaf in leaves if leaf.prunable]
     pairs = zip(paths, trees.pick(masks, leaves), strict=True)
@@ -44,7 +91,24 @@ def densities(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> dict
 
 
 def num_grown(old: PyTree, new: PyTree) -> jax.Array:
-    """How many weights are on in ``new`` that were off in ``old``, an int32 scalar."""
+    """How many weights are on in ``new`` that were off in ``old``.
+
+    Args:
+      old: masks, bool tree of params.
+      new: masks of the same paths and shapes.
+
+    Returns:
+      An int32 scalar.
+
+    Raises:
+      ValueError: the paths differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> old, new = jnp.array([True, False, False]), jnp.array([False, True, True])
+      >>> int(num_grown({"w": old}, {"w": new}))
+      2
+    """
     before, after = trees.by_path(old), trees.by_path(new)
     if before.keys() != after.keys():
         odd = sorted("/".join(path) for path in before.keys() ^ after.keys())
@@ -53,7 +117,19 @@ def num_grown(old: PyTree, new: PyTree) -> jax.Array:
 
 
 def num_nonfinite(tree: PyTree) -> jax.Array:
-    """How many entries of a tree are NaN or infinite, an int32 scalar."""
+    """How many entries of a tree are NaN or infinite.
+
+    Args:
+      tree: tree of arrays of any dtype; integers are always finite.
+
+    Returns:
+      An int32 scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> int(num_nonfinite({"w": jnp.array([1.0, jnp.nan, -jnp.inf])}))
+      2
+    """
     return _total(jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x), dtype=jnp.int32), tree))
 
 

@@ -1,12 +1,11 @@
-"""What the state of an optimizer holds of each parameter; the rules by which ``sparsify`` sees it.
+"""What an optimizer's state holds for each parameter, and the rules by which ``sparsify`` finds it.
 
-A leaf of the state *mirrors* a parameter when its path ends in the parameter's, or lies one step
-beyond it, and it has the parameter's shape. So are moments found, step sizes, and copies of the
-parameters, in any optax optimizer, without a list of optimizers.
+A leaf of the state *mirrors* a parameter if it has the parameter's shape, and its path ends in the
+parameter's path, or lies one step below such a path. This finds moments, step sizes and copies of
+the parameters in any optax optimizer, without a list of optimizers.
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,16 +18,20 @@ from granet_jax.types import PyTree
 
 
 def told_keep(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The optimizer with ``keep=`` among its extra arguments, passed on where it takes any such.
+    """The optimizer with an argument ``keep=``, passed on if it takes it.
 
-    Optax asks transformations with extra arguments to take those they do not know; SAM does not.
+    Optax asks transformations with extra arguments to accept unknown ones. SAM and line searches do
+    not, nor do wrappers that pass all of them on to a plain transformation.
     """
     inner = optax.with_extra_args_support(inner)
-    named = inspect.signature(inner.update).parameters.values()
-    takes = any(x.name == "keep" or x.kind is inspect.Parameter.VAR_KEYWORD for x in named)
 
     def update(grads: PyTree, state: Any, params: PyTree, *, keep: PyTree, **extra: Any) -> Any:
-        return inner.update(grads, state, params, **extra, **({"keep": keep} if takes else {}))
+        try:
+            return inner.update(grads, state, params, **extra, keep=keep)
+        except TypeError as error:
+            if "'keep'" not in str(error):
+                raise
+        return inner.update(grads, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -38,7 +41,7 @@ def reset(state: Any, initial: Any, mirrored: dict[Any, Any], keep: PyTree) -> A
 
     Args:
       state: of the optimizer.
-      initial: the state at the start, for parameters that are 0; found by path.
+      initial: the state at the start, for parameters that are 0; leaves are matched by path.
       mirrored: from :func:`mirrors`.
       keep: bool tree of params.
     """
@@ -55,7 +58,7 @@ def reset(state: Any, initial: Any, mirrored: dict[Any, Any], keep: PyTree) -> A
 
 @jax.jit  # so that it is traced once for all leaves of a shape
 def select(mask: jax.Array, x: jax.Array, otherwise: jax.Array | None = None) -> jax.Array:
-    """``where(mask, x, otherwise)``, by default 0, on bits: XLA:CPU vectorises that far better."""
+    """``where(mask, x, otherwise)`` on bits, which XLA:CPU vectorises far better; None = 0."""
     if x.dtype.itemsize not in (2, 4) or not jnp.issubdtype(x.dtype, jnp.floating):
         other = jnp.zeros_like(x) if otherwise is None else otherwise.astype(x.dtype)
         return jnp.where(mask, x, other)
@@ -71,8 +74,8 @@ def select(mask: jax.Array, x: jax.Array, otherwise: jax.Array | None = None) ->
 def mirrors(init: Callable[[PyTree], Any], state: Any, params: PyTree) -> dict[Any, Any]:
     """The names of the leaves of a state that mirror a parameter, with the parameter's names.
 
-    A square matrix of statistics is told from a moment of a square kernel by what ``init`` makes of
-    a kernel that is not square.
+    A square matrix of statistics looks like a moment of a square kernel. To tell them apart,
+    ``init`` is called on kernels that are not square.
     """
     owners = trees.owners(state, params)
     found = {trees.names(k): x.names for k, x in owners.items() if x is not None and x.same_shape}
@@ -82,7 +85,7 @@ def mirrors(init: Callable[[PyTree], Any], state: Any, params: PyTree) -> dict[A
         return found
     try:
         other = trees.by_path(jax.eval_shape(init, altered))
-    except Exception:  # made for these shapes alone: nothing can be told
+    except Exception:  # it works for these shapes only: nothing is known
         return found
     shapes = {path: x.shape for path, x in trees.by_path(altered).items()}
 
@@ -121,8 +124,8 @@ def check_same_optimizer(state: Any, initial: Any, params: PyTree) -> None:
     """Refuses a state that another optimizer wrote.
 
     Raises:
-      ValueError: a leaf is missing, or there is one more for a parameter; the message names it and
-        the state that holds it.
+      ValueError: a leaf is missing, or a parameter has one leaf too many; the message names the
+        leaf and the state that holds it.
     """
     found, expected = (
         {trees.names(path): (path, x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
@@ -150,7 +153,7 @@ def frozen(inner: optax.GradientTransformation, state: Any, params: PyTree) -> l
         keep = jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
         trace = jax.make_jaxpr(lambda g, s, p, k: inner.update(g, s, p, keep=k)[0])
         jaxpr = jaxprs.opened(trace(params, state, params, keep))
-    except Exception:  # an optimizer that is told more than gradients: nothing is known
+    except Exception:  # an optimizer that needs more than gradients: nothing is known
         return []
     moving = set(map(id, jaxpr.invars))
     for eqn in jaxpr.eqns:

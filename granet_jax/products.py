@@ -1,8 +1,8 @@
 """What a traced function does with its parameters: which of them its products contract.
 
 :func:`uses` walks the jaxpr of any apply function and follows each leaf of ``params`` to the matrix
-products and convolutions that read it; nothing is computed. :mod:`granet_jax.flops` adds up what
-these cost, :func:`prunable_from` makes path rules of them.
+products and convolutions that read it. Nothing is computed. :mod:`granet_jax.flops` adds up the
+cost of these products, and :func:`prunable_from` makes path rules of them.
 """
 
 import math
@@ -23,24 +23,24 @@ _Axes: TypeAlias = frozenset[tuple[int, int]]  # axes of leaves, as (leaf, axis)
 
 
 class Origin(NamedTuple):
-    """Which leaves of params a value is made of. Without any it is a constant or a mask."""
+    """The leaves of params from which a value is made; a constant or a mask has none."""
 
     entries: dict[int, int]  # how many came from each leaf; their ratio matters
     axes: tuple[_Axes, ...]  # what each axis of the value runs along
 
 
-_Origin: TypeAlias = Origin | None  # None = data, which is all that depends on a batch
+_Origin: TypeAlias = Origin | None  # None = data: any value that depends on a batch
 _CONSTANT = Origin({}, ())
 
 
 class Use(NamedTuple):
-    """A product, or what else happens to leaves of params."""
+    """A product, or another use of leaves of params."""
 
     how: str  # "contracted" with data; "multiplied" otherwise; "looked up"; "lost"
     entries: dict[int, int]  # by leaf, as in :class:`Origin`
-    macs: float  # multiply-adds, 0 for what is no product; inf in a while_loop
+    macs: float  # multiply-adds, 0 for other uses; inf in a while_loop
     outputs: float  # entries of the product's result
-    within: _Axes  # axes of leaves that it contracts or that are axes of outputs; others stack
+    within: _Axes  # axes of leaves that are contracted or are outputs; the others stack layers
 
     def times(self, n: float) -> "Use":
         """In a loop of ``n`` trips."""
@@ -79,34 +79,34 @@ def uses(
 def prunable_from(
     apply_fn: Callable[..., Any], params: PyTree, *args: Any
 ) -> tuple[tuple[str, bool | trees.Stacked], ...]:
-    """Path rules from the trace of a model: its kernels are what its products contract.
+    """Path rules from the trace of a model: the leaves that its products contract are prunable.
 
-    A leaf is prunable where a matrix product or a convolution sums over it and data: not where it
-    is added, scales (also as a kernel with one input for each output) or is not read. A leaf that
-    is looked up by an index stays dense, also where it is multiplied as well (tied embeddings).
-    Where one parameter scales another, the larger is the kernel. Leading axes along which
-    ``lax.scan``, slices or a batched product find kernels of their own (layers, experts, members
-    of an ensemble) are :class:`granet_jax.trees.Stacked`.
+    A leaf is prunable if a matrix product or a convolution sums over it and data. A leaf stays
+    dense if it is added, if it scales (a kernel with one input for each output also does), or if
+    nothing reads it. A leaf that is looked up by an index stays dense even if it is multiplied as
+    well (tied embeddings). If one parameter scales another, the larger one is the kernel. Leading
+    axes that stack kernels for ``lax.scan``, slices or a batched product (layers, experts, members
+    of an ensemble) become :class:`granet_jax.trees.Stacked`.
 
     Args:
-      apply_fn: the forward pass, ``(params, *args) -> anything``; nothing is computed. What is not
-        an array it has to close over.
+      apply_fn: the forward pass, ``(params, *args) -> anything``; it is traced, not run. It has to
+        close over arguments that are not arrays.
       params: tree of arrays or ``ShapeDtypeStruct``.
-      *args: the same; a batch of two or more. Masks among them are bool.
+      *args: arrays or ``ShapeDtypeStruct``; a batch of two or more. Masks among them are bool.
 
     Returns:
       One ``(pattern, decision)`` pair for each leaf, in leaf order, for ``prunable=``. The first
-      pattern that matches decides, so put rules of your own before: ``[("head", False), *rules]``.
+      pattern that matches decides, so put your own rules first: ``[("head", False), *rules]``.
 
     Warns:
-      UserWarning: a leaf of two axes or more meets data or another parameter before it is
-        multiplied, so that the trace cannot tell whether it is a kernel. It stays dense.
+      UserWarning: a leaf of two or more axes is combined with data or another parameter before it
+        is multiplied, so the trace does not show whether it is a kernel. It stays dense.
 
     Raises:
       ValueError: a product is done inside a primitive that hides its shapes (``shard_map``, Pallas
         kernels).
 
-    Example: names and ranks tell nothing here.
+    Example: a model whose names and ranks do not show what is a kernel.
       >>> import jax, jax.numpy as jnp
       >>> params = {"a": jnp.ones((9, 4)), "b": jnp.ones((5, 4, 4)), "c": jnp.ones((1, 4))}
       >>> def apply_fn(params, tokens):
@@ -162,7 +162,7 @@ def _walk(jaxpr: Any, given: Sequence[_Origin]) -> tuple[list[_Origin], list[Use
     found = []
     for eqn in jaxpr.eqns:
         outs, done = _walk_eqn(eqn, [origin(atom) for atom in eqn.invars])
-        # A single float (the norm of a kernel, a temperature) makes no data of what it scales.
+        # What a single float (the norm of a kernel, a temperature) scales does not become data.
         origins |= {
             var: _CONSTANT if _is_float_scalar(var.aval) else out
             for var, out in zip(eqn.outvars, outs, strict=True)
@@ -217,7 +217,7 @@ def _walk_while(parts: jaxprs.While, given: list[_Origin]) -> tuple[list[_Origin
 
 
 def _walk_cond(branches: list[Any], given: list[_Origin]) -> tuple[list[_Origin], list[Use]]:
-    """The costliest branch counts; of the others, how parameters are used."""
+    """The costliest branch counts. The other branches only show how parameters are used."""
     walked = [_walk(branch, given) for branch in branches]
     outs = [_combined(origins) for origins in zip(*(outs for outs, _ in walked), strict=True)]
     _, *cheaper = found = sorted((u for _, u in walked), key=lambda u: -sum(x.macs for x in u))
@@ -227,7 +227,7 @@ def _walk_cond(branches: list[Any], given: list[_Origin]) -> tuple[list[_Origin]
 def _walk_loop(
     body: Any, given: list[_Origin], num_consts: int, num_carry: int
 ) -> tuple[list[_Origin], list[Use]]:
-    """Walks the body until the origins of what it carries no longer change."""
+    """Walks the body until the origins of the carry no longer change."""
     consts, xs = given[:num_consts], given[num_consts + num_carry :]
     carry = given[num_consts : num_consts + num_carry]
     while True:
@@ -266,7 +266,7 @@ def _product(eqn: Any, given: list[_Origin]) -> list[Use]:
 
 
 def _leading(eqn: Any, side: int) -> Sequence[int]:
-    """The axes of experts in ``bi,eio->ebo``: before the inputs, and the outputs come after."""
+    """The axes of experts in ``bi,eio->ebo``: those before the inputs, if outputs come after."""
     if eqn.primitive.name != "dot_general":
         return ()
     contracted = eqn.params["dimension_numbers"][0][side]
@@ -275,7 +275,7 @@ def _leading(eqn: Any, side: int) -> Sequence[int]:
 
 
 def _met(name: str, given: list[_Origin], shapes: list[Any], result: Any) -> list[Use]:
-    """What an operation that is no product does with parameters and data: looks up, or mixes."""
+    """The uses in an operation that is no product: it looks up parameters, or mixes them."""
     found = []
     for i, (origin, shape) in enumerate(zip(given, shapes, strict=True)):
         if origin is None or not origin.entries:
@@ -292,7 +292,7 @@ def _met(name: str, given: list[_Origin], shapes: list[Any], result: Any) -> lis
 
 
 def _axes(eqn: Any, given: list[Origin], shape: tuple[int, ...]) -> tuple[_Axes, ...]:
-    """What the axes of a result run along. In doubt, along all that its operands do."""
+    """The axes of leaves along which the axes of a result run; in doubt, all of its operands'."""
     name, params, axes = eqn.primitive.name, eqn.params, given[0].axes
     everything = frozenset[tuple[int, int]]().union(*(a for x in given for a in x.axes))
     if not axes:
@@ -335,7 +335,7 @@ def _is_float_scalar(aval: Any) -> bool:
 
 
 def _combined(origins: Sequence[_Origin]) -> _Origin:
-    """Of values of one shape: data, if any is; else the largest."""
+    """The origin of values of one shape, combined: data if one of them is, else the largest."""
     known = [origin for origin in origins if origin is not None]
     if len(known) < len(origins):
         return None

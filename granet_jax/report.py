@@ -9,15 +9,18 @@ from granet_jax.types import PyTree
 
 
 def table(params: PyTree, masks: PyTree | None = None, prunable: trees.Rules = ()) -> str:
-    """One line for each leaf of ``params``: path, shape, kept, sparsity, and why it was chosen.
+    """A table with a line for each leaf: path, shape, weights, kept, sparsity, and why.
 
     Print it before a long run, to see what the path rules chose. The last line sums up the
-    prunable weights; a layer that has lost all of them is named below.
+    prunable weights. Below it are named the layers that have lost all their weights.
 
     Args:
       params: tree of arrays or ``ShapeDtypeStruct``.
-      masks: bool tree of params, whose leaves are found by path; None = dense.
+      masks: bool tree, matched with the params by path; None = dense.
       prunable: the path rules that the method was given.
+
+    Returns:
+      Lines of text, joined.
 
     Raises:
       ValueError: as :func:`granet_jax.trees.describe`; or masks of another tree.
@@ -54,7 +57,20 @@ def table(params: PyTree, masks: PyTree | None = None, prunable: trees.Rules = (
 
 
 def aligned(rows: Sequence[tuple[str, ...]], left: Sequence[int] = (0, 1)) -> str:
-    """Rows of cells as lines of text, the columns in ``left`` flush left."""
+    """Rows of cells as aligned lines of text.
+
+    Args:
+      rows: of strings, all of one length.
+      left: the columns that are flush left; the others are flush right.
+
+    Returns:
+      Lines of text, joined.
+
+    Example:
+      >>> print(aligned([("a", "xy", "1"), ("bc", "z", "20")]))
+      a   xy   1
+      bc  z   20
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

@@ -1,8 +1,8 @@
-"""The scaling law of sparse networks: fit it, ask it, find the sparsity that is best for a budget.
+"""The scaling law of sparse networks: fit it, predict with it, find the best sparsity for a budget.
 
-In plain numpy and float64: this is for planning, before anything is trained. ``live`` counts
-weights that are on, ``data`` what is trained on (steps, examples, tokens), both in units of your
-choice: a law fits those that it was fitted in (millions of weights, 1e5 steps).
+This is for planning before training, in plain numpy and float64. ``live`` is the number of live
+weights and ``data`` the amount of training (steps, examples, tokens), in units of your choice, such
+as millions of weights and 1e5 steps. Use a law in the units in which it was fitted.
 """
 
 from collections.abc import Callable
@@ -14,12 +14,17 @@ import numpy as np
 class Law(NamedTuple):
     """``L = (a (1 - S)^b + c) N^-d + e D^-f + g``: loss at sparsity S, N live weights, data D.
 
-    All coefficients are positive. ``g`` is what no network gets below; ``(a + c) N^-d`` is what a
-    dense one of N weights loses for its size, and ``c`` what is left of ``a + c`` for a network of
-    endless sparsity and N live weights.
+    All coefficients are positive. ``g`` is the loss that no network can go below. ``(a + c) N^-d``
+    is the loss that a dense network of N weights has because of its finite size; at N live weights
+    and a sparsity near 1, ``c`` takes the place of ``a + c``.
 
     Source: Frantar et al. 2023 (arXiv 2309.08520), "Scaling laws for sparsely-connected foundation
     models", equation 1.
+
+    Example: the published law of T5 on C4, in millions of weights and 1e5 steps.
+      >>> t5 = Law(0.56779, 0.72161, 1.52265, 0.24513, 0.63362, 0.20271, 0.65074)
+      >>> t5.g
+      0.65074
     """
 
     a: float
@@ -32,13 +37,16 @@ class Law(NamedTuple):
 
 
 def predict(law: Law, sparsity: Any, live: Any, data: Any) -> Any:
-    """The loss that a law tells; arrays broadcast, float64.
+    """The loss that a law predicts.
 
     Args:
-      law: fitted.
+      law: fitted, or published.
       sparsity: S, fraction of zeros, in [0, 1).
-      live: N, weights that are on.
-      data: D.
+      live: N, live weights, > 0.
+      data: D, > 0.
+
+    Returns:
+      float64; arrays broadcast.
 
     Example: T5 on C4 by the published law; 85 million live weights, 500,000 steps.
       >>> t5 = Law(0.56779, 0.72161, 1.52265, 0.24513, 0.63362, 0.20271, 0.65074)
@@ -55,7 +63,7 @@ class Fit(NamedTuple):
 
     law: Law
     huber: float  # mean Huber loss over the points
-    num_found: int  # starts that ended in it (within a thousandth of its loss)
+    num_found: int  # how many starts ended in this law (within a thousandth of its Huber loss)
 
 
 def fit(
@@ -71,31 +79,36 @@ def fit(
 ) -> Fit:
     """The law with the smallest Huber loss over trained networks.
 
-    From random starts, each by a trust-region method to its end (``scipy.optimize.least_squares``);
-    the best of them. Huber's loss is ``r^2 / 2``, and linear from ``|r| = delta`` on.
+    It is the best result of several random starts, each minimised to convergence by a trust-region
+    method (``scipy.optimize.least_squares``). Huber's loss of a residual r is ``r^2 / 2``, and
+    linear from ``|r| = delta`` on.
 
-    Source: Frantar et al. 2023: of logs with delta .001 for T5, of losses with .01 for ViT.
+    Source: Frantar et al. 2023: residuals of logs with delta .001 for T5, of losses with .01 for
+    ViT.
 
     Args:
-      sparsity: of each network, in [0, 1). For coefficients to mean something, sparsity, live and
-        data need three different values each.
-      live: of each network.
-      data: of each network.
-      losses: measured, positive.
-      of_logs: residuals are differences of log losses, or of losses.
+      sparsity: of each network, in [0, 1). For meaningful coefficients, sparsity, live and data
+        need three different values each.
+      live: of each network, > 0.
+      data: of each network, > 0.
+      losses: measured, > 0.
+      of_logs: residuals are differences of log losses; False = of losses.
       delta: where Huber's loss becomes linear.
-      num_starts: random starts.
+      num_starts: how many random starts.
       seed: of the starts.
+
+    Returns:
+      A :class:`Fit`.
 
     Raises:
       ValueError: lengths differ, fewer than 8 points, or values out of range.
-      RuntimeError: no start came to an end.
+      RuntimeError: no start converged.
 
-    Differs from the paper's code in that: each start is followed until it no longer gets better.
-    (Theirs stops where the slopes are below 1e-5, which for T5, where the loss itself is less than
-    that, is nearly where it started.)
+    Differs from the paper's code in that each start is minimised until it no longer improves.
+    (Theirs stops when gradients are below 1e-5. For T5 the loss itself is below that, so it stops
+    near its start.)
 
-    Example: from exact points the law comes back.
+    Example: exact points give the law back.
       >>> import itertools
       >>> law = Law(0.5, 0.7, 1.5, 0.25, 0.6, 0.2, 0.7)
       >>> points = itertools.product([0.0, 0.5, 0.75, 0.875], [1.0, 5.0, 20.0], [2.0, 5.0, 10.0])
@@ -126,7 +139,7 @@ def fit(
                     **dict.fromkeys(("ftol", "xtol", "gtol"), 1e-14),
                     max_nfev=5000,
                 )
-            except ValueError:  # the start was out of the range of floats
+            except ValueError:  # the start overflows
                 continue
         ended.append((found.cost / len(measured), tuple(map(float, found.x))))
     if not ended:
@@ -139,6 +152,21 @@ def huber(
     law: Law, sparsity: Any, live: Any, data: Any, losses: Any, *, of_logs: bool, delta: float
 ) -> float:
     """The mean Huber loss of a law over trained networks, as :func:`fit` minimises it.
+
+    Args:
+      law: fitted, or published.
+      sparsity: as for :func:`fit`.
+      live: as for :func:`fit`.
+      data: as for :func:`fit`.
+      losses: as for :func:`fit`.
+      of_logs: as for :func:`fit`.
+      delta: as for :func:`fit`.
+
+    Returns:
+      A float.
+
+    Raises:
+      ValueError: as :func:`fit`.
 
     Example:
       >>> law = Law(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
@@ -153,10 +181,19 @@ def huber(
 
 
 def gradual_cost(sparsity: Any) -> Any:
-    """What gradual pruning costs a step, over a dense network of as many weights as stay live.
+    """The cost of a step of gradual pruning, relative to a dense network of as many weights.
 
-    A quarter of training dense, half on the cubic, a quarter sparse, as in the paper: the mean
-    density over training, over that of the end.
+    The dense network has as many weights as are live at the end. As in the paper, a quarter of
+    training is dense, half is on the cubic, a quarter is sparse. So the cost is the mean density
+    over training divided by the final density.
+
+    Source: Frantar et al. 2023, "optimal sparsity".
+
+    Args:
+      sparsity: at the end, in [0, 1); a float or an array.
+
+    Returns:
+      float64 >= 1, of the shape of ``sparsity``.
 
     Example:
       >>> [round(float(gradual_cost(s)), 3) for s in (0.0, 0.5, 0.75)]
@@ -169,18 +206,18 @@ def gradual_cost(sparsity: Any) -> Any:
 def best_sparsity(
     law: Law, live: float, compute: float, cost: Callable[[Any], Any] = gradual_cost
 ) -> tuple[float, float]:
-    """The sparsity with the lowest loss for a budget: so many live weights, so much training.
+    """The sparsity with the lowest loss for a budget of live weights and of compute.
 
-    A network of N live weights at a higher sparsity is pruned from a larger one; it is better for
-    its size, but each step costs ``cost(S)`` times as much, so that it sees less data.
+    At a higher sparsity, N live weights are pruned from a larger network. That is better for the
+    same N, but each step costs ``cost(S)`` times as much, so the network sees less data.
 
     Args:
-      law: fitted.
-      live: N, weights that the network may have in the end.
-      compute: N times the data that a dense network of N weights could be trained on.
-      cost: of a step at a sparsity, over that of a dense network of N weights; takes arrays. A
-        method that is sparse from the start costs 1 everywhere (``numpy.ones_like``), and then
-        sparsity is free: the answer is the end of the range.
+      law: fitted, or published.
+      live: N, the live weights that the network has in the end.
+      compute: N times the data on which a dense network of N weights could be trained.
+      cost: of a step at a sparsity, relative to a dense network of N weights; takes arrays. A
+        method that is sparse from the start costs 1 at any sparsity (``numpy.ones_like``); then
+        sparsity is free, and the result is the highest one.
 
     Returns:
       ``(sparsity, loss)``; the sparsity is one of 0, .001 ... .990.
@@ -204,10 +241,10 @@ def best_sparsity(
 
 
 def _checked(*columns: Any) -> list[np.ndarray]:
-    """Sparsity, live, data, losses as float64 columns of one length.
+    """Sparsity, live, data and losses as float64 vectors of one length.
 
     Raises:
-      ValueError: they are not.
+      ValueError: other shapes, fewer than 8 networks, or values out of range.
     """
     arrays = [np.asarray(x, np.float64) for x in columns]
     if len({x.shape for x in arrays}) != 1 or arrays[0].ndim != 1:

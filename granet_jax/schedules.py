@@ -1,8 +1,8 @@
 """When masks change, and by how much.
 
-A schedule maps a step (an int or a scalar of ints, the first update is 1) to a float32 scalar, with
-``jax_enable_x64``, too: so that counts are the same with and without it. The numbers of steps that
-schedules are made from are Python ints; sparsities and fractions may be traced.
+A schedule maps a step to a float32 scalar. The step is an int or an integer scalar; the first
+update is 1. The result is float32 under ``jax_enable_x64`` as well, so that counts do not depend on
+that flag. Numbers of steps are Python ints; sparsities and fractions may be traced.
 """
 
 import math
@@ -23,8 +23,17 @@ def cubic(initial: Any, final: Any, begin_step: int, end_step: int) -> optax.Sch
 
     Source: Zhu & Gupta 2017, "To prune, or not to prune", section 3.
 
+    Args:
+      initial: value until ``begin_step``; may be traced.
+      final: value from ``end_step`` on; may be traced.
+      begin_step: where the curve begins, in updates.
+      end_step: where it ends, in updates.
+
+    Returns:
+      A schedule ``step -> float32``.
+
     Raises:
-      ValueError: ``end_step <= begin_step``.
+      ValueError: ``end_step <= begin_step``, or steps that are not ints.
 
     Example:
       >>> sparsity = cubic(0.0, 0.9, begin_step=0, end_step=10)
@@ -43,8 +52,16 @@ def cosine(initial: Any, final: Any, end_step: int) -> optax.Schedule:
 
     Source: Dettmers & Zettlemoyer 2019 and Evci et al. 2020, section 3, for the drop fraction.
 
+    Args:
+      initial: value at step 0, in [0, 1]; may be traced.
+      final: value from ``end_step`` on, in [0, 1]; may be traced.
+      end_step: end of the half wave, in updates, >= 1.
+
+    Returns:
+      A schedule ``step -> float32``.
+
     Raises:
-      ValueError: ``end_step < 1``, or a value outside [0, 1].
+      ValueError: ``end_step < 1`` or not an int, or a value outside [0, 1].
 
     Example:
       >>> fraction = cosine(0.5, 0.005, end_step=100)
@@ -70,8 +87,17 @@ def sigmoid(initial: Any, final: Any, begin_step: int, end_step: int) -> optax.S
 
     Source: Zhang et al. 2025 (CHTss), the sigmoid gradual density decay.
 
+    Args:
+      initial: value until ``begin_step``; may be traced.
+      final: value from ``end_step`` on; may be traced.
+      begin_step: where the curve begins, in updates.
+      end_step: where it ends, in updates.
+
+    Returns:
+      A schedule ``step -> float32``.
+
     Raises:
-      ValueError: ``end_step <= begin_step``.
+      ValueError: ``end_step <= begin_step``, or steps that are not ints.
 
     Example:
       >>> sparsity = sigmoid(0.5, 0.9, begin_step=0, end_step=10)
@@ -91,9 +117,16 @@ def sigmoid(initial: Any, final: Any, begin_step: int, end_step: int) -> optax.S
 
 
 def stairs(num_stairs: int) -> Callable[[Any, Any, int, int], optax.Schedule]:
-    """A curve ``(initial, final, begin_step, end_step) -> schedule`` of as many equal stairs.
+    """A curve ``(initial, final, begin_step, end_step) -> schedule`` of ``num_stairs`` equal steps.
 
-    The first is taken at ``begin_step``, the last at ``end_step``; one alone at ``end_step``.
+    The first stair is at ``begin_step``, the last at ``end_step``; a single stair is at
+    ``end_step``.
+
+    Args:
+      num_stairs: how many, >= 1.
+
+    Returns:
+      A curve, for :func:`gradual_num_keep`.
 
     Raises:
       ValueError: ``num_stairs < 1``; in the curve, ``end_step <= begin_step``.
@@ -132,7 +165,10 @@ def every(
     Args:
       update_every: updates between events, the papers' Delta T; >= 1.
       begin_step: no event before it.
-      last_step: no event after it; None = none ends them.
+      last_step: no event after it; None = events never end.
+
+    Returns:
+      ``step -> bool`` scalar, for ``is_update_step`` of a method.
 
     Raises:
       ValueError: ``update_every < 1``, a negative ``begin_step``, or a range without any event.
@@ -173,15 +209,26 @@ def gradual_num_keep(
 ) -> NumKeep:
     """How many weights to keep at a step, on a curve from the initial to the final sparsity.
 
-    The curve (``cubic``, ``sigmoid``, ``stairs(n)``) runs on counts, ``final + round((initial -
-    final) * curve)``: at and after ``end_step`` the count is the final integer itself, whatever
-    float32 does on the way (there it may differ by a weight in 10^7 from exact arithmetic).
+    The curve runs on counts, ``final + round((initial - final) * curve)``. So from ``end_step`` on
+    the count is exactly that of ``final_sparsity``. Before, float32 may be off by one weight in
+    10^7.
+
+    Args:
+      distribution: how a sparsity is spread over layers.
+      initial_sparsity: until ``begin_step``, in [0, 1); may be traced.
+      final_sparsity: from ``end_step`` on, in [0, 1); may be traced.
+      begin_step: where the curve begins, in updates.
+      end_step: where it ends, in updates.
+      curve: ``cubic``, ``sigmoid``, ``stairs(n)``, or another ``(initial, final, begin_step,
+        end_step) -> schedule``.
 
     Returns:
-      ``(shapes, step) -> counts`` (int32), a scalar or one a layer as ``distribution`` decides.
+      ``(shapes, step) -> counts``, int32, a scalar or one count for each layer, as ``distribution``
+      gives them.
 
     Raises:
-      ValueError: as ``curve`` and ``distribution``; or sparsity would fall.
+      ValueError: a sparsity outside [0, 1), ``initial_sparsity > final_sparsity``, or as ``curve``;
+        when it is called, as ``distribution``.
 
     Example:
       >>> from granet_jax.distributions import global_ranking
@@ -208,7 +255,19 @@ def gradual_num_keep(
 
 
 def check_end(update_every: int, end_step: int, total_steps: int) -> None:
-    """Raises a ValueError unless some event in ``[end_step, total_steps]`` can end the pruning."""
+    """Checks that an event in ``[end_step, total_steps]`` can end the pruning.
+
+    Args:
+      update_every: updates between events.
+      end_step: the update at which the schedule reaches its final sparsity.
+      total_steps: updates in all.
+
+    Raises:
+      ValueError: there is no such event, or ``total_steps`` is not an int.
+
+    Example:
+      >>> check_end(update_every=100, end_step=500, total_steps=550)
+    """
     check_steps(total_steps=total_steps)
     last_event = total_steps // update_every * update_every
     if last_event < end_step:
@@ -228,7 +287,17 @@ def _check_order(begin_step: int, end_step: int) -> None:
 
 
 def check_steps(**steps: Any) -> None:
-    """Raises a ValueError for a number of steps that is not an int."""
+    """Checks that numbers of steps are ints.
+
+    Args:
+      **steps: by the name that the message gives.
+
+    Raises:
+      ValueError: one is not an int, or is traced.
+
+    Example:
+      >>> check_steps(update_every=100)
+    """
     for name, value in steps.items():
         try:
             operator.index(value)
@@ -240,7 +309,7 @@ def check_steps(**steps: Any) -> None:
 
 
 def _elapsed(step: Any, begin_step: int, end_step: int) -> jax.Array:
-    """Steps since ``begin_step``, none after ``end_step``, as float32 (optax takes its dtype)."""
+    """Steps since ``begin_step``, at most until ``end_step``; float32, as optax keeps its dtype."""
     return (jnp.clip(step, begin_step, end_step) - begin_step).astype(jnp.float32)
 
 

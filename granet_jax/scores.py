@@ -1,10 +1,10 @@
 """Scores: how much each weight is worth keeping, or growing. All share one signature.
 
-Each function takes an :class:`granet_jax.types.Event` and returns a tree of real arrays of the
-params' shapes, larger = better. Scores are float32 where parameters
-are narrower, because low-precision scores tie by the thousand (growing by bfloat16 gradients is
-known to ruin RigL and GraNet on transformers); of float64 and complex128 they are float64. Of
-complex numbers ``|.|`` is the modulus.
+A score takes an :class:`granet_jax.types.Event` and returns a tree of real arrays of the params'
+shapes, larger = better. Scores are float32; those of float64 and complex128 parameters are float64.
+They are never narrower than float32, because low-precision scores tie by the thousand (growing by
+bfloat16 gradients is known to ruin RigL and GraNet on transformers). ``|.|`` is the modulus of a
+complex number.
 
 Example:
   >>> import jax.numpy as jnp
@@ -24,19 +24,62 @@ from granet_jax.types import Event, PyTree, ScoreFn
 
 
 def magnitude(event: Event) -> PyTree:
-    """``|w|``: Han et al. 2015; the pruning score of GMP, SET, RigL and GraNet."""
+    """``|w|``: the pruning score of GMP, SET, RigL and GraNet.
+
+    Source: Han et al. 2015, "Learning both weights and connections for efficient neural networks",
+    section 3.
+
+    Args:
+      event: its ``params`` are read.
+
+    Returns:
+      Scores >= 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> magnitude(Event({"w": jnp.array([-2.0, 1.0])}))["w"].tolist()
+      [2.0, 1.0]
+    """
     return jax.tree.map(size, event.params)
 
 
 def gradient(event: Event) -> PyTree:
-    """``|g|``: the growth score of RigL (Evci et al. 2020, section 3) and GraNet."""
+    """``|g|``: the growth score of RigL and GraNet.
+
+    Source: Evci et al. 2020, "Rigging the Lottery", section 3.
+
+    Args:
+      event: its ``grads`` are read.
+
+    Returns:
+      Scores >= 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> gradient(Event({"w": jnp.zeros(2)}, {"w": jnp.array([0.5, -3.0])}))["w"].tolist()
+      [0.5, 3.0]
+    """
     return jax.tree.map(size, event.grads)
 
 
 def saliency(event: Event) -> PyTree:
-    """``|w * g|``: the first-order change of the loss (Molchanov et al. 2017; SNIP's score).
+    """``|w * g|``: to first order, how much the loss changes if the weight is set to 0.
 
-    Of a complex weight it is the largest change by a move as far as to 0, in any direction.
+    For a complex weight it is the largest first-order change over all moves of length ``|w|``.
+
+    Source: Molchanov et al. 2017, "Pruning convolutional neural networks for resource efficient
+    inference"; SNIP (Lee et al. 2019) uses it at the start.
+
+    Args:
+      event: its ``params`` and ``grads`` are read.
+
+    Returns:
+      Scores >= 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> saliency(Event({"w": jnp.array([2.0, 1.0])}, {"w": jnp.array([0.5, -3.0])}))["w"].tolist()
+      [1.0, 3.0]
     """
     return jax.tree.map(
         lambda p, g: jnp.multiply(*_alike(size(p), size(g))), event.params, event.grads
@@ -47,6 +90,12 @@ def magnitude_and_gradient(coefficient: float = 0.01) -> ScoreFn:
     """``|w| + coefficient * |g|``: a drop score that spares small weights about to move.
 
     Source: Yuan et al. 2021 (MEST), section 3, where the coefficient is .01.
+
+    Args:
+      coefficient: weight of the gradient in the sum.
+
+    Returns:
+      A score, >= 0, that reads ``params`` and ``grads``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,17 +117,24 @@ def magnitude_and_gradient(coefficient: float = 0.01) -> ScoreFn:
 def relative_importance(prunable: Rules = ()) -> ScoreFn:
     """``|w| / sum |w| of its output + |w| / sum |w| of its input``: how much both depend on it.
 
-    Weights that are small in size may be all that a neuron has. The last axis of a layer is its
-    outputs, all others are inputs. 1e-5 is added to sums, so that weights of empty neurons score 0.
+    So a small weight scores high if it is the only one that a neuron has. The last axis of a layer
+    is its outputs, all others are inputs. 1e-5 is added to the sums, so that the weights of empty
+    neurons score 0.
 
     Source: Zhang et al. 2024 (RIA, there for one-shot pruning); the removal score of
     Cannistraci-Hebb training.
 
     Args:
-      prunable: the path rules of the method, for stack axes are no inputs; other leaves score
-        ``|w|``.
+      prunable: the path rules of the method, which say which axes stack layers. Leaves that are not
+        prunable score ``|w|``.
 
-    Example: in the last row, 1 is all there is of its input, a fifth of its output.
+    Returns:
+      A score, >= 0, that reads ``params``.
+
+    Raises:
+      ValueError: when it scores, as :func:`granet_jax.trees.describe`.
+
+    Example: the 1 in the last row is the only weight of its input, and a fifth of its output.
       >>> import jax.numpy as jnp
       >>> w = jnp.array([[4.0, 2.0], [0.0, 6.0], [1.0, 0.0]])
       >>> scores = relative_importance()(Event({"w": w}))["w"]
@@ -101,15 +157,29 @@ def relative_importance(prunable: Rules = ()) -> ScoreFn:
 
 
 def momentum(event: Event) -> PyTree:
-    """``|m|``, the first moment of the optimizer inside: Adam's ``mu`` or the ``trace`` of SGD.
+    """``|m|``, the first moment of the inner optimizer: Adam's ``mu`` or the ``trace`` of SGD.
 
-    The moments of masked weights are 0 under :func:`granet_jax.sparsify`, so it tells live weights
-    apart; for growth, :func:`granet_jax.average_gradients` averages dense gradients.
+    It ranks live weights, for dropping: under :func:`granet_jax.sparsify` the moments of masked
+    weights are 0. To grow by momentum, use :func:`granet_jax.average_gradients`, which averages
+    dense gradients.
+
+    Source: Dettmers & Zettlemoyer 2019, "Sparse Networks from Scratch", section 3, who grow by the
+    momentum of dense gradients.
+
+    Args:
+      event: its ``inner`` is read.
+
+    Returns:
+      Scores >= 0.
 
     Raises:
       ValueError: the optimizer has no such moment, or several.
 
-    Source: Dettmers & Zettlemoyer 2019, who grow by the momentum of dense gradients.
+    Example:
+      >>> import jax.numpy as jnp
+      >>> inner = optax.ScaleByAdamState(0, mu={"w": jnp.array([-0.5])}, nu={"w": jnp.ones(1)})
+      >>> momentum(Event({"w": jnp.ones(1)}, inner=inner))["w"].tolist()
+      [0.5]
     """
     return jax.tree.map(size, _moment(event, "mu", "trace"))
 
@@ -117,11 +187,26 @@ def momentum(event: Event) -> PyTree:
 def adam_fisher(event: Event) -> PyTree:
     """``w^2 nu``, where nu is Adam's second moment before this step: a diagonal Fisher information.
 
-    It costs nothing, for the optimizer has it. Nu is not corrected for its bias, which changes no
-    order. A weight that grew lately has a small nu and is the first to go.
+    The optimizer already keeps nu, so this costs no memory. The bias of nu is not corrected, which
+    changes no ranking. A weight that grew recently has a small nu and is dropped first.
+
+    Source: the diagonal Fisher information of Theis et al. 2018, "Faster gaze prediction with dense
+    networks and Fisher pruning"; nu takes its place.
+
+    Args:
+      event: its ``params`` and ``inner`` are read.
+
+    Returns:
+      Scores >= 0.
 
     Raises:
       ValueError: the optimizer has no second moment, or several.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> inner = optax.ScaleByAdamState(0, mu={"w": jnp.zeros(1)}, nu={"w": jnp.array([0.5])})
+      >>> adam_fisher(Event({"w": jnp.array([2.0])}, inner=inner))["w"].tolist()
+      [2.0]
     """
 
     def of_leaf(p: jax.Array, nu: jax.Array) -> jax.Array:
@@ -134,17 +219,30 @@ def adam_fisher(event: Event) -> PyTree:
 def movement(event: Event) -> PyTree:
     """``sum -w g`` over the steps so far: how much training has moved each weight away from 0.
 
-    It may be negative, so that a large weight that shrinks goes before a small one that grows. It
-    is kept by :func:`track_movement` in the optimizer's state; masked weights have 0 there, and
-    begin anew when they regrow.
+    It may be negative: a large weight that shrinks is dropped before a small one that grows.
+    :func:`track_movement` keeps the sum in the optimizer's state. For masked weights it is 0; a
+    regrown weight starts again from 0.
+
+    Source: Sanh et al. 2020, "Movement pruning: adaptive sparsity by fine-tuning", section 4. There
+    the scores are trained parameters of a straight-through mask; this sum is what they are after
+    training, divided by the learning rate if that is constant.
+
+    Differs from the paper in that only live weights are ranked, so pruned weights do not come back.
+
+    Args:
+      event: its ``inner`` is read.
+
+    Returns:
+      Signed scores.
 
     Raises:
       ValueError: ``track_movement()`` is not in the optimizer, or more than once.
 
-    Source: Sanh et al. 2020, "Movement pruning: adaptive sparsity by fine-tuning", section 4. There
-    scores are trained parameters of a straight-through mask, whose gradient this sum is; a constant
-    learning rate changes no order. Here it ranks live weights alone, so what is pruned does not
-    come back.
+    Example:
+      >>> import jax.numpy as jnp
+      >>> inner = MovementState({"w": jnp.array([-1.0, 0.5])})
+      >>> movement(Event({"w": jnp.ones(2)}, inner=inner))["w"].tolist()
+      [-1.0, 0.5]
     """
     return _moment(event, "movement")
 
@@ -156,7 +254,13 @@ class MovementState(NamedTuple):
 
 
 def track_movement() -> optax.GradientTransformation:
-    """Adds up ``-w g`` in its state and leaves gradients as they are: first in the inner chain.
+    """Sums ``-w g`` in its state and does not change the gradients: put it first in the chain.
+
+    Returns:
+      A transformation whose state is :class:`MovementState`, at least 4 bytes for each weight.
+
+    Raises:
+      ValueError: in ``update``, without parameters.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp, optax
@@ -196,28 +300,33 @@ def track_movement() -> optax.GradientTransformation:
 
 
 def cannistraci_hebb(prunable: Rules = ()) -> ScoreFn:
-    """CH3-L3: how many short paths the masks have between the ends of a missing link.
+    """CH3-L3: scores a missing link by the number of short paths between its ends.
 
-    A path from output i to input v that lacks its link has three links: i shares inputs with
-    another output k, and k has v. It counts ``1 / max(e, 1)``, where e is the number of inputs that
-    i has and k has not: neurons that are wired alike count most. Paths through another input that
-    shares outputs with v are counted likewise, and both are added. Weights and data do not matter.
-    Links without such a path score below 0, drawn at random.
+    Take a missing link between output i and input v. A path of three links joins them if i shares
+    an input with another output k, and k is linked to v. The path counts ``1 / max(e, 1)``, where e
+    is the number of inputs that i has and k does not have: neurons that are wired alike count most.
+    Paths through another input that shares an output with v count in the same way. The score is the
+    sum of both. It depends on the masks alone, not on weights or data. A link without such a path
+    gets a random score below 0.
 
-    Source: Muscoloni et al. 2022 for CH3-L3; its node-based form for training: Zhang et al. 2024
-    and 2025 (CHT, CHTs), which grow the highest.
+    Source: Muscoloni et al. 2022 for CH3-L3. Zhang et al. 2024 and 2025 (CHT, CHTs) grow the links
+    with the highest scores, in the node-based form that is used here.
 
-    Differs from the papers' code in that: where all is 0, as in very sparse layers, growth is
-    random and not by index; kernels of convolutions are matrices with all axes but the last as
-    inputs.
+    Differs from the papers' code in that: where all scores are 0, as in very sparse layers, growth
+    is random instead of by index; the kernel of a convolution is a matrix with all axes but the
+    last as inputs.
 
     Args:
-      prunable: the path rules of the method, for stack axes are no inputs.
+      prunable: the path rules of the method, which say which axes stack layers.
+
+    Returns:
+      A score that reads ``masks`` and ``key``, above 0 with a path, in [-1, 0) without one.
 
     Raises:
-      ValueError: when it scores, without a key.
+      ValueError: when it scores without a key.
 
-    Example: the first two inputs share an output, and the second lacks the other of the first.
+    Example: the first two inputs share an output; the second input lacks the first one's other
+    output.
       >>> import jax, jax.numpy as jnp
       >>> masks = {"w": jnp.array([[1, 1, 0], [0, 1, 0], [0, 0, 1]], bool)}
       >>> event = Event({"w": jnp.zeros((3, 3))}, masks=masks, key=jax.random.key(0))
@@ -227,7 +336,7 @@ def cannistraci_hebb(prunable: Rules = ()) -> ScoreFn:
     """
 
     def paths(a: jax.Array) -> jax.Array:
-        """Through other rows; ``a`` is a matrix of 0 and 1."""
+        """The sum over paths through other rows; ``a`` is a matrix of 0 and 1."""
         shared = jnp.matmul(a, a.T, precision="highest")
         outside = jnp.sum(a, axis=1)[:, None] - shared
         alike = jnp.where(shared > 0, 1 / jnp.maximum(outside, 1), 0.0)
@@ -250,18 +359,22 @@ def cannistraci_hebb(prunable: Rules = ()) -> ScoreFn:
 def sampled(score: ScoreFn, temperature: Any) -> ScoreFn:
     """Draws by a score instead of taking the best: ``T log(score) + Gumbel noise``.
 
-    The k best of these are a sample of k weights without replacement, with chances proportional to
-    ``score^T``: at T = 0 at random, at T = infinity the best. Weights of score 0 come last.
+    The k highest of these are a sample of k weights without replacement, with chances proportional
+    to ``score^T``. T = 0 draws uniformly; the larger T, the closer to taking the best. Weights of
+    score 0 come last.
 
     Args:
-      score: nonnegative.
+      score: a nonnegative score.
       temperature: T, or a schedule ``step -> T``.
+
+    Returns:
+      A score that reads ``key`` and what ``score`` reads; -inf where ``score`` is 0.
 
     Source: the top-k trick of Kool et al. 2019; soft removal and growth in Cannistraci-Hebb
     training and in SET's and RigL's sampling variants.
 
     Raises:
-      ValueError: when it scores, without a key.
+      ValueError: when it scores without a key.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -285,7 +398,7 @@ def sampled(score: ScoreFn, temperature: Any) -> ScoreFn:
 
 
 def _moment(event: Event, *names: str) -> PyTree:
-    """The moments of the optimizer that go by one of these names, a tree of params."""
+    """The optimizer's moments that have one of these names, a tree of params."""
     found = [
         x for name in names for _, x in optax.tree_utils.tree_get_all_with_path(event.inner, name)
     ]
@@ -300,8 +413,20 @@ def _moment(event: Event, *names: str) -> PyTree:
 def random(event: Event) -> PyTree:
     """Uniform in [0, 1): the growth score of SET (Mocanu et al. 2018).
 
+    Args:
+      event: its ``key`` is read, and the shapes of its ``params``.
+
+    Returns:
+      float32 scores.
+
     Raises:
       ValueError: without a key.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> draws = random(Event({"w": jnp.ones(3)}, key=jax.random.key(0)))["w"]
+      >>> draws.shape, draws.dtype.name
+      ((3,), 'float32')
     """
     if event.key is None:
         raise ValueError("Random scores need a key: give the method key=jax.random.key(seed).")
@@ -314,7 +439,13 @@ def random(event: Event) -> PyTree:
 
 
 def size(x: jax.Array) -> jax.Array:
-    """``|x|`` in float32, or in the precision of ``x`` where that is wider.
+    """``|x|`` in float32, or in float64 if ``x`` is float64 or complex128.
+
+    Args:
+      x: array of any numeric dtype.
+
+    Returns:
+      An array of the same shape, >= 0 or NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -326,12 +457,24 @@ def size(x: jax.Array) -> jax.Array:
 
 
 def at_least_float32(dtype: Any) -> Any:
-    """``dtype`` where it is float64 or complex, else float32: what sums and means are made in."""
+    """``dtype`` if it is float64 or complex, else float32: the dtype of sums and means.
+
+    Args:
+      dtype: any dtype.
+
+    Returns:
+      A numpy dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> at_least_float32(jnp.bfloat16).name, at_least_float32(jnp.dtype("complex64")).name
+      ('float32', 'complex64')
+    """
     is_wide = dtype == jnp.float64 or jnp.issubdtype(dtype, jnp.complexfloating)
     return jnp.dtype(dtype if is_wide else jnp.float32)
 
 
 def _alike(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two arrays of float32 or float64 in the wider of the two."""
+    """Two arrays of float32 or float64, both in the wider of the two dtypes."""
     dtype = max(a.dtype, b.dtype, key=lambda x: x.itemsize)
     return a.astype(dtype), b.astype(dtype)

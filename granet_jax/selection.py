@@ -2,10 +2,10 @@
 
 Sorting 25 million scores takes seconds on a CPU and, on sharded arrays, gathers them all. Here the
 k-th largest score is found by counting: floats are mapped to integers of the same order and width,
-and a bracket around the k-th largest closes by asking how many integers are above a candidate.
+and a bracket around the k-th largest is narrowed by counting the integers above a candidate.
 Candidates come from a small sample, then from interpolation between counts, and from bisection
-where neither gets on; whatever they are, the mask is the same. Ties are settled by the same search
-over linear indices. Only counts ever leave a device, so the same scores give the same mask on any
+if neither makes progress. The mask does not depend on the candidates. Ties are settled by the same
+search over linear indices. Only counts leave a device, so the same scores give the same mask on any
 number of devices.
 
 Scores come as *stacks*: arrays ``(layers, *layer_shape)``. The number of weights to keep is either
@@ -24,17 +24,17 @@ from granet_jax import blocks, sortable
 
 _SHORT_ROW = 32  # rows up to this length are ranked by comparing all pairs
 _SAMPLE = 8192  # scores sampled from all layers for one ranking
-_SAMPLE_OF_LAYER = 1024  # from each, for a ranking within each
+_SAMPLE_OF_LAYER = 1024  # scores sampled from each layer for a ranking within each
 
 
 def top_k_mask(scores: jax.Array, k: Any, eligible: jax.Array | None = None) -> jax.Array:
     """True for the ``k`` largest entries of one array, exactly.
 
     Args:
-      scores: any shape and float dtype; float64 is compared as such, all else in float32. NaN
-        ranks below every number, and -0 equals +0.
-      k: how many to select, an int or a scalar of ints, which may be traced. Above the number of
-        eligible entries, all those are selected; at or below 0, none.
+      scores: any shape and float dtype; float64 is compared in float64, all other dtypes in
+        float32. NaN ranks below every number, and -0 equals +0.
+      k: how many to select, an int or an integer scalar, which may be traced. If it exceeds the
+        number of eligible entries, all of them are selected; at or below 0, none.
       eligible: bool, shape of ``scores``; None = all.
 
     Returns:
@@ -60,7 +60,7 @@ def top_k(
 
     Args:
       scores: arrays ``(layers_i, *layer_shape_i)``, any float dtype; compared in float64 if one of
-        them is of that, else in float32.
+        them is float64, else in float32.
       num_keep: int scalar, the number kept over all stacks; or ints ``(sum of layers_i,)``, the
         number kept in each layer. May be traced.
       eligible: bool arrays of the same shapes; None = all entries.
@@ -70,10 +70,10 @@ def top_k(
       are eligible). Ties go to the earlier stack, then the earlier layer, then the smaller index.
 
     Raises:
-      ValueError: one ranking over 2^31 entries or more: its counts would overflow int32; or
-        complex scores.
+      ValueError: complex scores; or one ranking over 2^31 entries or more, whose counts would
+        overflow int32.
 
-    Example: the best three of all, then the best one of each.
+    Example: the best three of all, then the best one of each layer.
       >>> import jax.numpy as jnp
       >>> stacks = [jnp.array([[5.0, 4.0, 3.0]]), jnp.array([[2.0, 1.0]])]
       >>> [m.tolist() for m in top_k(stacks, 3)]
@@ -96,7 +96,7 @@ def top_k_of_rows(scores: jax.Array, k: jax.Array, eligible: jax.Array) -> jax.A
       eligible: bool ``(..., n)``.
 
     Returns:
-      bool ``(..., n)``, as :func:`top_k` of each row.
+      bool ``(..., n)``, what :func:`top_k` gives for each row.
 
     Example:
       >>> import jax.numpy as jnp
@@ -136,7 +136,7 @@ class _Block(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """What a block is computed from: arrays with its rows."""
+    """The arrays from which a block is computed; they have the block's rows."""
 
     inputs: list[jax.Array]  # of the scores
     eligible: jax.Array | None
@@ -150,10 +150,10 @@ def top_k_of(
 ) -> list[jax.Array]:
     """As :func:`top_k`, but in blocks, and without storing the scores of large stacks.
 
-    Each count computes those anew, for counts wait for memory, not for arithmetic.
+    Each count computes them again: counting is limited by memory, not by arithmetic.
 
     Args:
-      scores: of the stacks that ``layout`` is of.
+      scores: of the stacks of ``layout``.
       num_keep: as for ``top_k``.
       layout: where the stacks lie in the blocks.
       eligible: bool blocks, False in padding; None = all entries.
@@ -215,7 +215,7 @@ def _in_blocks(
     eligible: Sequence[jax.Array] | None,
     dtype: np.dtype,
 ) -> tuple[Callable[[list[_Given]], list[_Block]], list[_Given]]:
-    """What makes blocks of scores, and what of; those of small stacks are computed here."""
+    """A function that makes blocks of scores, and its inputs; small stacks are scored here."""
     stored = [sortable.exactly(scores[i].computed(), dtype) for i in layout.together]
     inputs = [[blocks.flat(x) for x in scores[i].inputs] for i in layout.alone]
     inputs += [[x] for x in blocks.together(stored, layout)]
@@ -236,28 +236,28 @@ def count(stacks: Sequence[jax.Array]) -> jax.Array:
 
 
 def _of_stored(f: Callable[[Any], Any], unused: Callable[[Any], Any], args: Any) -> Any:
-    """``f(args)`` of the very bits that the counts read.
+    """``f(args)`` of exactly the bits that the counts read.
 
-    Outside of a conditional XLA may compute the arguments again, rounded otherwise, or store what
-    they are computed from. The barrier hides that it always holds.
+    Outside a conditional XLA may compute the arguments again and round them differently, or store
+    intermediate results. The barrier hides from XLA that the condition is always true.
     """
     return jax.lax.cond(jax.lax.optimization_barrier(jnp.array(True)), f, unused, args)
 
 
 class _Cut(NamedTuple):
-    """Best are the entries of a higher key, and of this very key those before the end."""
+    """Selected are the entries with a higher key, and those with this key before the end."""
 
     key: jax.Array  # uint32 or uint64 (rankings,), see :func:`sortable.to_position`
     end: jax.Array  # uint32 (rankings,)
 
 
 class _Bracket(NamedTuple):
-    """Two positions in each ranking, between which the cut lies, and how many are best there.
+    """Two positions in each ranking, between which the cut lies, and the number selected at each.
 
-    Positions are keys at first. Where nothing is left between ``low`` and ``high`` and the entries
-    of the key ``high`` tie for what is wanted, they are indices from there on: told from the end,
-    so that fewer are best the higher the position, as with keys. All ``(rankings,)``; positions are
-    uint32, or uint64 where scores are float64.
+    Positions are keys at first. If nothing is left between ``low`` and ``high``, the entries with
+    the key ``high`` tie, and from then on positions are indices. These are counted from the end, so
+    that a higher position selects fewer entries, as with keys. All fields are ``(rankings,)``;
+    positions are uint32, or uint64 for float64 scores.
     """
 
     wanted: jax.Array  # int32
@@ -281,12 +281,12 @@ def _search(
     guesses: Sequence[jax.Array],
     all_eligible: bool,
 ) -> _Cut:
-    """Closes a bracket until exactly as many are best as wanted; a count of all in each round.
+    """Narrows a bracket until exactly ``wanted`` entries are selected; each round counts them all.
 
-    Positions have the dtype of ``sizes``, the lengths of the rankings. The first round tells how
-    many are eligible at all; there are no more to want. Then positions are tried as the guesses
-    say, then as the counts suggest; but the bracket is halved where its gap is still wide or has
-    not fallen to a quarter in two rounds, so that it closes whatever the scores.
+    Positions have the dtype of ``sizes``, the lengths of the rankings. The first round counts the
+    eligible entries, which limits ``wanted``. The next rounds try the guesses, then interpolation
+    between the counts. The bracket is halved instead if its gap is still wide, or has not fallen to
+    a quarter in two rounds; so the search ends for any scores.
     """
 
     def cut_at(b: _Bracket, position: jax.Array) -> _Cut:
@@ -339,10 +339,10 @@ def _search(
 
 
 def _interpolate(b: _Bracket) -> jax.Array:
-    """How far above ``low`` as many are best as wanted, if counts fall in a straight line.
+    """The distance above ``low`` at which ``wanted`` are selected, if counts fall linearly.
 
-    Aims past that, away from the nearer end, by as much as chance moves a count: so both ends
-    come close.
+    It aims a little further, away from the nearer end, by as much as chance moves a count. So both
+    ends of the bracket come close.
     """
     from_low = (b.at_low - b.wanted).astype(jnp.float32)
     from_high = (b.wanted - b.at_high).astype(jnp.float32)
@@ -361,9 +361,9 @@ def _sample(
     layout: blocks.Layout,
     by_layer: bool,
 ) -> tuple[jax.Array, np.ndarray]:
-    """Keys of some entries of each ranking, and how many there are but for padding.
+    """Keys of some entries of each ranking, and how many of them are not padding.
 
-    Strides are odd, lest all be of one column of a matrix.
+    Strides are odd, so that the sample is not one column of a matrix.
     """
     rows, sizes = blocks.rows(layout), blocks.layer_sizes(layout)
     if not by_layer:
@@ -398,9 +398,9 @@ def _sample(
 def _guess(
     sample: jax.Array, drawn: np.ndarray, wanted: jax.Array, sizes: np.ndarray
 ) -> tuple[jax.Array, jax.Array]:
-    """Two keys of each ranking that most likely have the wanted one between them: from a sample.
+    """Two keys of each ranking that most likely enclose the wanted one, from a sample.
 
-    Where all entries are in the sample, that is certain.
+    If the sample holds all entries, they certainly do.
     """
     best_last = jnp.sort(sample, axis=1)
     rank = wanted.astype(jnp.float32) * (drawn / np.maximum(sizes, 1)).astype(np.float32)
@@ -422,7 +422,7 @@ def _where(condition: jax.Array, a: _Bracket, b: _Bracket) -> _Bracket:
 
 
 def _counts(num_keep: Any) -> jax.Array:
-    """int32 of ints of any width: more than all is all."""
+    """Ints of any width as int32, clipped to its range."""
     limit = 2**31 - 1
     if isinstance(num_keep, int):
         num_keep = min(max(num_keep, 0), limit)
@@ -432,7 +432,7 @@ def _counts(num_keep: Any) -> jax.Array:
 
 
 def _keys(block: _Block) -> jax.Array:
-    """Ints of the scores' shape, width and order, the lowest where not eligible."""
+    """Ints of the scores' shape, width and order; the lowest key where not eligible."""
     key = sortable.keys(block.scores)
     if block.eligible is None:
         return key
@@ -440,12 +440,12 @@ def _keys(block: _Block) -> jax.Array:
 
 
 def _none(block: _Block) -> jax.Array:
-    """Something of the type of a block's mask, at no cost."""
+    """An array of the shape and dtype of a block's mask, at no cost."""
     return jnp.zeros_like(block.scores, bool) if block.eligible is None else block.eligible
 
 
 def _is_best(block: _Block, key: jax.Array, end: jax.Array) -> jax.Array:
-    """A key and an end for each row."""
+    """The mask of a block, given a key and an end for each row."""
     key, end = (x.reshape(-1, *[1] * (block.scores.ndim - 1)) for x in (key, end))
     return _keys(block) + (_linear_index(block.scores) < end).astype(key.dtype) > key
 

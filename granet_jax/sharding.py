@@ -1,4 +1,4 @@
-"""Shardings for what mirrors the parameters, above all the optimizer state."""
+"""Shardings for trees that mirror the parameters, above all the optimizer state."""
 
 from typing import Any
 
@@ -11,19 +11,21 @@ from granet_jax.types import PyTree
 def like_params(state: PyTree, params: PyTree, specs: PyTree) -> PyTree:
     """Gives each leaf of a state the spec of the parameter that it mirrors.
 
-    Masks, moments and all else that ends in a parameter's path and has its shape lie where their
-    parameter lies. The rest (counters, keys, factored moments) is replicated. Any wrapping is seen
-    through: chains, ``MultiSteps``, ``inject_hyperparams``, a whole training state.
+    A leaf mirrors a parameter if its path ends in the parameter's path and it has the parameter's
+    shape: masks, moments, copies. The other leaves (counters, keys, factored moments) are
+    replicated. It works through any wrapping: chains, ``MultiSteps``, ``inject_hyperparams``, a
+    whole training state.
 
-    Compiled on an Auto mesh, ``init`` alone leaves moments on every device in full; this is what
-    to pass as its ``out_shardings``, and as ``in_shardings`` and ``out_shardings`` of a step.
+    Without this, a compiled ``init`` on an Auto mesh puts full copies of the moments on every
+    device. Pass the result as ``out_shardings`` of ``init``, and as ``in_shardings`` and
+    ``out_shardings`` of a step.
 
     Args:
       state: the state of an optimizer, or any tree: arrays or ``ShapeDtypeStruct``, as from
         ``jax.eval_shape(tx.init, params)``.
       params: arrays or ``ShapeDtypeStruct``.
       specs: a ``PartitionSpec`` for each parameter (for use under ``jax.set_mesh``), or a
-        ``NamedSharding`` for each; they find their parameters by path.
+        ``NamedSharding`` for each; they are matched with the parameters by path.
 
     Returns:
       A tree of the structure of ``state``, with leaves of the kind of ``specs``.

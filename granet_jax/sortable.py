@@ -1,7 +1,7 @@
-"""Keys: integers of the order and the width of floats, which selection searches bit by bit.
+"""Keys: integers with the order and the width of floats, which selection searches bit by bit.
 
-They are made of bits alone: comparisons and conversions of floats may take denormals for zeros.
-float64 has keys of 64 bits; all narrower floats are ranked as float32.
+Keys are made from the bits of a float, because comparing or converting floats may flush denormals
+to zero. float64 has keys of 64 bits; all narrower floats are ranked as float32.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def widest(scores: Sequence[Any]) -> np.dtype:
-    """The dtype in which arrays are ranked as one: float64 if any of them is, else float32.
+    """The dtype in which arrays are ranked together: float64 if one of them is, else float32.
 
     Raises:
       ValueError: complex scores.
@@ -24,7 +24,7 @@ def widest(scores: Sequence[Any]) -> np.dtype:
 
 
 def exactly(scores: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Scores as float32 or float64, nothing lost: XLA:CPU widens denormals of float32 to 0.
+    """Scores as float32 or float64, without loss: XLA:CPU would widen float32 denormals to 0.
 
     Example:
       >>> import jax.numpy as jnp
@@ -63,12 +63,12 @@ def keys(scores: jax.Array) -> jax.Array:
 
 
 def lowest(signed: np.dtype) -> Any:
-    """The key below those of all scores."""
+    """A key below the keys of all scores."""
     return signed.type(np.iinfo(signed).min)
 
 
 def highest_position(unsigned: np.dtype) -> np.ndarray:
-    """That of infinity, see :func:`to_position`."""
+    """The position of infinity, see :func:`to_position`."""
     return np.array(np.inf, f"f{unsigned.itemsize}").view(unsigned) | _top_bit(unsigned)
 
 

@@ -1,23 +1,23 @@
-"""Structures: weights that are kept or pruned together, or so many in each group.
+"""Structures: weights that are kept or pruned together, or the same number in each group.
 
-Sparsity that hardware can use has a shape. A structure is a decision of a path rule, so that every
-method takes it, for all layers or some::
+Hardware can use sparsity only in certain shapes. A structure is the decision of a path rule, so
+every method works with it, for all layers or some::
 
     gj.granet(..., scope=gj.uniform, prunable=[("head", False), ("", gj.structures.n_of_m(4))])
 
-Two kinds:
+There are two kinds:
 
 * *Units*, weights that are kept or pruned together: :func:`block`, :func:`channel`. A unit's score
   is the mean of its weights' scores. Counts and sparsity are of units: distributions see the shape
-  of the grid of units, and a global ranking ranks all units alike, whatever their size.
-* *Groups*, in each of which as many weights are kept: :func:`n_of_m`, :func:`fan_in`. A layer's
-  count is divided by its live groups and rounded, halves up, but at least one is kept in a group;
-  2:4 is half of the weights in groups of 4. Pruning keeps the best of each group. Regeneration
-  drops the lowest of the layer, and grows in each group as many as it lost.
+  of the grid of units, and a global ranking treats all units alike, whatever their size.
+* *Groups*, each of which keeps the same number of weights: :func:`n_of_m`, :func:`fan_in`. A
+  layer's count is divided by its live groups and rounded (halves up), but a group keeps at least
+  one; 2:4 keeps half of the weights in groups of 4. Pruning keeps the best of each group.
+  Regeneration drops the lowest of the layer, and each group grows as many as it lost.
 
-Means are sums of floats: on sharded arrays they may depend, in the last bits, on the number of
-devices, and ties and near-ties with them. Meshes with Explicit axes take ``n_of_m`` and
-``channel``; ``block`` and ``fan_in`` reshape what lies sharded, which JAX does on Auto axes alone.
+Means are sums of floats. On sharded arrays their last bits, and so ties and near-ties, may depend
+on the number of devices. Meshes with Explicit axes work with ``n_of_m`` and ``channel``; ``block``
+and ``fan_in`` reshape sharded axes, which JAX can do on Auto axes only.
 """
 
 import math
@@ -36,22 +36,24 @@ from granet_jax.types import LayerShape, PyTree, Shapes
 
 
 def n_of_m(m: int, *, axis: int = -2) -> Structure:
-    """N:M sparsity: among ``m`` weights in a row along ``axis``, as many are kept everywhere.
+    """N:M sparsity: of each ``m`` consecutive weights along ``axis``, the same number N is kept.
 
     N follows from the sparsity: ``m * (1 - sparsity)``. So 2:4 is a sparsity of 0.5 with ``m=4``,
-    1:4 is 0.75; give all layers the same, ``scope=uniform`` (``start=uniform`` for sparse starts).
-    With ``erk`` each layer gets an N of its own, rounded, at least 1; and so it is on the way of
-    gradual pruning. Given masks may have other groups: from the first event on none has more than
-    its share.
+    1:4 is 0.75. Give all layers the same sparsity: ``scope=uniform`` (``start=uniform`` for sparse
+    starts). With ``erk``, and during gradual pruning, N is rounded for each layer, at least 1.
+    Groups of given masks may hold more; from the first event on none exceeds its share.
 
     Args:
       m: length of a group, >= 1. It has to divide the axis.
       axis: of the layer, along which groups lie: the one that a product sums over. -2 for kernels
-        ``(..., in, out)``, as Flax has them; -1 for ``(out, in)``.
+        ``(..., in, out)``, as in Flax; -1 for ``(out, in)``.
+
+    Returns:
+      A :class:`granet_jax.trees.Structure`, as a path rule takes it.
 
     Raises:
-      ValueError: ``m < 1``; where a rule gives it to a leaf whose axis ``m`` does not divide; and
-        where a method asks for a sparsity that N of M cannot have, such as .6 with ``m=4``.
+      ValueError: ``m < 1``; for a leaf, if ``m`` does not divide the axis; from a method, if N is
+        no whole number, such as for a sparsity of .6 with ``m=4``.
 
     Example:
       >>> import granet_jax as gj, jax, jax.numpy as jnp
@@ -87,17 +89,20 @@ def n_of_m(m: int, *, axis: int = -2) -> Structure:
 
 
 def fan_in(*, axis: int = -1, ablation: float = 0.0, spare: str | None = None) -> Structure:
-    """Constant fan-in: each output keeps as many of its incoming weights as any other.
+    """Constant fan-in: each output keeps the same number of incoming weights.
 
-    With ``ablation``, as in SRigL, regeneration prunes whole outputs. Salient weights are those
-    that dropping and growing by the layer's ranking would leave; an output with fewer of them than
-    ``ablation`` times the fan-in is ablated, and its weights are shared out among the others:
-    ``live // outputs`` each, so that up to that many weights fewer than before are left.
+    With ``ablation``, as in SRigL, regeneration also prunes whole outputs. Salient weights are
+    those that would be live after dropping and growing by the layer's ranking. An output with fewer
+    salient weights than ``ablation`` times the fan-in is ablated. Each of the remaining outputs
+    then has ``live // outputs`` weights, so the layer may lose a few weights to rounding.
 
     Args:
       axis: of the outputs; the fan-in is all other axes. -1 for kernels ``(..., in, out)``.
-      ablation: gamma in the paper, which has 0.3, and 0.95 for vision transformers.
-      spare: regular expression of the paths in which no output is ablated (the last layer).
+      ablation: gamma in the paper: 0.3, and 0.95 for vision transformers; 0 = no ablation.
+      spare: regular expression of paths whose outputs are never ablated (the last layer).
+
+    Returns:
+      A :class:`granet_jax.trees.Structure`.
 
     Raises:
       ValueError: ``ablation`` outside [0, 1].
@@ -138,9 +143,12 @@ def block(shape: Sequence[int]) -> Structure:
     """Blocks of weights that are kept or pruned together.
 
     Args:
-      shape: of a block, over the last axes of the layer; one block for ``(4, 4)`` of a kernel
-        ``(kh, kw, in, out)`` is of one place, 4 inputs and 4 outputs. Where it does not divide an
-        axis, the last blocks are smaller; weights that they lack score 0.
+      shape: of a block, over the last axes of the layer. With ``(4, 4)``, a block of a kernel
+        ``(kh, kw, in, out)`` has one position, 4 inputs and 4 outputs. If a side does not divide
+        its axis, the last blocks are padded with weights of score 0.
+
+    Returns:
+      A :class:`granet_jax.trees.Structure`.
 
     Raises:
       ValueError: a length below 1, or a block with more axes than the layer.
@@ -193,24 +201,27 @@ def channel(*, axis: int = -1, tie: str | None = None) -> Structure:
 
     Leaves with the same ``tie`` count as one layer and lose the same channels: kernels that write
     into one residual stream, and the norm and the bias that follow a kernel. A channel's score is
-    the mean over its weights in all tied kernels; vectors (norm scales, biases) follow without a
-    say. A vector is pruned only where a rule ties it.
+    the mean over its weights in all tied kernels; vectors (norm scales, biases) do not count. A
+    vector is pruned only if a rule ties it.
 
-    Only where all that makes a channel nonzero is tied (kernels, biases, norm scales and offsets)
-    is it exactly 0 in the network, and can :func:`granet_jax.export.compact` cut it out;
-    :func:`granet_jax.export.channel_rules` writes such rules for a given network. But a channel
-    whose norm and bias are 0, too, has no gradient by which it could grow again: with methods that
-    regrow, tie kernels alone (``vectors=False`` there) and :func:`complete` the masks at the end.
+    A pruned channel is exactly 0 in the network only if everything that could make it nonzero is
+    tied: kernels, biases, norm scales and offsets. Then :func:`granet_jax.export.compact` can cut
+    it out; :func:`granet_jax.export.channel_rules` writes such rules for a given network. But a
+    channel whose norm and bias are 0 has no gradient and cannot regrow: with methods that regrow,
+    tie kernels alone (``vectors=False`` there) and :func:`complete` the masks at the end.
 
     Args:
       axis: of the channels; -1 for the outputs of kernels ``(..., in, out)``.
-      tie: any name.
+      tie: any name; None = the leaf is ranked alone.
+
+    Returns:
+      A :class:`granet_jax.trees.Structure`.
 
     Raises:
-      ValueError: where tied leaves have other numbers of channels, or of layers.
+      ValueError: from a method, if tied leaves differ in the number of channels or of layers.
 
-    Source: filters ranked by the mean of ``|w|`` as in Li et al. 2017, "Pruning Filters for
-    Efficient ConvNets"; GraNet's structured version ranks sums, within a layer the same.
+    Source: Li et al. 2017, "Pruning Filters for Efficient ConvNets", who rank filters by the mean
+    of ``|w|``; GraNet's structured version ranks sums, which is the same within a layer.
 
     Example:
       >>> import granet_jax as gj, jax, jax.numpy as jnp
@@ -240,11 +251,11 @@ def channel(*, axis: int = -1, tie: str | None = None) -> Structure:
 
 
 def complete(masks: PyTree, params: PyTree, prunable: Rules) -> PyTree:
-    """Masks with whole units: on where any weight of a unit is, of tied leaves any of a kernel.
+    """Masks of whole units: a unit is on if one of its weights is; in tied leaves, of a kernel.
 
-    So vectors that the training left alone follow the kernels that rules tie them to. Put the
-    result into the optimizer with :func:`granet_jax.set_masks`, with these rules, and train on, for
-    the outputs change: a norm's offset of a dead channel was not 0.
+    So vectors that were not pruned in training follow the kernels to which rules tie them. Put the
+    result into the optimizer with :func:`granet_jax.set_masks` and these rules, and train on: the
+    outputs change, because the norm offset of a dead channel was not 0.
 
     Args:
       masks: bool tree of params.
@@ -264,9 +275,9 @@ def complete(masks: PyTree, params: PyTree, prunable: Rules) -> PyTree:
 
 
 def layers(leaves: Sequence[Leaf]) -> list[list[int]]:
-    """The prunable leaves that are ranked together, as places among the prunable ones.
+    """The prunable leaves that are ranked together, by their index among the prunable ones.
 
-    One leaf each, but for ties; in the order of the first of each.
+    Tied leaves form one list, any other leaf a list of its own; in the order of their first leaf.
 
     Raises:
       ValueError: tied leaves of different numbers of channels or stacked layers.
@@ -288,9 +299,9 @@ def layers(leaves: Sequence[Leaf]) -> list[list[int]]:
 
 
 def shapes(leaves: Sequence[Leaf]) -> Shapes:
-    """What distributions see: a shape for each layer, in layer order; of its units, if it has any.
+    """The shapes that distributions see, in layer order: of each layer, or of its grid of units.
 
-    Without structures those of :func:`granet_jax.trees.layer_shapes`.
+    Without structures the same as :func:`granet_jax.trees.layer_shapes`.
     """
     return [
         LayerShape(x.layer_shape if is_grouped(x) else _units(x), x.path)
@@ -300,14 +311,14 @@ def shapes(leaves: Sequence[Leaf]) -> Shapes:
 
 
 def lay_out(leaves: Sequence[Leaf]) -> blocks.Layout:
-    """Of the stacks of units that :func:`gather` makes."""
+    """The layout of the stacks of units that :func:`gather` makes."""
     return blocks.lay_out([(x.num_layers, *_units(x)) for x in first_leaves(leaves)])
 
 
 def gather(stacks: Sequence[jax.Array], leaves: Sequence[Leaf]) -> list[jax.Array]:
-    """Stacks of layers -> stacks of their units, ``(layers, *grid)``: means over each unit.
+    """Turns stacks of layers into stacks of units, ``(layers, *grid)``: the mean over each unit.
 
-    The last axis of a grouped grid is a group. Without structures the stacks themselves.
+    The last axis of a grouped grid is a group. Stacks without a structure stay as they are.
     """
     prunable = [x for x in leaves if x.prunable]
 
@@ -328,12 +339,12 @@ def gather(stacks: Sequence[jax.Array], leaves: Sequence[Leaf]) -> list[jax.Arra
 
 
 def live_units(stacks: Sequence[jax.Array], leaves: Sequence[Leaf]) -> list[jax.Array]:
-    """Stacks of masks -> bool stacks of units, True where any weight of a unit is."""
+    """Turns stacks of masks into bool stacks of units, True if a weight of the unit is on."""
     return [x > 0 if x.dtype != bool else x for x in gather(stacks, leaves)]
 
 
 def spread(units: Sequence[jax.Array], leaves: Sequence[Leaf]) -> list[jax.Array]:
-    """Undoes :func:`gather` for masks: a unit's bit goes to all its weights."""
+    """Undoes :func:`gather` for masks: a unit's mask goes to all its weights."""
     prunable = [x for x in leaves if x.prunable]
     by_leaf = {i: x for members, x in zip(layers(leaves), units, strict=True) for i in members}
     return [
@@ -343,7 +354,7 @@ def spread(units: Sequence[jax.Array], leaves: Sequence[Leaf]) -> list[jax.Array
 
 
 def first_leaves(leaves: Sequence[Leaf]) -> list[Leaf]:
-    """The leaf of each stack of units; of tied ones the first."""
+    """The leaf of each stack of units; the first one of tied leaves."""
     prunable = [x for x in leaves if x.prunable]
     return [prunable[members[0]] for members in layers(leaves)]
 
@@ -351,14 +362,14 @@ def first_leaves(leaves: Sequence[Leaf]) -> list[Leaf]:
 def best_in_groups(
     scores: jax.Array, num_keep: jax.Array, live: jax.Array, fixed: bool = False
 ) -> jax.Array:
-    """Deals a layer's count out over its live groups and keeps the best live units of each.
+    """Divides a layer's count among its live groups and keeps the best live units of each.
 
     Args:
-      scores: units ``(layers, *groups, units)``.
-      num_keep: int32 ``(layers,)``; in each live group ``num_keep / live groups`` are kept,
-        rounded, halves up, but at least 1.
+      scores: of units, ``(layers, *groups, units)``.
+      num_keep: int32 ``(layers,)``; each live group keeps ``num_keep / live groups``, rounded
+        (halves up), but at least 1.
       live: bool, shape of ``scores``.
-      fixed: deal it out over all groups, whether they are live or not.
+      fixed: divide the count among all groups, live or not.
     """
     is_live = jnp.any(live, axis=-1) | fixed
     num_live = jnp.sum(is_live, axis=tuple(range(1, is_live.ndim)), dtype=jnp.int32)
@@ -375,18 +386,18 @@ def fit_groups(
     growth: Sequence[jax.Array],
     leaves: Sequence[Leaf],
 ) -> list[jax.Array]:
-    """Instead of the best of a layer, grows in each group what it needs to be full again.
+    """Grows in each group as many units as it lost, instead of the best of the layer.
 
     Args:
-      regrown: units after regeneration by the layer's ranking, which says what is salient.
-      survivors: those that were not dropped.
-      live: those before.
-      drop_scores: what stays in an output that gets fewer units than it has.
-      growth: the highest come.
+      regrown: bool units after regeneration by the layer's ranking; these are salient.
+      survivors: bool units that were not dropped.
+      live: bool units before the event.
+      drop_scores: if an output gets fewer units than it has, those that score highest stay.
+      growth: the units that score highest are grown.
       leaves: of the whole tree.
 
     Returns:
-      Units; ``regrown`` where they have no groups.
+      bool stacks of units; ``regrown`` itself for leaves without groups.
     """
     fitted = list(regrown)
     for i, leaf in enumerate(first_leaves(leaves)):
@@ -403,12 +414,9 @@ def fit_groups(
 
 
 def _shares(full: jax.Array, fixed: bool) -> jax.Array:
-    """How many units each group gets: as many as it has, but no more than its share of all.
+    """How many units each group gets, if it has ``full``, int32 ``(layers, *groups)``: as many.
 
-    Args:
-      full: int32 ``(layers, *groups)``, how many it has.
-      fixed: the share is of all groups, not of the live ones. Where one has more, as given masks
-        may, all get their share.
+    If one has more than an equal share of the layer, as given masks may, all get that share.
     """
     axes = tuple(range(1, full.ndim))
     takes_part = (full > 0) | fixed
@@ -419,15 +427,15 @@ def _shares(full: jax.Array, fixed: bool) -> jax.Array:
 
 
 def check_counts(leaves: Sequence[Leaf], counts: Any, sparsity: Any) -> None:
-    """Refuses a sparsity that N of M cannot have.
+    """Refuses a sparsity for which the N of N:M is no whole number.
 
     Args:
       leaves: of the whole tree.
-      counts: what a distribution makes of the sparsity, in layer order.
-      sparsity: asked for. A layer is looked at where the distribution gave it this one.
+      counts: the distribution's counts for this sparsity, in layer order.
+      sparsity: requested; only layers to which the distribution gives it are checked.
 
     Raises:
-      ValueError: the message names the two nearest. Traced numbers pass unseen.
+      ValueError: the message names the two nearest. A traced sparsity is not checked.
     """
     if isinstance(sparsity, jax.core.Tracer) or np.ndim(counts) == 0:
         return
@@ -447,7 +455,7 @@ def check_counts(leaves: Sequence[Leaf], counts: Any, sparsity: Any) -> None:
 
 
 def _after_ablation(full: jax.Array, salient: jax.Array, least: float) -> jax.Array:
-    """How many weights each output gets, ``(layers, outputs)``; those of few salient ones: 0."""
+    """How many weights each output gets, ``(layers, outputs)``; 0 with too few salient ones."""
     fan_in = jnp.max(full, axis=-1, keepdims=True)
     stays = salient.astype(jnp.float32) >= least * fan_in.astype(jnp.float32)
     stays |= salient == jnp.max(salient, axis=-1, keepdims=True)  # never all
@@ -457,12 +465,12 @@ def _after_ablation(full: jax.Array, salient: jax.Array, least: float) -> jax.Ar
 
 
 def is_grouped(leaf: Leaf) -> bool:
-    """Whether each group of the leaf's units keeps as many as the others."""
+    """Whether the leaf's units form groups that each keep the same number."""
     return leaf.structure is not None and leaf.structure.grouped
 
 
 def is_fixed(leaf: Leaf) -> bool:
-    """Whether a count is dealt out over all groups of the leaf, empty ones too."""
+    """Whether a count is divided among all groups of the leaf, empty ones too."""
     return leaf.structure is not None and leaf.structure.fixed
 
 

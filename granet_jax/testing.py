@@ -1,6 +1,6 @@
-"""The conformance kit: what every sparse-training method promises, checked on yours.
+"""The conformance kit: checks that a sparse-training method keeps the promises of all methods.
 
-The methods of this library pass it; run it on your own in a test of your own::
+The methods of this library pass it. Run it on your own method in a test::
 
     def test_my_method():
         granet_jax.testing.check_method(my_method(...), num_live=lambda step: ...)
@@ -20,7 +20,19 @@ from granet_jax.types import Event, Method, PyTree
 
 
 def example_params(dtype: Any = jnp.float32) -> PyTree:
-    """A small tree with all that a method meets: convolution, dense, bias, norm, embedding."""
+    """A small tree of the kinds of leaves that methods meet, from convolution to embedding.
+
+    Args:
+      dtype: of the leaves.
+
+    Returns:
+      A tree of arrays.
+
+    Example:
+      >>> from granet_jax import trees
+      >>> [leaf.path for leaf in trees.describe(example_params()) if leaf.prunable]
+      ['conv/kernel', 'head/kernel', 'hidden/kernel']
+    """
     shapes: dict[str, dict[str, tuple[int, ...]]] = {
         "embed": {"embedding": (11, 6)},
         "conv": {"kernel": (3, 3, 4, 8), "bias": (8,)},
@@ -43,26 +55,26 @@ def check_method(
     num_live: Callable[[int], int] | None = None,
     prunable: trees.Rules = (),
 ) -> None:
-    """Trains a small tree under ``method``; an AssertionError names the first broken promise.
+    """Trains a small tree under ``method`` and checks the promises of methods.
 
     The promises: masks are total, bool and stable in shape, dtype and sharding; ``init`` accepts
     abstract parameters and a tree without leaves; leaves that are not prunable stay dense; masks
-    change at events only; ``keep`` lies within the old and the new masks; pruned weights and newly
-    grown ones are exactly 0, with zero moments; eager and compiled updates agree bit for bit, and
-    so do the method alone and inside ``sparsify``; one trace serves all steps; NaN in gradients
-    and weights changes no total (where outputs are ablated, it may); units of structures are whole,
-    and live groups keep equally many; the total is what ``num_live`` says.
+    change at events only; ``keep`` is a subset of the old and of the new masks; pruned weights and
+    newly grown ones are exactly 0, with zero moments; eager and compiled updates agree bit for bit,
+    and so do the method alone and inside ``sparsify``; one trace serves all steps; NaN in gradients
+    and weights changes no total (unless outputs are ablated); units of structures are whole, and
+    all live groups keep the same number; the total is ``num_live``.
 
     Args:
       method: the method to check.
       params: a tree of float arrays to train; None = :func:`example_params`.
-      num_steps: updates to run; choose your schedule so that it ends within them.
+      num_steps: updates to run; choose a schedule that ends within them.
       num_live: ``step -> weights kept in all prunable leaves`` after that step (0 = at the start);
         None = not checked.
       prunable: the path rules that the method was given.
 
     Raises:
-      AssertionError: naming the promise, the step and the leaf.
+      AssertionError: a promise is broken; the message names it, the step and the leaf.
 
     Example:
       >>> import granet_jax as gj, jax

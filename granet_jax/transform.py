@@ -1,4 +1,4 @@
-"""``sparsify``: any optax optimizer, training sparse. The only file that knows optimizer state."""
+"""``sparsify``: makes any optax optimizer train sparse. The order inside one update is here."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,59 +15,61 @@ from granet_jax.types import Event, Method, PyTree, SparseState
 def sparsify(
     inner: optax.GradientTransformation, method: Method
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer so that it trains sparse, as ``method`` says.
+    """Wraps an optimizer so that it trains sparse, with the masks of ``method``.
 
     One ``update``, in order, where t is the step now being taken (the first is 1):
 
-    1. Where t is an event, ``inner`` takes a provisional step on masked gradients. The method sees
-       the weights after it, ``where(mask, p + u, 0)``, and the raw gradients of this batch, and
-       returns new masks and ``keep``, the weights that live through the event. At other steps
+    1. If t is an event, ``inner`` takes a provisional step on masked gradients. The method sees
+       the weights after this step, ``where(mask, p + u, 0)``, and the raw gradients of this batch.
+       It returns new masks and ``keep``, the weights that survive the event. At other steps
        ``keep`` is the masks.
-    2. ``inner`` takes the step, on gradients and weights that are 0 outside ``keep``, and a state
-       that is there as at the start: moments 0, step sizes the initial ones. An optimizer that
-       turns zeros into zeros so leaves moments of exactly 0 (adafactor leaves its epsilon of 1e-30,
-       ``add_noise`` its noise, until the next step). To the weights in ``keep`` it does what the
-       provisional step did; where an update depends on other weights (norms, factored moments,
-       distances from the start), those in ``keep`` count. A transformation that follows regrowth
-       finds ``keep`` among its extra arguments.
-    3. The updates returned are ``where(keep, u, -p)``: plain ``optax.apply_updates`` leaves exact
-       zeros where weights are masked, and newly grown weights start at exactly 0. Leaves that are
-       no floats are left to ``inner``.
+    2. ``inner`` takes the real step. Outside ``keep``, gradients and weights are 0, and the state
+       is that of the start: moments 0, step sizes the initial ones. So an optimizer that turns
+       zeros into zeros leaves moments of exactly 0 there. (adafactor leaves its epsilon of 1e-30,
+       and ``add_noise`` its noise, until the next step.) Weights in ``keep`` get the same update as
+       in the provisional step; but if updates depend on other weights (norms, factored moments,
+       distances from the start), only those in ``keep`` count. ``inner`` also gets the extra
+       argument ``keep``, for transformations that treat regrown weights differently.
+    3. The updates returned are ``where(keep, u, -p)``. With them plain ``optax.apply_updates``
+       gives exact zeros where weights are masked, and newly grown weights start at exactly 0.
+       Leaves that are not floats get the updates of ``inner``.
 
-    The result is an optax transformation like any other. What has to stand where is told in
-    docs/optimizers.md: clipping *inside*, so that the norm counts live weights only;
-    ``optax.MultiSteps`` and ``optax.apply_if_finite`` *outside*; nothing after it in a chain may
-    touch the updates, and what averages or perturbs weights (SAM, lookahead, schedule-free) stands
-    inside or is masked by :func:`apply_masks`. :func:`check_sparse` finds what was missed.
+    The result is an optax transformation like any other. Its place in a chain matters: clipping
+    goes *inside*, so that the norm counts live weights only; ``optax.MultiSteps`` and
+    ``optax.apply_if_finite`` go *outside*. Nothing after it in a chain may change the updates.
+    Transformations that average or perturb weights (SAM, lookahead, schedule-free) go inside, or
+    their results are masked by :func:`apply_masks`. docs/optimizers.md has the details, and
+    :func:`check_sparse` finds mistakes.
 
-    ``init`` shows ``inner`` the parameters as they are under the masks of the start. For a sparse
-    start also mask the parameters once, ``apply_masks(params, get_masks(opt_state))``; without
-    that the first forward pass is dense and the first update sets the zeros.
+    ``init`` gives ``inner`` the masked parameters. For a sparse start also mask the parameters
+    once, ``apply_masks(params, get_masks(opt_state))``; otherwise the first forward pass is dense,
+    and the first update sets the zeros.
 
-    What of the inner state belongs to a parameter is told by path and shape, see
+    Leaves of the inner state are matched with parameters by path and shape, see
     :mod:`granet_jax.moments`. Factored moments (adafactor) and statistics of axes (Shampoo) have
-    other shapes and stay as they are.
+    other shapes and are not masked.
 
     Args:
       inner: any optax transformation that ends in parameter updates.
-      method: what :func:`granet_jax.granet` and its kin return.
+      method: a method, such as :func:`granet_jax.granet` returns.
 
     Returns:
       A ``GradientTransformationExtraArgs`` whose state is :class:`granet_jax.types.SparseState`.
-      Updates have the dtype of ``inner``'s, or the parameters' where that is wider (``-p`` has to
-      be exact).
+      Updates have the dtype of ``inner``'s updates, or that of the parameters if it is wider,
+      because ``-p`` has to be exact.
 
     Raises:
-      TypeError: ``inner`` or ``method`` is something else.
-      ValueError: in ``init``, where the inner state holds large buffers that cannot be matched
-        with parameters (flattened or limited-memory optimizers), where the method would prune what
-        the optimizer never updates, or the parameters are pairs (lookahead, complex numbers in
-        halves); in ``update``, without ``params``, with gradients of other shapes, or with a state
-        of another method, optimizer or model.
+      TypeError: ``inner`` is no optax transformation, or ``method`` no method.
+      ValueError: in ``init``, if the inner state holds large buffers that cannot be matched with
+        parameters (flattened or limited-memory optimizers), if the method would prune parameters
+        that the optimizer never updates, or if parameters are pairs (lookahead, or the real and
+        imaginary parts of complex numbers); in ``update``, without ``params``, with gradients of
+        other shapes, or with a state of another method, optimizer or model.
 
     Note:
-      A parameter that is NaN or infinite cannot be brought to 0 by adding to it. Counts and masks
-      stay right; ``apply_masks`` cleans such weights, ``optax.apply_if_finite`` keeps them out.
+      Adding an update cannot bring a parameter that is NaN or infinite to 0. Counts and masks stay
+      right; ``apply_masks`` sets such masked weights to 0, and ``optax.apply_if_finite`` keeps NaN
+      out.
 
     Example:
       >>> import granet_jax as gj, jax, jax.numpy as jnp, optax
@@ -89,7 +91,8 @@ def sparsify(
     if not isinstance(method, Method):
         raise TypeError(
             f"sparsify needs a Method, got {type(method).__name__}. "
-            "Call the method first: sparsify(inner, granet_jax.granet(...))."
+            "Call the method first: sparsify(inner, granet_jax.granet(...)). Methods of "
+            "granet_jax.reparam go around by penalise(inner, method, coefficient)."
         )
     inner = moments.told_keep(inner)
 
@@ -117,8 +120,8 @@ def sparsify(
             method_state = method.observe(method_state, grads)
 
         def event(method_state: Any, _: PyTree) -> tuple[Any, PyTree]:
-            # Computed here, in the rare branch: XLA would materialise it as an operand. And the
-            # masks come from the operand: their other uses would have them copied at every step.
+            # Computed here, in the rare branch, because XLA would materialise an operand. The masks
+            # come from the operand, because other uses of them would cost a copy at every step.
             masks = method_state[0]
             live_grads = where(masks, grads)
             provisional, _ = inner.update(live_grads, state.inner, params, keep=masks, **extra_args)
@@ -129,7 +132,7 @@ def sparsify(
         def catch_up(method_state: Any, _: PyTree) -> tuple[Any, PyTree]:
             return method_state, jax.tree.map(jnp.copy, method_state[0])
 
-        # What the last event grew is not in its keep; it takes part from the next step on.
+        # Weights that the last event grew are not in its keep; from the next step on they are.
         operands = do_if(method.is_update_step(step - 1), catch_up, (method_state, state.keep))
         method_state, keep = do_if(method.is_update_step(step), event, operands)
         updates, inner_state = inner.update(
@@ -156,15 +159,34 @@ def get_masks(opt_state: Any) -> PyTree:
 
     Raises:
       ValueError: there is no ``sparsify`` inside, or more than one.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp, optax
+      >>> tx = optax.chain(gj.sparsify(optax.sgd(0.1), gj.static()))
+      >>> gj.get_masks(tx.init({"kernel": jnp.ones((1, 2))}))["kernel"].tolist()
+      [[True, True]]
     """
     return get_method_state(opt_state)[0]
 
 
 def get_method_state(opt_state: Any) -> Any:
-    """The method's own state inside an optimizer state: masks and whatever the method tracks.
+    """The method's own state inside an optimizer state: masks, and anything else it tracks.
+
+    Args:
+      opt_state: state of a transformation that contains one ``sparsify``.
+
+    Returns:
+      A :class:`granet_jax.types.MaskState` for the methods of this library.
 
     Raises:
       ValueError: there is no ``sparsify`` inside, or more than one.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp, optax
+      >>> tx = gj.sparsify(optax.sgd(0.1), gj.track_exploration(gj.static()))
+      >>> state = tx.init({"kernel": jnp.ones((1, 2))})
+      >>> gj.get_method_state(state).explored["kernel"].tolist()
+      [[True, True]]
     """
     states = _sparse_states(opt_state)
     if len(states) != 1:
@@ -177,25 +199,26 @@ def get_method_state(opt_state: Any) -> Any:
 
 
 def check_sparse(params: PyTree, opt_state: Any) -> jax.Array:
-    """How many weights are not exactly 0 though their mask is off, an int32 scalar.
+    """How many masked weights are not exactly 0, an int32 scalar.
 
-    None, as long as nothing but ``sparsify`` changes weights. It finds what optax cannot refuse:
-    transformations after ``sparsify`` in a chain that touch updates (``scale``, ``ema``,
+    The count is 0 as long as only ``sparsify`` changes weights. It finds mistakes that optax cannot
+    refuse: transformations after ``sparsify`` in a chain that change updates (``scale``, ``ema``,
     ``add_decayed_weights``, ``mechanize``, ``conditionally_transform``); weights averaged or
-    perturbed outside of it (``lookahead``, ``schedule_free``, SAM, a moving average); parameters
-    that were not masked at the start. It costs about as much as reading the weights once.
+    perturbed outside ``sparsify`` (``lookahead``, ``schedule_free``, SAM, a moving average);
+    parameters that were not masked at the start. It costs about as much as reading the weights
+    once.
 
     Args:
       params: the parameters, or any tree that holds copies of them (the fast and slow weights of
-        lookahead, a moving average): leaves are matched as moments are, see
+        lookahead, a moving average). Leaves are matched by path and shape, see
         :mod:`granet_jax.moments`.
-      opt_state: state of a transformation that contains ``sparsify``, once or more.
+      opt_state: state of a transformation that contains at least one ``sparsify``.
 
     Returns:
-      The count; under ``jit`` the only thing that tells.
+      The count. Check it yourself under ``jit``, where nothing is raised.
 
     Raises:
-      ValueError: outside of ``jit``, where it is not 0; the message names the first such leaf. Or
+      ValueError: outside ``jit``, if the count is not 0; the message names the first such leaf. Or
         the masks are of another tree.
 
     Example:
@@ -214,6 +237,7 @@ def check_sparse(params: PyTree, opt_state: Any) -> jax.Array:
     if not states:
         get_masks(opt_state)  # raises
     counts: dict[str, jax.Array] = {}
+    leaves: dict[str, Any] = {}
     for state in states:
         masks = trees.by_path(state.method[0])
         owners = trees.owners(params, state.method[0])
@@ -226,16 +250,24 @@ def check_sparse(params: PyTree, opt_state: Any) -> jax.Array:
         for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
             if keys in matched:
                 odd = jnp.sum(~masks[matched[keys]] & (leaf != 0), dtype=jnp.int32)
-                counts["/".join(trees.names(keys))] = odd
+                counts[path := "/".join(trees.names(keys))] = odd
+                leaves[path] = leaf
     total = sum(counts.values(), start=jnp.zeros([], jnp.int32))
     if not isinstance(total, jax.core.Tracer) and total > 0:
         first = next(path for path, x in counts.items() if x > 0)
-        raise ValueError(
-            f"{int(counts[first])} weights of {first} are not 0 though they are pruned, "
-            f"{int(total)} in all. "
+        cause = (
             "Mask the parameters once after tx.init, params = granet_jax.apply_masks(params, "
             "granet_jax.get_masks(opt_state)), and let nothing after sparsify touch updates or "
             "weights: scaling, decay and averages belong inside."
+        )
+        if not jnp.all(jnp.isfinite(leaves[first])):
+            cause = (
+                "Some are NaN or infinite, and no update brings these to 0: apply_masks does, and "
+                "optax.apply_if_finite(sparsify(...), n) keeps such gradients out."
+            )
+        raise ValueError(
+            f"{int(counts[first])} weights of {first} are not 0 though they are pruned, "
+            f"{int(total)} in all. {cause}"
         )
     return total
 
@@ -243,15 +275,18 @@ def check_sparse(params: PyTree, opt_state: Any) -> jax.Array:
 def set_masks(opt_state: Any, masks: PyTree, prunable: trees.Rules = ()) -> Any:
     """Puts other masks into an optimizer state: pruning by hand, between two steps.
 
-    Use this rather than ``optax.tree.set``, for the state also holds what the last update kept. The
-    next ``update`` brings to 0 what the new masks switch off, moments included; apply the
-    masks to the parameters at once with ``apply_masks`` if they are used before that. Under a
-    dynamic method the masks change again at its next event.
+    Do not use ``optax.tree.set`` for this, because the state also holds what the last update kept.
+    The next ``update`` sets the weights and moments under the new False masks to 0. If the
+    parameters are used before, apply the masks at once with ``apply_masks``. A dynamic method
+    changes the masks again at its next event.
 
     Args:
       opt_state: state of a transformation that contains one ``sparsify``.
-      masks: bool tree; its leaves find their parameters by path.
+      masks: bool tree, matched with the params by path.
       prunable: the path rules that the method was given.
+
+    Returns:
+      The optimizer state with the new masks; ``opt_state`` itself does not change.
 
     Raises:
       ValueError: as ``get_masks``; or the masks are of another tree, or switch off weights of a
@@ -289,7 +324,7 @@ def _sparse_states(opt_state: Any) -> list[SparseState]:
 
 
 def where(masks: PyTree, tree: PyTree) -> PyTree:
-    """The tree with zeros where masks are off; leaves that are no floats as they are."""
+    """The tree with zeros where masks are False; leaves that are not floats do not change."""
     return jax.tree.map(lambda m, x: moments.select(m, x) if is_trained(x) else x, masks, tree)
 
 
@@ -299,14 +334,14 @@ def is_trained(x: Any) -> bool:
 
 
 def _masked(params: PyTree, masks: PyTree) -> PyTree:
-    """The parameters that the inner optimizer starts from; abstract ones as they are."""
+    """The masked parameters, from which the inner optimizer starts; abstract ones unchanged."""
     if any(isinstance(p, jax.ShapeDtypeStruct) for p in jax.tree.leaves(params)):
         return params
     return apply_masks(params, masks)
 
 
 def to_zero(keep: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
-    """The update where a weight is kept; elsewhere the one that brings it to 0."""
+    """The update where a weight is kept; elsewhere the update that sets it to 0."""
     if not is_trained(param):
         return update
     dtype = jnp.promote_types(update.dtype, param.dtype)
@@ -316,10 +351,11 @@ def to_zero(keep: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
 def do_if(
     predicate: Any, f: Callable[..., tuple[Any, PyTree]], operands: tuple[Any, PyTree]
 ) -> tuple[Any, PyTree]:
-    """``f(*operands)`` where the predicate holds; else the operands, left in their place.
+    """``f(*operands)`` if the predicate holds; else the operands, without a copy.
 
-    A conditional copies what it merely passes on; a loop of no trips does not. From a loop, XLA
-    moves what does not change to where every step would pay for it; a conditional holds it back.
+    A conditional copies operands that it only passes on; a loop of no iterations does not. But XLA
+    moves constant work out of a loop, where every step would pay for it; a conditional inside the
+    loop prevents that.
     """
 
     def once(carry: Any) -> Any:
@@ -341,7 +377,7 @@ _PAIRS = {
 
 
 def check_params(params: PyTree) -> None:
-    """Refuses parameters of which an optimizer has made pairs."""
+    """Refuses parameters that an optimizer has turned into pairs."""
 
     def pair(x: Any) -> bool:
         return type(x).__name__ in _PAIRS

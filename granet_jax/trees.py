@@ -1,7 +1,7 @@
 """Paths of leaves, which leaves are prunable, and leaves seen as stacks of layers.
 
-What is prunable is *static*: it follows from paths, shapes and rules alone, so that it is known
-while tracing and never has to be stored beside the masks.
+Which leaves are prunable is *static*: it follows from paths, shapes and rules alone. So it is known
+while tracing and does not have to be stored beside the masks.
 """
 
 import collections
@@ -20,15 +20,15 @@ from granet_jax.types import LayerShape, PyTree, Shapes
 class Structure(NamedTuple):
     """Decision of a rule: how the weights of a layer are kept or pruned together.
 
-    Made by :mod:`granet_jax.structures`. Whether a leaf is prunable the default decides, but tied
-    leaves always are.
+    Made by :mod:`granet_jax.structures`. The default decides whether the leaf is prunable; leaves
+    with a ``tie`` always are.
     """
 
     grid: Callable[["Leaf"], tuple[int, ...]]  # shape of a layer's units
     gather: Callable[[jax.Array, "Leaf"], jax.Array]  # (layers, *layer_shape) -> (layers, *grid)
     spread: Callable[[jax.Array, "Leaf"], jax.Array]  # back, each unit's value to its weights
-    grouped: bool = False  # the last axis of the grid is a group, which keeps as many as others
-    fixed: bool = False  # groups that are empty count as well, when a count is dealt out
+    grouped: bool = False  # the last axis of the grid is a group; all groups keep the same number
+    fixed: bool = False  # empty groups get their share of a layer's count, too
     ablation: Callable[["Leaf"], float] = lambda leaf: 0.0  # least share of salient weights
     tie: str | None = None  # leaves with the same tie are ranked as one layer
     block: tuple[int, ...] = ()  # sides of the units along the last axes, where these are blocks
@@ -39,25 +39,31 @@ class Stacked(NamedTuple):
 
     For models whose layers are stacked by ``jax.lax.scan``: a ``(24, 512, 512)`` kernel then
     counts as 24 layers of ``(512, 512)`` in scores, counts and selection.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> (leaf,) = describe({"kernel": jnp.ones((24, 8, 8))}, [("kernel", Stacked(1))])
+      >>> leaf.num_layers, leaf.layer_shape
+      (24, (8, 8))
     """
 
     axes: int = 1
     structure: Structure | None = None  # of each layer
-    prunable: bool = False  # True = whatever the default says
+    prunable: bool = False  # True = prunable even if the default says no
 
 
 Rules: TypeAlias = Sequence[tuple[str, bool | Stacked | Structure]]
 
 
 class Leaf(NamedTuple):
-    """What is known of one leaf of ``params`` without looking at its values."""
+    """What is known about one leaf of ``params`` without looking at its values."""
 
     path: str  # e.g. "conv1/kernel"
     shape: tuple[int, ...]
     prunable: bool
     stack_axes: int  # how many leading axes stack layers; 0 for most
     structure: Structure | None = None  # of a prunable leaf, if a rule gives one
-    why: str = ""  # it is prunable or not, e.g. "named scale"
+    why: str = ""  # the reason for ``prunable``, e.g. "named scale"
 
     @property
     def size(self) -> int:
@@ -81,7 +87,17 @@ def _word(key: Any) -> str:
 
 
 def names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """A key path as words; the trailing ``.value`` of a Flax NNX variable is left out."""
+    """A key path as strings; the trailing ``.value`` of a Flax NNX variable is left out.
+
+    Args:
+      path: key path of a leaf, as ``jax.tree_util.tree_leaves_with_path`` gives it.
+
+    Example:
+      >>> import jax
+      >>> ((path, _),) = jax.tree_util.tree_leaves_with_path({"layers": [{"kernel": 0}]})
+      >>> names(path)
+      ('layers', '0', 'kernel')
+    """
     if path and getattr(path[-1], "name", None) == "value":
         path = path[:-1]
     return tuple(map(_word, path))
@@ -90,11 +106,21 @@ def names(path: tuple[Any, ...]) -> tuple[str, ...]:
 def by_path(tree: PyTree) -> dict[tuple[str, ...], Any]:
     """The leaves of a tree by their :func:`names`, in leaf order.
 
-    Trees of one model in different clothes (``nnx.State``, pure dict, what a file gives back) agree
-    on names, whatever the order of their leaves.
+    Trees of one model in different containers (``nnx.State``, a pure dict, what a file gives back)
+    agree on names, whatever the order of their leaves.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      ``{names: leaf}``.
 
     Raises:
       ValueError: two leaves have the same names.
+
+    Example:
+      >>> by_path({"layers": [{"kernel": 7}]})
+      {('layers', '0', 'kernel'): 7}
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     found = {names(path): leaf for path, leaf in leaves}
@@ -108,7 +134,16 @@ def by_path(tree: PyTree) -> dict[tuple[str, ...], Any]:
 def paths(tree: PyTree) -> dict[str, Any]:
     """The leaves of a tree by path, words joined by slashes, in leaf order.
 
-    Where two read alike, words that hold a slash are put in quotes.
+    Where two paths would read alike, words that hold a slash are put in quotes.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      ``{path: leaf}``.
+
+    Raises:
+      ValueError: as :func:`by_path`.
 
     Example:
       >>> list(paths({"a": {"b": 1}, "a/b": 2, "c/d": 3}))
@@ -134,12 +169,25 @@ class Owner(NamedTuple):
 
 
 def owners(state: PyTree, params: PyTree) -> dict[tuple[Any, ...], Owner | None]:
-    """For each leaf of a state, by its key path, the parameter whose path its own ends in.
+    """For each leaf of a state, the parameter whose path is the end of the leaf's own path.
 
-    A leaf of the parameter's shape may also lie one step further on, as where a parameter has a
-    pair of moments. Leaves that belong to none (step counters, keys) have None. With a parameter
-    called "mu", more than one split of a path may fit: the one whose front part holds the most
-    parameters is taken.
+    A leaf of the parameter's shape may also lie one step below that path, as where a parameter has
+    a pair of moments. If there is a parameter called "mu", a path may be split in more than one
+    way: the split whose front part holds the most parameters is taken.
+
+    Args:
+      state: any tree of arrays or ``ShapeDtypeStruct``, such as the state of an optimizer.
+      params: tree of arrays or ``ShapeDtypeStruct``.
+
+    Returns:
+      ``{key path: owner}``; None for leaves that belong to no parameter (step counters, keys).
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> params = {"kernel": jnp.ones((2, 3))}
+      >>> found = owners(optax.sgd(0.1, momentum=0.9).init(params), params)
+      >>> list(found.values())
+      [Owner(names=('kernel',), same_shape=True)]
     """
     shapes = {path: x.shape for path, x in by_path(params).items()}
     leaves = jax.tree_util.tree_leaves_with_path(state)
@@ -162,33 +210,55 @@ def owners(state: PyTree, params: PyTree) -> dict[tuple[Any, ...], Owner | None]
 
 
 def map_with_owner(f: Callable[[Any, Owner | None], Any], state: PyTree, params: PyTree) -> PyTree:
-    """``f(leaf, owner)`` for each leaf of a state, see :func:`owners`."""
+    """``f(leaf, owner)`` for each leaf of a state.
+
+    Args:
+      f: is given a leaf and its owner, or None; see :func:`owners`.
+      state: any tree of arrays or ``ShapeDtypeStruct``.
+      params: tree of arrays or ``ShapeDtypeStruct``.
+
+    Returns:
+      A tree of the structure of ``state``.
+
+    Example: which leaves of Adam's state have the shape of a parameter.
+      >>> import jax.numpy as jnp, optax
+      >>> params = {"kernel": jnp.ones((2, 3))}
+      >>> state = optax.adam(0.1).init(params)
+      >>> marked = map_with_owner(lambda leaf, owner: owner is not None, state, params)
+      >>> marked[0].count, marked[0].mu
+      (False, {'kernel': True})
+    """
     found = owners(state, params)
     return jax.tree_util.tree_map_with_path(lambda path, x: f(x, found[path]), state)
 
 
 def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
-    """Tells of each leaf, in the tree's leaf order, whether it is prunable, and why.
+    """Describes each leaf, in the tree's leaf order: whether it is prunable, and why.
 
-    By default a leaf is prunable when it holds floats, real or complex, of rank >= 2 (without stack
-    axes) and is no vector in disguise, all of whose axes but the last, or but the first of three or
-    more, are 1 (``kernel``, ``w``, ``weight`` and rows without a name are kernels all the same).
-    Dense stay, by name or by the class of the module that holds them: biases, scales and offsets;
-    norms; embeddings and positions; class tokens and the like; layer scales; adapters (LoRA). The
-    names are those of Flax, Haiku, Equinox, Penzai, Keras and Hugging Face. A leaf without elements
-    never is prunable.
+    By default a leaf is prunable if it holds floats (real or complex), has rank >= 2 (not counting
+    stack axes), and is a kernel by its name and shape. These stay dense, by their own name or by
+    the class of the module that holds them: biases, scales and offsets; norms; embeddings and
+    positions; class tokens and the like; layer scales; adapters (LoRA). The names are those of
+    Flax, Haiku, Equinox, Penzai, Keras and Hugging Face. A vector in disguise stays dense as well:
+    all its axes but the last are 1, or, with three axes or more, all but the first. (Leaves called
+    ``kernel``, ``w``, ``weight`` or ``weights``, and matrices without a name, are kernels even so.)
+    A leaf without elements is never prunable.
 
     Args:
       params: tree of arrays or ``ShapeDtypeStruct``.
       rules: ``(pattern, decision)`` pairs; the first pattern that ``re.search`` finds in a leaf's
-        path decides. ``True`` = prunable if it holds floats, ``False`` = dense, ``Stacked(n)`` =
-        the leading ``n`` axes stack layers and the default decides on the rest, a structure = that,
-        where the default (or its tie) makes the leaf prunable.
+        path decides. ``True`` = prunable if it holds floats; ``False`` = dense; ``Stacked(n)`` =
+        the leading ``n`` axes stack layers, and the default decides on the rest; a structure =
+        pruned in that structure, if the default (or a tie) makes the leaf prunable.
+
+    Returns:
+      One :class:`Leaf` for each leaf; ``()`` for a tree without leaves, with which optax probes
+      optimizers.
 
     Raises:
-      ValueError: a rule matches no leaf, a leaf has fewer axes than its rule stacks, a structure
-        does not fit a leaf, or nothing is prunable. (A tree without leaves passes: optax probes
-        optimizers with one.)
+      ValueError: a rule is no pair, matches no leaf or decides something else, a leaf has fewer
+        axes than its rule stacks, a structure does not fit a leaf, two leaves have the same path,
+        or nothing is prunable.
 
     Example:
       >>> import jax.numpy as jnp
@@ -203,8 +273,16 @@ def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
     named = paths(params)
     if not named:
         return ()
-    for pattern, _ in rules:
-        if not any(re.search(pattern, name) for name in named):
+    for rule in rules:
+        try:
+            pattern, _ = () if isinstance(rule, str) else rule
+            matches = any(re.search(pattern, name) for name in named)
+        except (TypeError, ValueError, re.error) as error:
+            raise ValueError(
+                "A rule is a pair of a regular expression and a decision, as in "
+                f"prunable=[('^head/', False)]; got {rule!r}: {error}."
+            ) from None
+        if not matches:
             raise ValueError(
                 f"The rule {pattern!r} matches no parameter; the paths are: {', '.join(named)}."
             )
@@ -258,7 +336,7 @@ def _decide(name: str, leaf: Any, holder: str, rules: Rules) -> Leaf:
     return described
 
 
-# Words that tell a leaf from a kernel: in its own name; in that of the module that holds it.
+# Names of leaves that are no kernels: their own name; the name of the module that holds them.
 _NAMED = {
     "bias": r"(^|_)bias(es)?(_|\d|$)",
     "scale": r"(^|_)(scale|offset|shift|gamma|beta|lambda|ls)\d*$|layer_?scale",
@@ -278,7 +356,7 @@ _KERNELS = ("kernel", "w", "weight", "weights")  # of a layer with one input or 
 
 
 def _why_dense(name: str, shape: tuple[int, ...], holder: str) -> str | None:
-    """What tells that a leaf is no kernel; None = nothing does."""
+    """Why a leaf is no kernel, by name and shape; None = it is one."""
     if len(shape) < 2:
         return f"rank {len(shape)}"
     *front, own = [word for word in name.lower().split("/") if word != "data_array"] or [""]
@@ -318,22 +396,56 @@ def _holder(tree: PyTree, path: tuple[Any, ...]) -> str:
 
 
 def layer_shapes(leaves: Sequence[Leaf]) -> Shapes:
-    """One shape for each layer, in layer order: leaf order, then position in the stack."""
+    """One shape for each layer, in layer order: leaf order, then position in the stack.
+
+    Args:
+      leaves: from :func:`describe`.
+
+    Returns:
+      A list of :class:`granet_jax.types.LayerShape`; leaves that are not prunable are left out.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> layer_shapes(describe({"kernel": jnp.ones((2, 4, 3))}, [("", Stacked(1))]))
+      [(4, 3), (4, 3)]
+    """
     return [
         LayerShape(x.layer_shape, x.path) for x in leaves if x.prunable for _ in range(x.num_layers)
     ]
 
 
 def num_prunable(leaves: Sequence[Leaf]) -> int:
-    """How many weights are prunable."""
+    """How many weights are prunable.
+
+    Args:
+      leaves: from :func:`describe`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> num_prunable(describe({"bias": jnp.ones(3), "kernel": jnp.ones((4, 3))}))
+      12
+    """
     return sum(x.size for x in leaves if x.prunable)
 
 
 def pick(tree: PyTree, leaves: Sequence[Leaf]) -> list[jax.Array]:
     """The prunable leaves of a tree, found by path.
 
+    Args:
+      tree: masks, gradients, scores: any tree with the params' paths and shapes.
+      leaves: from :func:`describe`.
+
+    Returns:
+      A list of arrays, in leaf order.
+
     Raises:
-      ValueError: the tree lacks one, or has it in another shape.
+      ValueError: a prunable leaf is missing, or has another shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"bias": jnp.ones(3), "kernel": jnp.ones((4, 3))}
+      >>> [x.shape for x in pick(params, describe(params))]
+      [(4, 3)]
     """
     found = paths(tree)
     for x in leaves:
@@ -347,14 +459,39 @@ def pick(tree: PyTree, leaves: Sequence[Leaf]) -> list[jax.Array]:
 
 
 def split(tree: PyTree, leaves: Sequence[Leaf]) -> list[jax.Array]:
-    """The prunable leaves of a tree as stacks, arrays ``(num_layers, *layer_shape)``."""
+    """The prunable leaves of a tree, in leaf order, as stacks ``(num_layers, *layer_shape)``.
+
+    Args:
+      tree: as for :func:`pick`, which raises the errors.
+      leaves: from :func:`describe`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"bias": jnp.ones(3), "kernel": jnp.ones((4, 3))}
+      >>> [x.shape for x in split(params, describe(params))]
+      [(1, 4, 3)]
+    """
     prunable = [x for x in leaves if x.prunable]
     pairs = zip(pick(tree, leaves), prunable, strict=True)
     return [a.reshape(x.num_layers, *x.layer_shape) for a, x in pairs]
 
 
 def join(stacks: Sequence[jax.Array], tree: PyTree, leaves: Sequence[Leaf]) -> PyTree:
-    """Undoes :func:`split`: ``tree`` with its prunable leaves replaced by ``stacks``."""
+    """Undoes :func:`split`: ``tree`` with its prunable leaves replaced by ``stacks``.
+
+    Args:
+      stacks: arrays ``(num_layers, *layer_shape)``, one for each prunable leaf, in leaf order.
+      tree: gives the structure and the other leaves.
+      leaves: from :func:`describe`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"bias": jnp.ones(3), "kernel": jnp.ones((4, 3))}
+      >>> leaves = describe(params)
+      >>> zeros = [jnp.zeros_like(x) for x in split(params, leaves)]
+      >>> {name: int(x.sum()) for name, x in join(zeros, params, leaves).items()}
+      {'bias': 3, 'kernel': 0}
+    """
     prunable = [x for x in leaves if x.prunable]
     new = {x.path: stack.reshape(x.shape) for x, stack in zip(prunable, stacks, strict=True)}
     return jax.tree.unflatten(

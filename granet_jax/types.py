@@ -1,21 +1,22 @@
 """The words of the library, each said once.
 
 * **mask**: a bool array of its parameter's shape; ``True`` = kept. Masks are *total*: every leaf
-  of ``params`` has one. Leaves that are never pruned have an all-``True`` mask; which leaves those
-  are is told by :func:`granet_jax.trees.describe`, never by a mask's ones.
+  of ``params`` has one. The mask of a leaf that is never pruned is all ``True``. Only
+  :func:`granet_jax.trees.describe` says which leaves are prunable; an all-``True`` mask does not.
 * **sparsity**: the fraction of zeros among the *prunable* weights, the number that papers quote.
-  Inside, code works with ``num_keep``, an integer count, so that counts are exact.
+  Inside, the code works with ``num_keep``, an integer, so that counts are exact.
 * **layer**: what a layerwise method treats as one unit: a prunable leaf, or one slice of a leaf
   whose leading axes are stacked layers.
 * **score**: larger = more worth keeping, or growing. May be signed. The total order is
   ineligible < NaN < -inf < ... < -0 = +0 < ... < +inf. Scores are compared in float32, or in
-  float64 where one of them is that.
+  float64 if one of them is float64.
 * **step**: the number of optimizer updates done; the first ``tx.update`` is step 1.
 * **event**: a step at which masks may change.
 * **prune** = switch off; **regrow** (regenerate) = switch on; **neuroregeneration** = prune and
   regrow the same number in one event.
-* **keep**: the weights whose value and optimizer moments live through a step; a subset of the new
-  masks. A weight in the new masks that is not in ``keep`` starts at exactly 0 with zero moments.
+* **keep**: the weights whose value and optimizer moments survive a step; a subset of the new masks.
+  A weight that is in the new masks but not in ``keep`` starts at exactly 0 with zero moments.
+* **live**, **on** = under a ``True`` mask; **masked**, **off** = under a ``False`` one.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,13 +46,19 @@ class Event(NamedTuple):
 
     Attributes:
       params: the weights after this step, with zeros where masked.
-      grads: the raw gradients of this batch, defined where masked, too.
-      masks: bool tree of params, as they are at this point of the event: a score for growth sees
-        them after the drop.
+      grads: the raw gradients of this batch, of masked weights too.
+      masks: bool tree of params at this point of the event: a score for growth sees the masks
+        after the drop.
       step: int32 scalar, the step now being taken.
-      key: a typed key for this step and place; None where the method was given none.
-      inner: the state of the optimizer inside, as it was before this step.
-      extra: what the caller passed to ``tx.update`` by name besides (norms of activations, a loss).
+      key: a typed key, different for each step and mask step; None if the method has no key.
+      inner: the state of the inner optimizer before this step.
+      extra: further keyword arguments of ``tx.update`` (norms of activations, a loss).
+
+    Example: what a score is given when it is tried by hand.
+      >>> import jax.numpy as jnp
+      >>> event = Event({"w": jnp.ones(2)}, grads={"w": jnp.zeros(2)}, step=1)
+      >>> event.key is None
+      True
     """
 
     params: PyTree
@@ -79,11 +86,11 @@ class Distribution(Protocol):
 
 
 class Redistribution(Protocol):
-    """Deals out over layers what was dropped: ``(num_dropped, growth, live) -> num_grown``.
+    """Decides how many weights each layer grows: ``(num_dropped, growth, live) -> num_grown``.
 
     ``num_dropped`` is int32 ``(layers,)``; ``growth`` (scores) and ``live`` (before the drop)
     are stacks as :func:`granet_jax.trees.split` makes them. ``num_grown``, int32 ``(layers,)``,
-    has the same sum and fits into what is off in each layer after the drop.
+    has the same sum as ``num_dropped``. No layer grows more weights than are off after the drop.
     """
 
     def __call__(
@@ -101,7 +108,7 @@ class MaskState(NamedTuple):
     """State of the methods in this library; a method's own state may hold more after ``masks``."""
 
     masks: PyTree  # bool, shapes of params
-    key: jax.Array | None  # uint32, data of the key that events fold their step into; None = none
+    key: jax.Array | None  # uint32, the method's key data; each event folds its step into the key
     explored: PyTree = None  # bool, weights that have been on at least once; None = not tracked
     average: PyTree = None  # running mean of dense gradients, float32 or wider; None = not tracked
 
@@ -114,8 +121,13 @@ class Method(NamedTuple):
         and a tree without leaves.
       update: ``(state, event) -> (state, keep)``, called at events only.
       is_update_step: ``step -> bool`` scalar: is this step an event?
-      observe: ``(state, grads) -> state``, called at every step; None for methods that need none.
-      name: which states carry, so that one of another method is refused.
+      observe: ``(state, grads) -> state``, called at every step; None = nothing to observe.
+      name: stored in the state, so that the state of another method is refused.
+
+    Example: what the methods of this library return.
+      >>> import granet_jax as gj
+      >>> gj.static(sparsity=0.0).name
+      'static'
     """
 
     init: Callable[[PyTree], Any]
@@ -131,8 +143,8 @@ class SparseState(NamedTuple):
     mask_step: jax.Array  # int32 scalar, updates done ("count" would collide with optax's own)
     method: Any  # the method's state; its first field is masks
     inner: Any  # the wrapped optimizer's state
-    # bool, what the last update kept: the masks, but for what an event just grew. Held here, for
-    # made anew it would cost each step a copy of the masks.
+    # bool, what the last update kept: the masks without the weights that an event has just grown.
+    # It is stored because computing it again would cost each step a copy of the masks.
     keep: PyTree
-    # {name of the method: None}: a part of the tree's structure; empty in states of before.
+    # {name of the method: None}, a part of the tree's structure; empty in states of old versions.
     written_by: dict[str, None] = {}  # noqa: RUF012

@@ -1,4 +1,4 @@
-"""What newly grown weights need of an optimizer: transformations to stand inside ``sparsify``."""
+"""What newly grown weights need from an optimizer: transformations for use inside ``sparsify``."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from granet_jax import trees
 from granet_jax.transform import is_trained
 from granet_jax.types import PyTree
 
-OLD = 2**16 - 1  # the age of weights that were there from the start, and of any that reach it
+OLD = 2**16 - 1  # the age of weights that are live from the start, and the highest age
 
 
 class YoungState(NamedTuple):
@@ -23,20 +23,20 @@ class YoungState(NamedTuple):
 def correct_young(
     b1: float = 0.9, b2: float = 0.999, ramp: int = 100
 ) -> optax.GradientTransformationExtraArgs:
-    """Gives regrown weights the steps of an optimizer that has just begun with them.
+    """Gives regrown weights the updates of an optimizer that starts when they grow.
 
-    Adam divides its moments by ``1 - b^t``, where t counts all steps. A weight that grew late
-    starts with moments of 0 but with a large t, so its first step is ``(1 - b1) / sqrt(1 - b2)``,
-    3.2 times the learning rate, instead of once. With a, the number of steps since a weight grew,
-    its update is multiplied by ::
+    Adam divides its moments by ``1 - b^t``, where t counts all steps. A weight that grew late has
+    moments of 0 but a large t, so its first step is ``(1 - b1) / sqrt(1 - b2)`` = 3.2 times the
+    learning rate, instead of once. Here its update is multiplied by ::
 
         min(a / ramp, 1) * (1 - b1^t) / (1 - b1^a) * sqrt((1 - b2^a) / (1 - b2^t))
 
-    which is what Adam restarted for this weight alone would do (up to epsilon), times a ramp.
-    Weights that were there from the start are left alone.
+    where a is the number of steps since it grew. Apart from the ramp, this is what Adam restarted
+    for this weight alone would do (up to epsilon). Weights that are live from the start do not
+    change.
 
-    To be chained after the part that divides by moments, and before weight decay, inside
-    :func:`granet_jax.sparsify` (or ``compact.sparsify``), which tells it what is kept::
+    Chain it after the part that divides by moments, and before weight decay, inside
+    :func:`granet_jax.sparsify` (or ``compact.sparsify``), which passes it ``keep``::
 
         sparsify(
             optax.chain(
@@ -45,27 +45,28 @@ def correct_young(
             method,
         )
 
-    After a whole ``optax.adamw`` it scales the decay of young weights as well, for 100 steps.
+    Chained after a whole ``optax.adamw`` it also scales the decay of young weights.
 
-    Source: SMET (arXiv 2606.00888), where moments are corrected by a weight's own age; as a factor
-    of the finished update it serves any optimizer with these two decays.
+    Source: SMET (arXiv 2606.00888), where moments are corrected by a weight's own age. As a factor
+    of the finished update it works with any optimizer that has these two decays.
 
     Args:
-      b1: decay of the first moment of the optimizer before it; 0 = it has none (RMSprop).
-      b2: decay of the second moment; 0 = it has none, and all that is left is the ramp (Lion).
-      ramp: steps in which updates of a regrown weight rise to full size; 1 = no ramp.
+      b1: the optimizer's decay of the first moment; 0 = it has no first moment (RMSprop).
+      b2: the optimizer's decay of the second moment; 0 = it has no second moment. With both 0 only
+        the ramp is left (Lion).
+      ramp: steps in which the updates of a regrown weight rise to full size; 1 = no ramp.
 
     Returns:
       A transformation with two bytes of state for each weight.
 
     Raises:
-      ValueError: a decay outside [0, 1), or ``ramp < 1``; in ``update``, where no ``keep`` is told,
-        for it stands outside of ``sparsify``.
+      ValueError: a decay outside [0, 1), or ``ramp < 1``; in ``update``, if there is no ``keep``,
+        because it stands outside ``sparsify``.
 
-    Differs from the paper's code in that: the ramp does not feed back into the moments; the first
-    step of a weight has age 1, not 2; dense parameters have no ramp.
+    Differs from the paper's code in that: the ramp does not affect the moments; the first step of a
+    weight has age 1, not 2; dense parameters have no ramp.
 
-    Example: a weight that grew at step 999 takes its first step at 1000.
+    Example: a weight that grew at step 999 gets its first update at step 1000.
       >>> import jax.numpy as jnp
       >>> tx = correct_young(ramp=1)
       >>> params = {"kernel": jnp.zeros(2)}
@@ -128,20 +129,25 @@ def scale_by_density(
 ) -> optax.GradientTransformationExtraArgs:
     """Divides the updates of each prunable layer by ``density^exponent``.
 
-    Sparse layers sum over fewer inputs, so that a step moves their outputs less: SμPar divides
-    Adam's learning rate of hidden matrices by ``width * density``. The density is that of the
-    weights kept in this step, of each layer of a stack for itself.
+    A sparse layer sums over fewer inputs, so a step changes its outputs less. SμPar therefore
+    divides Adam's learning rate of hidden matrices by ``width * density``; this is the factor for
+    the density, and the learning rate has to account for the width. The density is the share of
+    weights kept in this step, for each layer of a stack by itself.
 
-    Source: Dey et al. 2024, "Sparse maximal update parameterization" (arXiv 2405.15743), exponent
-    1; the part of the width is left to the learning rate. Others take the root, ``exponent=0.5``.
+    Source: Dey et al. 2024, "Sparse maximal update parameterization" (arXiv 2405.15743), with
+    exponent 1. Others take the square root, ``exponent=0.5``.
 
     Args:
       exponent: of the density; 0 = no change.
       prunable: path rules, see :func:`granet_jax.trees.describe`.
 
+    Returns:
+      A transformation without state; chain it inside :func:`granet_jax.sparsify`, which passes it
+      ``keep``.
+
     Raises:
-      ValueError: in ``update``, without parameters, or where no ``keep`` is told, for it stands
-        outside of ``sparsify``.
+      ValueError: in ``update``, without parameters, or without ``keep``, because it stands outside
+        ``sparsify``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -173,7 +179,7 @@ def scale_by_density(
 
 
 def _power(keep: jax.Array, exponent: float) -> jax.Array:
-    """``density^-exponent`` of each layer of a stack, to be multiplied with it; 1 of empty ones."""
+    """``density^-exponent`` of each layer, shaped to multiply its stack; 1 for empty layers."""
     axes = tuple(range(1, keep.ndim))
     density = jnp.mean(keep, axis=axes, keepdims=True, dtype=jnp.float32)
     return jnp.where(density > 0, density, 1.0) ** -exponent

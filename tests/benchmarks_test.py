@@ -56,21 +56,22 @@ def test_quick_benchmarks_write_one_file(tmp_path):
     assert all(float(row["more at the peak"]) >= 1 for row in steps)  # a mask has a byte a weight
 
 
-def test_an_hour_on_an_accelerator_goes_on_where_it_was_killed(tmp_path, capsys):
+def test_an_hour_on_an_accelerator_goes_on_where_it_was_killed(tmp_path):
     """The small version of the whole; the first run is killed when some pieces are there."""
     out, store = tmp_path / "hour.md", tmp_path / "hour.json"
     command = [sys.executable, "-m", "experiments.benchmarks", "--only=accelerator", "--quick"]
-    with subprocess.Popen([*command, f"--out={out}"], stdout=subprocess.DEVNULL) as process:
+    command.append(f"--out={out}")
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None and (not store.exists() or "update" not in store.read_text()):
             time.sleep(0.2)
         process.kill()
     assert not out.exists()
     before = json.loads(store.read_text())["pieces"]
-    benchmarks.run(["accelerator"], quick=True, out=out)
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     done = json.loads(store.read_text())["pieces"]
     names = list(accelerator.pieces(True, tmp_path, None, 0))
     assert list(done) == names
-    printed = re.findall("^piece (.*)$", capsys.readouterr().out, re.MULTILINE)
+    printed = re.findall("^piece (.*)$", output, re.MULTILINE)
     assert printed == [name for name in names if name not in before]
     assert {name: done[name] for name in before} == before
     found = tables(out.read_text())
@@ -79,8 +80,8 @@ def test_an_hour_on_an_accelerator_goes_on_where_it_was_killed(tmp_path, capsys)
     assert {row["blocks"] for row in found["Block-sparse product"]} == {"4 x 4"}
     selections = found["The largest tenth of all weights"]
     assert {row["weights in the mask"] for row in selections} == {"", "163"}
-    benchmarks.run(["accelerator"], quick=True, out=out)  # nothing is left to do
-    assert "piece" not in capsys.readouterr().out
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "piece" not in output  # nothing is left to do
     with pytest.raises(ValueError, match="holds figures of epochs 0"):
         benchmarks.run(["accelerator"], quick=True, out=out, epochs=3)
 

@@ -1,8 +1,6 @@
 """``--compact``: runs with live weights alone do as masked ones do, and go on to the same bits."""
 
 import dataclasses
-import pathlib
-import re
 
 import chex
 import flax.linen as nn
@@ -20,7 +18,7 @@ from tests.lm_test import _tiny, mesh_of, numbers, run_until  # noqa: F401
 from tests.run_test import OwnNet, own_data, own_settings
 
 
-@pytest.mark.parametrize("method", ["rigl", "granet"])
+@pytest.mark.parametrize("method", [pytest.param("rigl", marks=pytest.mark.full), "granet"])
 def test_images_go_on_to_the_same_bits(method, tmp_path):
     """GraNet starts dense: its slots are repacked on the way, and a checkpoint has fewer."""
     config = own_settings(
@@ -177,20 +175,3 @@ def test_events_of_a_chunk():
     assert weights.events(family, 2, 5) == [True, False, False, True, False]
     never = weights.live(gj.static(sparsity=0.5, key=jax.random.key(0)))
     assert weights.events(never, 0, 2) == [False, False]
-
-
-def test_the_readme_trains_live_weights_alone(capsys):
-    readme = (pathlib.Path(run.__file__).parents[2] / "README.md").read_text()
-    (block,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "to_slots" in b]
-    keys = jax.random.split(jax.random.key(0), 3)
-    kernel = jax.random.normal(keys[0], (40, 30))
-    batches = [(jax.random.normal(k, (8, 40)), jax.random.normal(k, (8, 30))) for k in keys]
-
-    def loss_fn(params, batch):
-        return jnp.mean((batch[0] @ params["kernel"] - batch[1]) ** 2)
-
-    given = {"params": {"kernel": kernel}, "loss_fn": loss_fn, "batches": batches}
-    block = block.replace("update_every=100", "update_every=2")
-    exec(block, given)
-    assert int((given["params"]["kernel"] != 0).sum()) <= 60
-    assert "(8, 40) x (40, 30)" in capsys.readouterr().out

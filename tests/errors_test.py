@@ -24,6 +24,30 @@ def start(method, params=PARAMS):
 
 
 WRONG_CALLS = {
+    "sparsity in words": (
+        lambda: gj.rigl(**changed(RIGL, sparsity="0.9")),
+        "sparsity must be a number; got '0.9'",
+    ),
+    "a seed instead of a key": (
+        lambda: gj.rigl(**changed(RIGL, key=0)),
+        r"key is a key of JAX, as jax.random.key\(0\) gives it; got 0",
+    ),
+    "a pattern without a decision": (
+        lambda: start(gj.gmp(**GMP, prunable=["^fc/"])),
+        r"A rule is a pair of .*prunable=\[\('\^head/', False\)\]; got '\^fc/'",
+    ),
+    "a rule instead of rules": (
+        lambda: start(gj.gmp(**GMP, prunable=("fc", False))),
+        "A rule is a pair of .*; got 'fc'",
+    ),
+    "a pattern that is none": (
+        lambda: start(gj.gmp(**GMP, prunable=[("(fc", False)])),
+        r"got \('\(fc', False\): missing \)",
+    ),
+    "trained thresholds under sparsify": (
+        lambda: gj.sparsify(optax.sgd(0.1), gj.reparam.dst()),
+        r"granet_jax.reparam go around by penalise\(inner, method, coefficient\)",
+    ),
     "sparsity as percent": (
         lambda: gj.rigl(**changed(RIGL, sparsity=90)),
         r"sparsity must be in \[0, 1\), the fraction of zeros; got 90.0. .* is 0.9",
@@ -164,6 +188,27 @@ def test_nonfinite_values_change_no_count_and_are_reported(where, value):
         assert gj.get_masks(state)["kernel"].sum() == expected[min(t // 2, 5)]
         assert gj.metrics.num_nonfinite(params) > 0
     assert gj.metrics.num_nonfinite({"a": jnp.array([1.0, np.nan, -np.inf])}) == 2
+
+
+def test_pruned_weights_that_are_nan_are_told_as_such():
+    tx = gj.sparsify(optax.sgd(0.1), gj.static(sparsity=0.5, key=KEY))
+    state = tx.init(PARAMS)
+    nans = jax.tree.map(lambda x: x * jnp.nan, PARAMS)
+    message = r"24 weights of fc/kernel .* NaN or infinite.*apply_masks"
+    with pytest.raises(ValueError, match=message):
+        gj.check_sparse(nans, state)
+    assert gj.check_sparse(gj.apply_masks(nans, gj.get_masks(state)), state) == 0
+
+
+def test_gradual_pruning_by_chance():
+    """A score that draws needs a key, which gradual pruning takes as well."""
+    method = gj.gmp(**GMP, score=gj.scores.random, key=KEY)
+    tx = gj.sparsify(optax.sgd(0.1), method)
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(10):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert gj.get_masks(state)["fc"]["kernel"].sum() == 24
 
 
 def test_apply_if_finite_outside_skips_the_step_whole():

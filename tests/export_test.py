@@ -90,6 +90,8 @@ def test_every_dtype_comes_back_or_is_refused(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=message):
             export.save(tmp_path / "other", {"a": np.zeros((2, 2), dtype)})
+    with pytest.raises(ValueError, match="a is no array of numbers, but key<"):
+        export.save(tmp_path / "other", {"a": jax.random.key(0)})
     assert not (tmp_path / "other").exists()
 
 

@@ -1,11 +1,7 @@
-"""The house itself: imports run one way, examples run, the public names are documented."""
+"""The house itself: imports run one way, files and functions stay small, rooms are told."""
 
 import ast
-import doctest
-import importlib
-import inspect
 import pathlib
-import pkgutil
 import re
 
 import pytest
@@ -14,7 +10,6 @@ import experiments
 import granet_jax as gj
 
 ROOT = pathlib.Path(gj.__file__).parent
-MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "granet_jax."))
 ORDER = [
     *("types", "trees", "jaxprs", "scores", "distributions", "schedules"),
     *("sortable", "blocks", "selection", "structures", "masks", "composition"),
@@ -85,27 +80,6 @@ def test_imports_run_one_way(path):
             same = own == other and own in packages
             assert earlier or same, f"{own} must not import {other}"
             assert not (own in SERVICES and other == "methods"), f"{own} must not import methods"
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings(name):
-    module = importlib.import_module(name)
-    results = doctest.testmod(module)
-    assert results.failed == 0
-
-
-def test_public_names_have_docstrings_and_functions_have_examples():
-    for name, value in vars(gj).items():
-        if name.startswith("_"):
-            continue
-        assert inspect.getdoc(value), f"granet_jax.{name} has no docstring"
-        if inspect.isfunction(value) and name not in (
-            "ones",
-            "start_from",
-            "get_masks",
-            "get_method_state",
-        ):
-            assert ">>> " in value.__doc__, f"granet_jax.{name} has no example"
 
 
 def test_files_stay_small():

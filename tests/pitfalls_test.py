@@ -325,3 +325,24 @@ def test_masks_of_tied_channels_are_put_in_by_their_rules():
     with pytest.raises(ValueError, match=r"mask of bias switches off 1 of 2 weights"):
         gj.set_masks(state, masks)
     chex.assert_trees_all_equal(gj.get_masks(gj.set_masks(state, masks, rules)), masks)
+
+
+def test_a_wrapper_that_passes_all_arguments_on_is_not_given_one_more():
+    """Its inner transformation takes none; what others inside need is still passed on."""
+    plain = optax.sgd(0.1)
+
+    def update(updates, state, params=None, *, loss, **extra):
+        return plain.update(jax.tree.map(lambda g: g * loss, updates), state, params, **extra)
+
+    def fails(updates, state, params=None, **extra):
+        raise TypeError("of its own")
+
+    params = {"kernel": jnp.ones((4, 4))}
+    method = gj.static(sparsity=0.5, key=KEY)
+    tx = gj.sparsify(optax.GradientTransformationExtraArgs(plain.init, update), method)
+    updates, _ = tx.update(params, tx.init(params), params, loss=2.0)
+    masks = gj.get_masks(tx.init(params))
+    np.testing.assert_allclose(updates["kernel"], jnp.where(masks["kernel"], -0.2, -1.0))
+    tx = gj.sparsify(optax.GradientTransformationExtraArgs(plain.init, fails), method)
+    with pytest.raises(TypeError, match="of its own"):
+        tx.update(params, tx.init(params), params)

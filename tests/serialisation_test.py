@@ -243,6 +243,11 @@ def test_what_does_not_fit_is_refused():
     chex.assert_trees_all_equal(gj.check_restored(gj.trees.paths(twice), twice), twice)
     with pytest.raises(ValueError, match=r"'a/b' is float32 \(2,\), expected nothing"):
         gj.check_restored(twice, {"a": {"b": jnp.zeros(2)}})
+    layers = {str(i): {"kernel": jnp.ones(2)} for i in range(9)}
+    deeper = {name: {"kernel": {"value": x["kernel"]}} for name, x in layers.items()}
+    names = "0/kernel/value is .* expected nothing; .*; 0/kernel is missing, .* and 13 more"
+    with pytest.raises(ValueError, match=names):
+        gj.check_restored(deeper, layers)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A task of one's own, from the README: report, resume, comparison."""
+"""A task of one's own, as the site has it: report, resume, comparison."""
 
 import json
 import pathlib
@@ -17,13 +17,13 @@ from tests.images import jpeg_records
 ROOT = pathlib.Path(train.__file__).parents[1]
 
 
-def block_with(words):
-    readme = (ROOT / "README.md").read_text()
-    (block,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if words in b]
+def block_with(words, page="experiments/tasks.md"):
+    page = (ROOT / "docs" / page).read_text()
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", page, re.S) if words in b]
     return block
 
 
-def test_the_readme_trains_a_task_of_ones_own(tmp_path):
+def test_the_page_trains_a_task_of_ones_own(tmp_path):
     block = block_with("squared_error")
     assert len([line for line in block.splitlines() if line]) < 30
     (tmp_path / "mine.py").write_text(block)
@@ -69,6 +69,15 @@ def test_the_readme_trains_own_images(tmp_path):
     output = run("train", f"--task={tmp_path}/pets.py", f"--data_dir={tmp_path}", *given)
     assert "test accuracy (%)" in output
     assert "cats and dogs, MyNet" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_task_brings_a_method_of_its_own(tmp_path):
+    (tmp_path / "mine.py").write_text(block_with("def mine", "howto/comparison.md"))
+    flags = [f"--task={tmp_path}/mine.py", "--epochs=2", "--update_every=20"]
+    output = run("train", *flags, "--method=mine", f"--out_dir={tmp_path}/run")
+    assert "test accuracy (%)" in output
+    assert files.read_history(tmp_path / "run")[-1]["live"] == 1_004  # of 50,200, at 98 %
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["method"] == "mine"
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ class Settings:
     method: str = flag(
         "how to train sparse; granet starts dense, granet_st starts from half of the weights",
         "granet",
-        choices=list(methods.METHODS),
+        choices=methods.METHODS,  # as they are when flags are made
     )
     sparsity: float = flag("fraction of zeros among prunable weights at the end, in [0, 1)", 0.9)
     batch_size: int = flag("examples in a step, over all devices", 32, low=1)
@@ -157,7 +157,7 @@ def _define_flag(kind: type[Settings], field: dataclasses.Field[Any], to: dict[s
         if listed := [f"{v[field.name]} for {k}" for k, v in values.items() if field.name in v]:
             default, text = None, f"{text} (default: {', '.join(listed)})"
     if "choices" in meta:
-        flags.DEFINE_enum(field.name, default, meta["choices"], text, **to)
+        flags.DEFINE_enum(field.name, default, list(meta["choices"]), text, **to)
     elif field.type is str:
         flags.DEFINE_string(field.name, default, text, **to)
     elif field.type is bool:

@@ -1,6 +1,6 @@
-"""Live weights only: sparse training that costs what its live weights cost.
+"""Live weights only: sparse training whose cost follows the number of live weights.
 
-The way of the data, which is also the order of the files::
+The files, in the order in which data flow::
 
     layouts       slots, and where each belongs
     native        the kernels in C++ as JAX functions
@@ -10,7 +10,8 @@ The way of the data, which is also the order of the files::
     views         stand-ins for dense arrays in a trace
     trace         sparse(fn): the products of any function over live weights
     gradients     of all weights, computed with live ones
-    transform     sparsify: any method around any elementwise optimizer
+    elementwise   checks that an optimizer treats slots as it treats dense params
+    transform     sparsify: any elementwise optimizer, training live weights by any method
 """
 
 from granet_jax.compact.convolutions import conv_general_dilated as conv_general_dilated

@@ -18,19 +18,19 @@ from granet_jax.types import PyTree
 def value_and_dense_grad(
     fn: Callable[..., Any], has_aux: bool = False, *, native: bool | None = None
 ) -> Callable[..., Any]:
-    """As ``jax.value_and_grad(fn)`` at the dense parameters, but given slots.
+    """As ``jax.value_and_grad(fn)`` at the dense parameters, but computed from slots.
 
-    What growth by gradients needs. The forward pass and the gradients of activations run over live
-    weights alone; only the gradients of kernels are dense products, a third of the work.
+    Growth by gradients needs these gradients. The forward pass and the gradients of activations use
+    live weights only. Only the gradients of kernels are dense products: a third of the work.
 
     Args:
-      fn: ``fn(params, *args)`` gives a number, or a number and more.
-      has_aux: whether it gives more.
-      native: as of :func:`granet_jax.compact.sparse`.
+      fn: ``fn(params, *args)`` returns a scalar, or ``(scalar, aux)``.
+      has_aux: whether it returns ``aux``.
+      native: as for :func:`granet_jax.compact.sparse`.
 
     Returns:
-      ``(values, layouts, *args) -> (what fn gives, gradients)``, these a tree of the dense
-      parameters' shapes.
+      ``(values, layouts, *args) -> (what fn returns, gradients)``; the gradients are a tree of the
+      dense parameters' shapes.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,9 +1,10 @@
-"""How live weights lie: slots, and where each of them belongs.
+"""How live weights are stored: slots, and where each of them belongs.
 
 A prunable leaf of ``params`` becomes a vector of *slots*, ``(*stack, capacity)``, where ``stack``
-are its axes of stacked layers, if any. A slot holds one live weight, or is *dead*: of value 0, and
-in no list. Slots keep their weight for life, so that moments and gradients are slots as well.
-Where blocks of weights live and die together, slots come in *units* of a block, row by row.
+are its axes of stacked layers, if any. A slot holds one live weight, or it is *dead*: its value is
+0, and no list has it. A weight stays in its slot as long as it is live, so moments and gradients
+are vectors of slots, too. If weights are pruned in blocks, a block is a *unit* of consecutive
+slots, row by row.
 """
 
 import math
@@ -15,13 +16,14 @@ import jax.numpy as jnp
 
 
 class Lists(NamedTuple):
-    """The live weights of each layer in the order in which a product walks them.
+    """The live weights of each layer, in the order in which a product reads them.
 
-    The inputs of a product are cut into tiles, which fit a cache. List ``tile * outputs + output``
-    holds the weights from that tile to that output, by input; the last of ``ends`` is their number.
+    The inputs of a product are divided into tiles that fit a cache. List number ``tile * outputs +
+    output`` holds the weights from that tile to that output, in the order of the inputs. Only the
+    native kernels read the lists; :func:`granet_jax.compact.pack` makes them.
     """
 
-    ends: jax.Array  # int32 (*stack, tiles * outputs + 1), where each list begins
+    ends: jax.Array  # int32 (*stack, tiles * outputs + 1), starts of lists; last, the end
     places: jax.Array  # int32 (*stack, capacity), the input of each entry
     slots: jax.Array  # int32 (*stack, capacity), the slot of each entry
 
@@ -29,9 +31,17 @@ class Lists(NamedTuple):
 class Layout(NamedTuple):
     """Where the slots of one leaf belong; plain arrays, for any kind of file.
 
-    ``index`` is the row-major place of each slot in its layer; the layer's size tells that it is
-    dead. With blocks it is that of each unit among the layer's blocks. The lists are there where
-    the native kernels run.
+    ``index`` is the row-major place of each slot in its layer; the size of the layer marks a dead
+    slot. With blocks it is the place of each unit among the layer's blocks. The lists are None
+    where the native kernels do not run.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from granet_jax import compact
+      >>> params = {"kernel": jnp.array([[0.0, 2.0], [3.0, 0.0]])}
+      >>> _, layouts = compact.pack(params, {"kernel": params["kernel"] != 0})
+      >>> layouts["kernel"].shape, layouts["kernel"].capacity, layouts["kernel"].index.tolist()
+      ((2, 2), 2, [1, 2])
     """
 
     index: jax.Array  # type: ignore[assignment]  # int32 (*stack, capacity / weights of a unit)
@@ -51,22 +61,22 @@ class Layout(NamedTuple):
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        """Sizes of the axes that are left in ``x @ w``."""
+        """Sizes of the other axes, which stay in ``x @ w``."""
         return self._sizes(2)
 
     @property
     def block(self) -> tuple[int, ...]:
-        """Rows and columns of a block, ``()`` where weights live and die alone."""
+        """Rows and columns of a block; ``()`` if weights are pruned one by one."""
         return self._sizes(3)
 
     @property
     def unit(self) -> int:
-        """Weights that live and die together."""
+        """Number of weights of a unit; 1 without blocks."""
         return math.prod(self.block)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of blocks in a layer, as a matrix."""
+        """How many rows and columns of blocks a layer has, as a matrix."""
         rows, columns = self.block
         return math.prod(self.inputs) // rows, math.prod(self.outputs) // columns
 
@@ -102,7 +112,7 @@ class Layout(NamedTuple):
 
     def _sizes(self, i: int) -> tuple[int, ...]:
         (written,) = self.sizes
-        parts = written.split("|")  # in files of before, none tells blocks
+        parts = written.split("|")  # files of old versions do not give the block
         return tuple(int(n) for n in parts[i].split("x") if n) if i < len(parts) else ()
 
 
@@ -110,7 +120,7 @@ Layouts: TypeAlias = Mapping[str, Layout]  # by path, of the leaves that are com
 
 
 def written(*sizes: tuple[int, ...], block: tuple[int, ...] = ()) -> dict[str, None]:
-    """The sizes of stack, inputs, outputs and blocks, if any, as :class:`Layout` keeps them."""
+    """Sizes of stack, inputs, outputs and block (if any), in the form of :class:`Layout`."""
     sizes = (*sizes, block) if block else sizes
     return {"|".join("x".join(map(str, each)) for each in sizes): None}
 
@@ -131,7 +141,7 @@ def dense(values: jax.Array, layout: Layout) -> jax.Array:
 
 
 def slots(leaf: jax.Array, layout: Layout) -> jax.Array:
-    """The slots of a dense leaf; 0, or False, in those that are dead."""
+    """The slots of a dense leaf; 0, or False, in dead ones."""
 
     def gather(index: jax.Array, flat: jax.Array) -> jax.Array:
         return units(flat, layout).at[index].get(mode="fill", fill_value=0).reshape(-1)
@@ -147,7 +157,7 @@ def live(layout: Layout) -> jax.Array:
 
 
 def units(flat: jax.Array, layout: Layout) -> jax.Array:
-    """What lives and dies together, of one dense layer: weights, or ``(blocks, weights)``."""
+    """The units of one dense layer: its weights, or ``(blocks, weights of a block)``."""
     if not layout.block:
         return flat
     (rows, columns), (a, b) = layout.grid, layout.block

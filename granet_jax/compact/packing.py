@@ -30,27 +30,27 @@ def pack(
 
     Args:
       params: tree of dense arrays.
-      masks: bool tree, total; its leaves find their parameters by path.
+      masks: bool tree, total; matched with the params by path.
       prunable: the path rules that the method was given.
-      capacity: slots of a layer of each leaf, by path; None = the live weights of its fullest
-        layer. Under ``jit`` masks are not known, so that it has to be given, see
+      capacity: ``{path: slots of a layer}``; None = as many as the fullest layer of each leaf has
+        live weights. Required under ``jit``, where the values of masks are unknown; see
         :func:`capacities`.
-      num_inputs: by path, how many leading axes of a layer products sum over, where these are not
-        all but the last; see :func:`granet_jax.compact.num_inputs`.
-      kernels: whether lists are made for the native kernels; None = where these run.
-      block: leaves with ``granet_jax.structures.block(block)``, and layers of two axes which it
-        divides, are kept as whole blocks, for :mod:`granet_jax.kernels`. Their masks have to be
-        constant within blocks.
+      num_inputs: ``{path: number}``, how many leading axes of a layer products sum over, for leaves
+        where it is not all but the last; see :func:`granet_jax.compact.num_inputs`.
+      kernels: whether to make lists for the native kernels; None = if they run here.
+      block: stores leaves with ``granet_jax.structures.block(block)`` as whole blocks, for
+        :mod:`granet_jax.kernels`, if their layers have two axes and the block divides them. Their
+        masks have to be constant within blocks.
 
     Returns:
-      ``(values, layouts)``: a tree shaped like ``params``, its prunable leaves vectors of slots
-      ``(*stack, capacity)`` and the others copied; and by path of each prunable leaf its
-      :class:`granet_jax.compact.Layout`.
+      ``(values, layouts)``. ``values`` is a tree like ``params``, with vectors of slots
+      ``(*stack, capacity)`` for prunable leaves and copies of the others. ``layouts`` is
+      ``{path: granet_jax.compact.Layout}`` for the prunable leaves.
 
     Raises:
       ValueError: masks of another tree, or masks that are off in a leaf that is not prunable; a
-        capacity below the live weights, or none; a layer of 2^31 weights or more; blocks that are
-        live in part.
+        capacity below the live weights, or missing under ``jit``; a layer of 2^31 weights or more;
+        blocks that are live in part.
 
     Example:
       >>> import jax.numpy as jnp
@@ -79,14 +79,23 @@ def pack(
 
 
 def capacities(masks: PyTree, leaves: tuple[trees.Leaf, ...]) -> dict[str, int]:
-    """The live weights of the fullest layer of each prunable leaf, at least 1, by path.
+    """The number of live weights in the fullest layer of each prunable leaf, at least 1.
 
     Args:
       masks: bool tree, not traced.
       leaves: from :func:`granet_jax.trees.describe`.
 
+    Returns:
+      ``{path: int}``, for ``capacity=``.
+
     Raises:
       ValueError: the masks are traced.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.array([[0.0, 2.0], [3.0, 4.0]])}
+      >>> capacities({"kernel": params["kernel"] != 0}, trees.describe(params))
+      {'kernel': 3}
     """
     found = trees.paths(masks)
     if not all(is_known(x) for x in found.values()):
@@ -103,25 +112,46 @@ def capacities(masks: PyTree, leaves: tuple[trees.Leaf, ...]) -> dict[str, int]:
 
 
 def to_slots(tree: PyTree, layouts: Layouts, params: PyTree | None = None) -> PyTree:
-    """The dense leaves of a tree as slots; the others are copied.
+    """Turns dense leaves into slots; leaves without a layout are copied.
 
     Args:
-      tree: dense, shaped like params; or whatever holds such trees, as the state of an optimizer
-        does, and then ``params`` tells which leaves belong to which parameter.
+      tree: a dense tree with the params' paths; or, with ``params``, a tree that holds such trees,
+        such as the state of an optimizer.
       layouts: by path.
-      params: dense arrays or ``ShapeDtypeStruct``; None = ``tree`` is shaped like it.
+      params: dense arrays or ``ShapeDtypeStruct``, to find the leaves that mirror a parameter; None
+        = ``tree`` has the paths of the params.
+
+    Returns:
+      A tree of the structure of ``tree``.
+
+    Raises:
+      ValueError: a layout whose path is no leaf.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.array([[0.0, 2.0], [3.0, 0.0]])}
+      >>> _, layouts = pack(params, {"kernel": params["kernel"] != 0})
+      >>> to_slots({"kernel": jnp.array([[5.0, 6.0], [7.0, 8.0]])}, layouts)["kernel"].tolist()
+      [6.0, 7.0]
     """
     return _map(lambda x, layout: _layouts.slots(x, layout), tree, layouts, params, copy=True)
 
 
 def unpack(tree: PyTree, layouts: Layouts, values: PyTree | None = None) -> PyTree:
-    """The dense tree of slots; zeros where no weight is live. Undoes :func:`to_slots`.
+    """Turns slots into dense leaves, 0 where no weight is live. Undoes :func:`to_slots`.
 
     Args:
-      tree: shaped like ``values``; or whatever holds such trees, as the state of an optimizer does
-        (its moments become dense), and then ``values`` tells which leaves are slots.
+      tree: a tree of slots with the params' paths; or, with ``values``, a tree that holds such
+        trees, such as the state of an optimizer, whose moments become dense.
       layouts: by path.
-      values: the tree of slots; None = ``tree`` is shaped like it.
+      values: the tree of slots, to find the leaves that mirror it; None = ``tree`` has the paths of
+        the params.
+
+    Returns:
+      A tree of the structure of ``tree``.
+
+    Raises:
+      ValueError: a layout whose path is no leaf.
 
     Example:
       >>> import jax.numpy as jnp
@@ -134,7 +164,22 @@ def unpack(tree: PyTree, layouts: Layouts, values: PyTree | None = None) -> PyTr
 
 
 def masks(values: PyTree, layouts: Layouts) -> PyTree:
-    """The dense masks, a bool tree of the params' shapes; all True in leaves that stay dense."""
+    """The dense masks of a tree of slots.
+
+    Args:
+      values: the tree of slots.
+      layouts: by path.
+
+    Returns:
+      A bool tree of the params' shapes; all True in leaves that are not compact.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.array([[0.0, 2.0], [3.0, 0.0]])}
+      >>> values, layouts = pack(params, {"kernel": params["kernel"] != 0})
+      >>> masks(values, layouts)["kernel"].tolist()
+      [[False, True], [True, False]]
+    """
 
     def mask(path: str, x: jax.Array) -> jax.Array:
         if path not in layouts:
@@ -145,7 +190,22 @@ def masks(values: PyTree, layouts: Layouts) -> PyTree:
 
 
 def abstract_params(values: PyTree, layouts: Layouts) -> PyTree:
-    """Shapes and dtypes of the dense parameters."""
+    """Shapes and dtypes of the dense parameters.
+
+    Args:
+      values: the tree of slots; arrays or ``ShapeDtypeStruct``.
+      layouts: by path.
+
+    Returns:
+      A tree of ``ShapeDtypeStruct``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.array([[0.0, 2.0], [3.0, 0.0]])}
+      >>> values, layouts = pack(params, {"kernel": params["kernel"] != 0})
+      >>> values["kernel"].shape, abstract_params(values, layouts)["kernel"].shape
+      ((2,), (2, 2))
+    """
 
     def shape(path: str, x: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(layouts[path].shape if path in layouts else x.shape, x.dtype)
@@ -156,23 +216,23 @@ def abstract_params(values: PyTree, layouts: Layouts) -> PyTree:
 def reslot(layout: Layout, mask: jax.Array, keep: jax.Array) -> tuple[Layout, jax.Array, jax.Array]:
     """Slots for a new mask.
 
-    Weights in ``keep`` keep their slots; those in ``mask`` alone take the slots that are then free,
-    in the order of their index; the slots left over are dead.
+    Weights in ``keep`` keep their slots. The other weights in ``mask`` take the free slots, in the
+    order of their index. The slots left over are dead.
 
     Args:
       layout: of the leaf.
       mask: bool, dense.
-      keep: bool, dense; a part of ``mask``, and of the weights that have slots.
+      keep: bool, dense; a subset of ``mask``, and of the weights that have slots.
 
     Returns:
       The new layout; bool ``(*stack, capacity)``, the slots whose weight stayed; int32, how many
-      weights found no slot (and so are off).
+      weights got no slot (and so are off).
     """
     index = layout.index.reshape(-1, layout.index.shape[-1])
     dense = (_of_units(x, layout) for x in (mask, keep))
     kernels = layout.by_output is not None
     one = native.reslot if kernels else _reslot
-    if len(index) == 1:  # not in a loop of one trip
+    if len(index) == 1:  # avoids a loop of one iteration
         new, stays, outgrown = one(index[0], *(x[0] for x in dense))
     else:
         new, stays, outgrown = jax.vmap(one)(index, *dense)
@@ -183,7 +243,7 @@ def reslot(layout: Layout, mask: jax.Array, keep: jax.Array) -> tuple[Layout, ja
 
 
 def _of_units(mask: jax.Array, layout: Layout) -> jax.Array:
-    """A dense mask as one of units, ``(layers, units)``."""
+    """The mask of units, ``(layers, units)``, from a dense mask."""
     flat = mask.reshape(math.prod(layout.stack), layout.layer_size)
     if not layout.block:
         return flat
@@ -241,7 +301,7 @@ def _lay_out(
 
 
 def _has_blocks(mask: jax.Array, leaf: trees.Leaf, num_inputs: int, block: tuple[int, int]) -> bool:
-    """Whether a leaf can be kept as blocks."""
+    """Whether a leaf can be stored as blocks."""
     if leaf.structure is None or leaf.structure.block != block:
         return False
     if len(leaf.layer_shape) != 2 or num_inputs != 1:
@@ -289,9 +349,9 @@ def _map(
 def map_mirrors(
     f: Callable[[str, Any], Any], tree: PyTree, like: PyTree, rest: Callable[[Any], Any]
 ) -> PyTree:
-    """``f(path, leaf)`` for the leaves of a tree that mirror one of another; ``rest`` of others.
+    """``f(path, leaf)`` for leaves that mirror a leaf of ``like``, ``rest(leaf)`` for the others.
 
-    Layouts are left as they are, and so is what a method keeps, which is dense.
+    Layouts do not change, nor does the state of a method, which is dense.
     """
     path_of = dict(zip(trees.by_path(like), trees.paths(like), strict=True))
 

@@ -3,8 +3,8 @@
 Of matrices, or, where there is a window, of images: a convolution, its transposition, and the
 gradient of its slots.
 
-Each is linear in each of its two arguments, and the derivatives of one are the other two; so they
-can be differentiated any number of times.
+Each is linear in both of its arguments, and the derivatives of one product are the other two
+products. So they can be differentiated any number of times.
 """
 
 import functools
@@ -21,10 +21,10 @@ from granet_jax.kernels import Backend, packed
 class How(NamedTuple):
     """How a product is done."""
 
-    native: bool  # by the kernels for live weights alone; else with the dense weights, made for it
+    native: bool  # by the kernels for live weights; False = with dense weights made for it
     dtype: Any  # of the result
     precision: Any = None  # of a dense product
-    backend: Backend | None = None  # of the kernels for live blocks alone
+    backend: Backend | None = None  # the kernels for live blocks; None = do not use them
     interpret: bool = False
     window: native.Window | None = None  # of a convolution
     kernels: bool = False  # whether a dense convolution may have kernels of ours
@@ -138,7 +138,7 @@ def _multiply_forward(how: How, transposed: bool, *args: Any) -> Any:
 
 def _multiply_backward(how: How, transposed: bool, args: Any, y: jax.Array) -> Any:
     values, layout, x = args
-    # Dense weights are made anew, lest those of all layers be kept.
+    # Dense weights are made again, because storing those of all layers would take too much memory.
     if not how.native and how.backend is None:
         values = jax.lax.optimization_barrier(values)
     inputs, outputs = (y, x) if transposed else (x, y)

@@ -1,4 +1,4 @@
-"""Rules for equations that are given views: the results; or why they have to see them unpacked."""
+"""Rules for equations that get views. A rule returns results, or why the views must be unpacked."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from granet_jax.compact import convolutions, products, views
 from granet_jax.compact.views import View
 from granet_jax.compact.walk import Rule, Use, Walk, inside, run
 
-MOST_DENSE = 0.4  # of a layer's weights may be live; beyond that it is faster to unpack them
+MOST_DENSE = 0.4  # share of a layer's weights that may be live; above it, unpacking is faster
 MOST_DENSE_IMAGES = 0.7  # the same of convolutions, which XLA does not do as well as products
 
 
@@ -83,7 +83,7 @@ def _convolution(walk: Walk, eqn: Any, given: list[Any]) -> Any:
 def _way(
     walk: Walk, view: View, x: Any, dtype: Any, precision: Any, most: float = MOST_DENSE
 ) -> tuple[str, str]:
-    """By which kernels a product is done, or "dense"; and why not by others."""
+    """The kernels by which a product is done, or "dense" and the reason."""
     if walk.native is False:
         return "dense", "native=False"
     way = "blocks" if view.layout.block else "native"
@@ -107,13 +107,13 @@ def _way(
 
 
 def _of_blocks(walk: Walk) -> tuple[kernels.Backend | None, bool]:
-    """The kernels for blocks, and whether they are interpreted, as native=True asks for on CPUs."""
+    """The kernels for blocks, and whether they are interpreted (on CPUs, with native=True)."""
     found = kernels.of_the_device()
     return (kernels.tpu, True) if found is None and walk.native else (found, False)
 
 
 def _of_slots(walk: Walk, eqn: Any, given: list[Any]) -> Any:
-    """Done to the slots: zeros stay zeros, and a second operand is a single number."""
+    """Applies an operation to the slots: one that keeps zeros, with at most a number besides."""
     if len(given) == 2 and jaxprs.name(eqn) == "mul" and isinstance(given[1], View):
         given = given[::-1]
     view, *numbers = given
@@ -140,7 +140,7 @@ def _reshape(walk: Walk, eqn: Any, given: list[Any]) -> Any:
 
 
 def _broadcast(walk: Walk, eqn: Any, given: list[Any]) -> Any:
-    """Only new axes of size 1 are noted down."""
+    """Only new axes of size 1 are recorded; any other broadcast unpacks."""
     shape, places = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     if math.prod(shape) != math.prod(given[0].shape):
         return "no product"
@@ -173,7 +173,7 @@ def _dynamic_slice(walk: Walk, eqn: Any, given: list[Any]) -> Any:
 
 
 def _sliced_at(start: Any, size: int, array: Any, axis: int) -> Any:
-    start = jnp.clip(start, 0, array.shape[axis] - size)  # no start counts from the end any more
+    start = jnp.clip(start, 0, array.shape[axis] - size)  # negative starts are already resolved
     return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
@@ -199,9 +199,9 @@ def _call(walk: Walk, eqn: Any, given: list[Any]) -> Any:
 
 
 def _checkpoint(walk: Walk, eqn: Any, given: list[Any]) -> Any:
-    """Made anew, so that no more is kept for the gradient than before."""
+    """Applies ``jax.checkpoint`` again, so that the gradient stores no more than before."""
     prevent_cse = eqn.params["prevent_cse"]
-    if eqn.params["differentiated"] and prevent_cse:  # part of a gradient, to be computed again
+    if eqn.params["differentiated"] and prevent_cse:  # part of a gradient: a second computation
         given = _barrier(walk, eqn, given)
 
     def function(sums: dict[str, Any], *given: Any) -> Any:

@@ -1,10 +1,10 @@
-"""Functions of dense params, done with live weights: traces are walked, and products replaced.
+"""Functions of dense params, computed with live weights: the trace is walked, products replaced.
 
-:func:`sparse` traces a function with abstract dense params, then does it with the slots. A product
-or a convolution with a compact leaf becomes one of :mod:`granet_jax.compact.products`;
-transpositions, reshapes, casts and slices of stacks are noted down in a
-:class:`granet_jax.compact.views.View`; anything else sees the leaf unpacked. :func:`table` tells
-which.
+:func:`sparse` traces a function with abstract dense params and evaluates the trace with slots. A
+product or convolution with a compact leaf becomes one of :mod:`granet_jax.compact.products`.
+Transpositions, reshapes, casts and slices of stacks are recorded in a
+:class:`granet_jax.compact.views.View`. For any other operation the leaf is unpacked. :func:`table`
+lists what happens.
 """
 
 import functools
@@ -24,18 +24,23 @@ from granet_jax.types import PyTree
 
 
 def sparse(fn: Callable[..., Any], *, native: bool | None = None) -> Callable[..., Any]:
-    """Makes of ``fn(params, *args)`` a function ``(values, layouts, *args)`` of live weights.
+    """Turns ``fn(params, *args)`` into a function ``(values, layouts, *args)`` of live weights.
 
-    It can be differentiated by the values (in reverse, any number of times), compiled, batched and
-    scanned, as ``fn`` can. Arrays among the arguments are traced; what else there is (numbers,
-    flags, functions) ``fn`` gets as it is.
+    Like ``fn``, it can be compiled, batched, scanned and differentiated with respect to the values
+    (in reverse mode, any number of times). Arrays among the arguments are traced; other arguments
+    (numbers, flags, functions) are passed to ``fn`` as they are.
 
     Args:
-      fn: any function of a tree of params. What it reads is an array of the dense shape.
-      native: None = products are done by the kernels for live weights where the layout has lists
-        for these, or by those for blocks where it has blocks and the device is a GPU or a TPU, and
-        at most 40 % of the weights are live, 70 % in convolutions; True = wherever it has
-        lists, or blocks (on a CPU by JAX's interpreter: for tests); False = never.
+      fn: any function of a tree of params; it sees arrays of the dense shapes.
+      native: which products run on live weights. None = those of layers of which at most 40 % of
+        the weights are live (70 % of those of convolutions), by the kernels for live weights if the
+        layout has lists, or by the kernels for blocks if it has blocks and the device is a GPU or a
+        TPU. True = all products with lists or blocks (blocks on a CPU in JAX's interpreter: for
+        tests). False = none.
+
+    Returns:
+      ``(values, layouts, *args, **kwargs) -> what fn returns``. It raises a ValueError if values
+      and layouts do not fit together.
 
     Example: two weights of six are live, and one slot is dead.
       >>> import jax.numpy as jnp
@@ -63,12 +68,23 @@ def table(
     native: bool | None = None,
     **kwargs: Any,
 ) -> str:
-    """One line for each use of a compact leaf by ``sparse(fn)``; nothing is computed.
+    """A table with a line for each use of a compact leaf by ``sparse(fn)``; nothing is computed.
 
-    The columns: path, shape of the product, share of slots among the weights of a layer, the way
-    it is done, and why. ``native`` = by the kernels for live weights; ``blocks`` = by those for
-    blocks; ``dense`` = the layer is unpacked for this product; ``unpacked`` = for an operation that
-    is no product. What is in a loop is told once.
+    The columns are: path; shape of the product; share of slots among the weights of a layer; way;
+    and why not a faster way. ``native`` = by the kernels for live weights; ``blocks`` = by the
+    kernels for blocks; ``dense`` = the layer is unpacked for this product; ``unpacked`` = it is
+    unpacked for an operation that is no product. A use inside a loop has one line.
+
+    Args:
+      fn: as for :func:`sparse`.
+      values: the tree of slots; arrays or ``ShapeDtypeStruct``.
+      layouts: by path.
+      *args: arguments of ``fn``.
+      native: as for :func:`sparse`.
+      **kwargs: arguments of ``fn``.
+
+    Returns:
+      Lines of text, joined.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,16 +119,19 @@ def num_inputs(
 ) -> dict[str, int]:
     """How many leading axes of a layer the products of ``fn`` sum over, by path of the leaf.
 
-    For kernels of more than two axes, such as those of attention, ``(in, heads, dim)``: the lists
-    of a layout are made for one way to see a leaf as a matrix. Leaves that no product reads whole
-    are left out. Nothing is computed.
+    :func:`granet_jax.compact.pack` needs these numbers for kernels of more than two axes, such as
+    ``(in, heads, dim)`` of attention: it makes lists for one way to see a leaf as a matrix. Nothing
+    is computed.
 
     Args:
       fn: ``(params, *args) -> anything``.
       params: dense, arrays or ``ShapeDtypeStruct``.
-      *args: the same.
-      prunable: path rules.
-      **kwargs: as ``args``.
+      *args: arguments of ``fn``, arrays or ``ShapeDtypeStruct``.
+      prunable: path rules, see :func:`granet_jax.trees.describe`.
+      **kwargs: arguments of ``fn``.
+
+    Returns:
+      ``{path: number}``, without the leaves that no product reads as a whole.
 
     Example:
       >>> import jax.numpy as jnp
@@ -144,7 +163,7 @@ def on_slots(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """What :func:`sparse` does, as a walk says; ``values`` hold slots where there is a layout."""
+    """What :func:`sparse` does, for a given walk; leaves that have a layout are slots."""
     found = trees.paths(values)
     _check(found, layouts)
     flat, tree = jax.tree.flatten((values, args, kwargs))

@@ -1,7 +1,6 @@
 """``compact.sparsify``: any elementwise optax optimizer, training live weights alone."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +10,8 @@ import optax
 from granet_jax import jaxprs, moments, trees
 from granet_jax import transform as masked
 from granet_jax.checkpoint import exportable
+from granet_jax.compact import elementwise, native, packing
 from granet_jax.compact import layouts as _layouts
-from granet_jax.compact import native, packing
 from granet_jax.compact.layouts import Layout, Layouts, Lists
 from granet_jax.types import Event, Method, PyTree
 
@@ -21,11 +20,11 @@ class CompactState(NamedTuple):
     """State of :func:`sparsify`: plain arrays, for any kind of file."""
 
     mask_step: jax.Array  # int32 scalar, updates done
-    method: Any  # the method's state, but for its masks, which follow from the layouts
+    method: Any  # the method's state without its masks, which follow from the layouts
     inner: Any  # the wrapped optimizer's state, on slots
     layouts: dict[str, Layout]  # by path
-    outgrown: jax.Array  # int32 scalar, weights that were to grow and found no slot, so far
-    mistimed: jax.Array  # int32 scalar, steps whose event= was not what the method's schedule says
+    outgrown: jax.Array  # int32 scalar, how many grown weights got no slot, so far
+    mistimed: jax.Array  # int32 scalar, steps whose event= differed from the method's schedule
     written_by: dict[str, None]  # {name of the method: None}
 
 
@@ -43,11 +42,11 @@ def sparsify(
     kernels: bool | None = None,
     block: tuple[int, int] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer so that it trains live weights alone, as ``method`` says.
+    """Wraps an optimizer so that it trains live weights alone, under the masks of ``method``.
 
     The counterpart of :func:`granet_jax.sparsify`, on slots: given the same dense gradients at
-    events, both choose the same masks, and both do the same to each live weight. ``init`` takes the
-    *dense* parameters; all else, slots::
+    events, both choose the same masks and do the same to each live weight. ``init`` takes the
+    *dense* parameters; everything else works on slots::
 
         state = tx.init(params)
         layouts = compact.get_layouts(state)
@@ -56,49 +55,47 @@ def sparsify(
         updates, state = tx.update(grads, state, values, dense_grads=thunk)
         values = optax.apply_updates(values, updates)
 
-    At an event masks and weights are made dense for that moment and the method decides. Weights in
-    its ``keep`` keep their slots, values and moments to the bit. Weights that are grown take the
-    slots of those dropped, in the order of their index, at exactly 0 and with the moments of the
-    start. Slots left over are dead.
+    At an event, masks and weights become dense for that step, and the method decides. Weights in
+    its ``keep`` keep their slots, and their values and moments bit for bit. Grown weights take the
+    slots of dropped ones, in the order of their index, with value 0 and the moments of the start.
+    Slots left over are dead.
 
-    ``update`` takes, besides what ``inner`` takes:
+    ``update`` takes two arguments besides those of ``inner``:
 
     * ``dense_grads``: a function without arguments that returns the gradients of this batch for
       the dense parameters, best by :func:`granet_jax.compact.value_and_dense_grad`. It is traced
-      within the event's branch alone. Methods that do not grow by gradients need none.
-    * ``event``: None = the step decides, in one program. True and False are for loops that ask
-      ``method.is_update_step(step)`` themselves and compile two programs: the one without an event
-      needs none of an event's memory, and is faster.
+      only in the branch of the event. Methods that do not grow by gradients do not need it.
+    * ``event``: None = one program decides by the step. True or False is for loops that call
+      ``method.is_update_step(step)`` themselves and compile two programs: the program without an
+      event is faster and does not need an event's memory.
 
-    ``optax.MultiSteps`` and ``optax.apply_if_finite`` stand outside, clipping inside, as always;
-    what a wrapper's ``init`` copied from the dense parameters becomes slots by
-    ``compact.to_slots(state, layouts, params)``.
+    As with masks, ``optax.MultiSteps`` and ``optax.apply_if_finite`` stand outside, clipping
+    inside. If the ``init`` of a wrapper has copied the dense parameters,
+    ``compact.to_slots(state, layouts, params)`` turns the copies into slots.
 
     Args:
-      inner: an optax transformation that treats all weights alike.
-      method: what :func:`granet_jax.granet` and its kin return.
+      inner: an elementwise optax transformation, which treats all weights alike.
+      method: a method, such as :func:`granet_jax.granet` returns.
       prunable: the path rules that the method was given.
-      capacity: slots of a layer of each leaf, by path, see :func:`granet_jax.compact.pack`. Needed
-        where ``init`` runs under ``jit``.
+      capacity: see :func:`granet_jax.compact.pack`; required if ``init`` runs under ``jit``.
       num_inputs: see :func:`granet_jax.compact.pack`.
-      kernels: whether lists for the native kernels are kept; None = where these run.
-      block: that of the method's ``structures.block``: whole blocks are kept then, and multiplied
-        by the kernels of :mod:`granet_jax.kernels` on a GPU or a TPU, see
-        :func:`granet_jax.compact.pack`.
+      kernels: whether to keep lists for the native kernels; None = if they run here.
+      block: the block of the method's ``structures.block``. Slots then hold whole blocks, which
+        :mod:`granet_jax.kernels` multiplies on GPUs and TPUs; see :func:`granet_jax.compact.pack`.
 
     Returns:
       A ``GradientTransformationExtraArgs`` whose state is :class:`CompactState`.
 
     Raises:
-      TypeError: ``inner`` or ``method`` is something else.
-      ValueError: in ``init``, as :func:`granet_jax.sparsify`; a method that keeps dense averages
-        (``snfs``); an optimizer that looks at the shapes of parameters (muon, adafactor, means over
-        a leaf, a decay for matrices alone); in
-        ``update``, without ``values``, with a state of another method or model, or without
-        ``dense_grads`` where the method grows by them.
+      TypeError: ``inner`` is no optax transformation, or ``method`` no method.
+      ValueError: in ``init``, as :func:`granet_jax.sparsify`, and for a method that keeps dense
+        averages (``snfs``) or an optimizer that depends on the shapes of parameters (muon,
+        adafactor, means over a leaf, weight decay for matrices only). In ``update``, without
+        ``values``, with a state of another method or model, or without ``dense_grads`` if the
+        method grows by gradients.
 
     Note:
-      Norms over a leaf (LAMB, clipping) are those of its live weights, as they are under masks.
+      Norms over a leaf (LAMB, clipping) are those of its live weights, as under masks.
       An optimizer that draws noise draws it for slots.
 
     Example:
@@ -130,7 +127,7 @@ def sparsify(
         )
         inner_state = inner.init(values)
         moments.check_maskable(inner_state, values)
-        _check_elementwise(inner, params, values)
+        elementwise.check(inner, params, values)
         dense_state = jax.eval_shape(inner.init, params)
         masked.check_frozen(inner, dense_state, method, method_state, params)
         step, mistimed = (jnp.zeros([], jnp.int32) for _ in range(2))
@@ -149,7 +146,7 @@ def sparsify(
         event: bool | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, CompactState]:
-        values = params  # which optax's wrappers call by this name
+        values = params  # optax's wrappers call them params
         _check_update(grads, state, values, method)
         initial = inner.init(jax.tree.map(jnp.zeros_like, values))
         moments.check_same_optimizer(state.inner, initial, values)
@@ -163,11 +160,11 @@ def sparsify(
             provisional, _ = inner.update(live_grads, inner_state, values, keep=live, **extra_args)
             after = masked.where(live, optax.apply_updates(values, provisional))
             of_batch = _dense_gradients(dense_grads, method, carry, values, extra_args)
-            # Dense weights are made when the gradients are there, in the memory that these needed.
+            # Dense weights are made after the gradients, so that they can reuse their memory.
             after, of_batch = jax.lax.optimization_barrier((after, of_batch))
             weights = packing.unpack(after, layouts)
             masks = packing.masks(values, layouts)
-            dense = packing.unpack(inner_state, layouts, values)  # compiled where it is looked at
+            dense = packing.unpack(inner_state, layouts, values)  # compiled only if it is read
             seen = Event(weights, of_batch, masks, step, None, dense, extra_args)
             whole, keep = method.update(_with_masks(method_state, masks), seen)
             new_layouts, stays, more = _reslot(live, layouts, whole[0], keep)
@@ -196,8 +193,20 @@ def sparsify(
 def get_state(opt_state: Any) -> CompactState:
     """The :class:`CompactState` inside an optimizer state, however deep it is nested.
 
+    Args:
+      opt_state: state of a transformation that contains one ``compact.sparsify``.
+
+    Returns:
+      The state itself, not a copy.
+
     Raises:
       ValueError: there is none, or more than one.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp, optax
+      >>> tx = optax.chain(gj.compact.sparsify(optax.sgd(0.1), gj.static()))
+      >>> int(get_state(tx.init({"kernel": jnp.ones((2, 2))})).outgrown)
+      0
     """
     states = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_compact) if _is_compact(x)]
     if len(states) != 1:
@@ -209,17 +218,40 @@ def get_state(opt_state: Any) -> CompactState:
 
 
 def get_layouts(opt_state: Any) -> dict[str, Layout]:
-    """The layouts inside an optimizer state, by path of the leaves that are compact."""
+    """The layouts inside an optimizer state.
+
+    Args:
+      opt_state: as for :func:`get_state`.
+
+    Returns:
+      ``{path: Layout}`` for the leaves that are compact.
+
+    Raises:
+      ValueError: as :func:`get_state`.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp, optax
+      >>> tx = gj.compact.sparsify(optax.sgd(0.1), gj.static())
+      >>> layouts = get_layouts(tx.init({"bias": jnp.ones(2), "kernel": jnp.ones((2, 2))}))
+      >>> {path: layout.capacity for path, layout in layouts.items()}
+      {'kernel': 4}
+    """
     return get_state(opt_state).layouts
 
 
 def check(opt_state: Any) -> None:
-    """Raises where a run has not done what its method asked for; to be called outside of ``jit``.
+    """Checks, outside ``jit``, that a run has done what its method asked for.
+
+    Args:
+      opt_state: as for :func:`get_state`; concrete arrays.
 
     Raises:
-      ValueError: weights that were to grow found no slot (a method that moves weights between
-        layers needs a larger ``capacity``), or ``update`` was told ``event=`` at other steps than
-        the method's.
+      ValueError: grown weights got no slot (a method that moves weights between layers needs a
+        larger ``capacity``), or ``event=`` differed from the method's schedule at some steps.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp, optax
+      >>> check(gj.compact.sparsify(optax.sgd(0.1), gj.static()).init({"w": jnp.ones((2, 2))}))
     """
     state = get_state(opt_state)
     if int(jnp.max(state.outgrown)):
@@ -237,19 +269,19 @@ def check(opt_state: Any) -> None:
 def shrink(
     tree: PyTree, opt_state: Any, values: PyTree, capacity: Mapping[str, int] | None = None
 ) -> PyTree:
-    """Repacks to fewer slots, between compilations: as many as the fullest layer has live weights.
+    """Repacks to fewer slots: as many as the fullest layer of each leaf has live weights.
 
-    Live weights keep their order, values and moments. For methods that prune as they go (GraNet,
-    GMP); a step that is compiled for the old capacity is compiled anew.
+    For methods that prune in training (GraNet, GMP). Live weights keep their order, values and
+    moments. Shapes change, so compiled steps are compiled again.
 
     Args:
-      tree: what is to be repacked: ``(values, opt_state)``, or all that training keeps.
-      opt_state: tells the slots that are dead; with concrete arrays.
+      tree: what to repack: ``(values, opt_state)``, or the whole training state.
+      opt_state: its layouts say which slots are dead; concrete arrays.
       values: the tree of slots.
-      capacity: slots of a layer by path, at least :func:`num_live`; None = that.
+      capacity: ``{path: slots of a layer}``, at least :func:`num_live`; None = that.
 
     Returns:
-      ``tree`` with smaller leaves where these are slots.
+      ``tree`` with fewer slots.
 
     Example:
       >>> import granet_jax as gj, jax, jax.numpy as jnp, optax
@@ -269,7 +301,7 @@ def shrink(
     orders = {path: _order(x, capacity.get(path)) for path, x in layouts.items()}
 
     def take(path: str, x: jax.Array) -> jax.Array:
-        """Of slots, unit by unit."""
+        """The slots that stay, unit by unit."""
         unit = layouts[path].unit
         units = x.reshape(*x.shape[:-1], x.shape[-1] // unit, unit)
         taken = jnp.take_along_axis(units, orders[path][..., None], axis=-2)
@@ -292,12 +324,25 @@ def shrink(
 
 
 def num_live(layout: Layout) -> int:
-    """The live weights of the fullest layer of a leaf, at least 1."""
+    """The number of live weights in the fullest layer of a leaf, at least 1.
+
+    Args:
+      layout: of the leaf; concrete arrays.
+
+    Returns:
+      An int.
+
+    Example: one of two slots is dead.
+      >>> import jax.numpy as jnp
+      >>> from granet_jax.compact.layouts import written
+      >>> num_live(Layout(jnp.array([4, 6]), None, None, written((), (3,), (2,))))
+      1
+    """
     return max(1, int(jnp.sum(_layouts.live(layout), axis=-1).max()))
 
 
 def _order(layout: Layout, capacity: int | None) -> jax.Array:
-    """The units of slots to keep: the live ones in order, then dead ones."""
+    """Indices of the units that stay: the live ones in order, then dead ones."""
     alive = _layouts.live(layout)[..., :: layout.unit]
     most = None if capacity is None else -(-capacity // layout.unit)
     return jnp.argsort(~alive, axis=-1, stable=True)[..., :most]
@@ -308,7 +353,7 @@ def _is_compact(x: Any) -> bool:
 
 
 def _num_left_out(masks: PyTree, layouts: Layouts) -> jax.Array:
-    """How many live weights have no slot; none, where the capacity is not too small."""
+    """How many live weights have no slot; 0 unless the capacity is too small."""
     found = trees.paths(masks)
     each = [
         jnp.sum(found[path], dtype=jnp.int32) - jnp.sum(_layouts.live(x), dtype=jnp.int32)
@@ -318,7 +363,7 @@ def _num_left_out(masks: PyTree, layouts: Layouts) -> jax.Array:
 
 
 def _live(values: PyTree, layouts: Layouts) -> PyTree:
-    """Which slots hold a weight; all True in leaves that are dense."""
+    """Which slots hold a live weight; all True in leaves that are dense."""
 
     def live(path: str, x: jax.Array) -> jax.Array:
         return _layouts.live(layouts[path]) if path in layouts else jnp.ones_like(x, dtype=bool)
@@ -327,9 +372,9 @@ def _live(values: PyTree, layouts: Layouts) -> PyTree:
 
 
 def _apart(tree: PyTree, layouts: Layouts, step: jax.Array) -> PyTree:
-    """The same bits, made so that arithmetic on dense leaves is not contracted with other.
+    """The same values, hidden from the compiler, so that it does not fuse products with sums.
 
-    Under :func:`granet_jax.sparsify` masks keep the compiler from that, and rounding would differ.
+    Under :func:`granet_jax.sparsify` masks prevent this; without, rounding would differ.
     """
     zero = jnp.minimum(step, 1) - 1  # steps begin at 1, which the compiler does not know
 
@@ -345,7 +390,7 @@ def _apart(tree: PyTree, layouts: Layouts, step: jax.Array) -> PyTree:
 def _reslot(
     live: PyTree, layouts: Layouts, masks: PyTree, keep: PyTree
 ) -> tuple[dict[str, Layout], PyTree, jax.Array]:
-    """New layouts, which slots' weights stayed, and how many weights found no slot."""
+    """New layouts, which slots kept their weight, and how many weights got no slot."""
     masks, kept, new, outgrown = trees.paths(masks), trees.paths(keep), {}, jnp.zeros([], jnp.int32)
     stays = dict(trees.paths(live))
     for path, layout in layouts.items():
@@ -355,7 +400,7 @@ def _reslot(
 
 
 def _with_masks(method_state: Any, masks: PyTree) -> Any:
-    """A method's state with other masks, its first field."""
+    """A method's state with other masks; they are its first field."""
     if hasattr(method_state, "_replace"):
         return method_state._replace(**{method_state._fields[0]: masks})
     return (masks, *method_state[1:])
@@ -385,15 +430,16 @@ def _dense_gradients(
 def _reads_gradients(
     method: Method, method_state: Any, params: PyTree, inner: Any, extra_args: dict[str, Any]
 ) -> bool:
-    """Whether what the method does depends on gradients, told by its trace."""
+    """Whether the method's trace reads gradients."""
     masks = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, bool), params)
     step = jax.ShapeDtypeStruct((), jnp.int32)
-    rest, params = _with_masks(_shapes(method_state), masks), _shapes(params)
+    rest = _with_masks(elementwise.abstract(method_state), masks)
+    params = elementwise.abstract(params)
 
     def update(grads: PyTree, state: Any, params: PyTree, step: jax.Array, inner: Any) -> Any:
         return method.update(state, Event(params, grads, state[0], step, None, inner, extra_args))
 
-    closed = jax.make_jaxpr(update)(params, rest, params, step, _shapes(inner))
+    closed = jax.make_jaxpr(update)(params, rest, params, step, elementwise.abstract(inner))
     return any(jaxprs.reads(closed)[: len(jax.tree.leaves(params))])
 
 
@@ -413,55 +459,6 @@ def _check_method(method: Method, method_state: Any, params: PyTree) -> None:
             "weights and needs dense gradients at every step. Use granet_jax.sparsify, or a method "
             "that looks at gradients at events alone (rigl, granet)."
         )
-
-
-# What shapes alone bring about.
-_SHAPES = frozenset({"reshape", "squeeze", "broadcast_in_dim", "expand_dims", "transpose"})
-
-
-def _check_elementwise(inner: Any, params: PyTree, values: PyTree) -> None:
-    """Refuses an optimizer that does something else to slots than to dense parameters."""
-
-    def what_it_does(tree: PyTree) -> Any:
-        tree = _shapes(tree)
-        state = jax.eval_shape(inner.init, tree)
-        keep = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, bool), tree)
-        update = jax.make_jaxpr(lambda g, s, p, keep: inner.update(g, s, p, keep=keep))
-        trace = update(tree, state, tree, keep)
-        owners = trees.owners(state, tree)
-        kept = {path: x is not None and x.same_shape for path, x in owners.items()}
-        return Counter(op for op in _operations(trace) if op[0] not in _SHAPES), kept
-
-    try:
-        of_params = what_it_does(params)
-    except Exception:  # an optimizer that is told more than gradients: nothing is known
-        return
-    of_slots = what_it_does(values)
-    if of_params == of_slots:
-        return
-    odd = (of_params[0] - of_slots[0]) + (of_slots[0] - of_params[0])
-    told = ", ".join(sorted({" ".join(op) for op in odd})[:3]) or "the shapes of its state"
-    raise ValueError(
-        "This optimizer treats slots, which are vectors, in another way than the dense parameters: "
-        f"{told} differ. It looks at their shapes, as muon, adafactor, means over a leaf and a "
-        "weight decay for matrices alone (mask=lambda p: p.ndim > 1) do. Choose leaves by path "
-        "instead, or use granet_jax.sparsify."
-    )
-
-
-def _operations(jaxpr: Any) -> Iterator[tuple[str, ...]]:
-    """What all equations do, inner ones, too: the primitive and the numbers in it."""
-    for eqn in jaxprs.opened(jaxpr).eqns:
-        numbers = [str(x.val) for x in eqn.invars if isinstance(x, jaxprs.Literal)]
-        if len(eqn.params.get("axes", ())) not in (0, getattr(eqn.invars[0].aval, "ndim", 0)):
-            numbers.append("over some axes")
-        yield eqn.primitive.name, *numbers
-        for inner in jaxprs.inner(eqn):
-            yield from _operations(inner)
-
-
-def _shapes(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def _check_update(grads: PyTree, state: Any, values: PyTree | None, method: Method) -> None:

@@ -1,7 +1,7 @@
 """Stand-ins for dense arrays: a compact leaf, transposed, reshaped, sliced or cast; its products.
 
-A :class:`View` notes down what is done to a leaf, and computes only what slots need. A :class:`Dot`
-is a ``dot_general`` of a view and an array.
+A :class:`View` records what is done to a leaf, and computes only what the slots need. A
+:class:`Dot` is a ``dot_general`` of a view and an array.
 """
 
 import math
@@ -23,12 +23,13 @@ _Arrays: TypeAlias = tuple[Any, Layout, Any]
 class View:
     """A compact leaf as its equations see it.
 
-    Each axis of a view runs along some axes of the leaf, or parts of them, in row-major order; an
-    axis of size 1 along none. The stride tells which part of the leaf it is, and whether it stacks
-    layers. The arrays have an axis for each of the parts that do, those of largest stride first.
+    Each axis of a view runs along some axes of the leaf, or along parts of them, in row-major
+    order; an axis of size 1 runs along none. The stride identifies a part, and shows whether it
+    stacks layers. The arrays have one axis for each part that stacks layers, the largest stride
+    first.
 
-    Where dense gradients are asked for, ``zeros`` stand for the whole leaf ``(*stack, size)``: they
-    are added to it, at no cost, so that their gradient is that of all its weights.
+    If dense gradients are wanted, ``zeros`` ``(*stack, size)`` are added to the whole leaf, at no
+    cost. Their gradient is then the gradient of all weights of the leaf.
     """
 
     def __init__(self, values: Any, layout: Layout, zeros: Any, path: str, axes: _Axes) -> None:
@@ -36,7 +37,7 @@ class View:
         self.path, self.axes = path, axes
 
     def tree_flatten(self) -> tuple[_Arrays, tuple[str, _Axes]]:
-        """The arrays, and what is static."""
+        """The arrays, and the static data."""
         return (self.values, self.layout, self.zeros), (self.path, self.axes)
 
     @classmethod
@@ -46,7 +47,7 @@ class View:
 
     @classmethod
     def of_leaf(cls, path: str, values: Any, layout: Layout, zeros: Any = None) -> "View":
-        """The whole leaf, as it lies."""
+        """The view of a whole leaf."""
         shape = layout.shape
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
         axes = [((s, n),) if n != 1 else () for s, n in zip(strides, shape, strict=True)]
@@ -60,7 +61,7 @@ class View:
         return tuple(math.prod(n for _, n in axis) for axis in self.axes)
 
     def with_axes(self, axes: Sequence[tuple[_Part, ...]], arrays: Any = None) -> "View":
-        """The view with other axes, and other arrays if the layers are not the same."""
+        """The view with other axes, and with other arrays if its layers change."""
         values, layout, zeros = arrays or (self.values, self.layout, self.zeros)
         parts = in_leaf(part for axis in axes for part in axis)
         stack = tuple(n for stride, n in parts if stride >= layout.layer_size)
@@ -77,11 +78,11 @@ class View:
         return len(self.axes[i]) == 1 and self.axes[i][0][0] >= self.layout.layer_size
 
     def moved(self, i: int) -> Any:
-        """The arrays with the axis in front that the view's axis ``i`` runs along."""
+        """The arrays, with the axis along which the view's axis ``i`` runs moved to the front."""
         return self._each(i, lambda a, axis: jnp.moveaxis(a, axis, 0))
 
     def without(self, i: int, arrays: Any = None) -> "View":
-        """The view without an axis of size 1, or of layers, given the arrays of one of these."""
+        """The view without an axis of size 1; or without an axis of layers, at one layer."""
         return self.with_axes(self.axes[:i] + self.axes[i + 1 :], arrays)
 
     def cut(self, i: int, cut: Callable[[Any, int], Any], size: int) -> "View":
@@ -94,7 +95,7 @@ class View:
         return self.with_axes(axes, self._each(i, cut))
 
     def reshaped(self, shape: Sequence[int]) -> "View | None":
-        """The view in another shape; None if that cuts an axis of layers, or has unequal parts."""
+        """The view in another shape; None if that splits an axis of layers, or in unequal parts."""
         left = [part for axis in self.axes for part in axis][::-1]
         axes = []
         for n in shape:
@@ -126,9 +127,9 @@ class View:
 
 
 class Dot(NamedTuple):
-    """A ``dot_general`` of a view and an array: which of their axes it sums over, which it batches.
+    """A ``dot_general`` of a view and an array: the axes of both that it sums over and batches.
 
-    Axes of the array are in the order of those of the view.
+    Axes of the array are in the order of the corresponding axes of the view.
     """
 
     how: products.How
@@ -140,7 +141,7 @@ class Dot(NamedTuple):
 
 
 def obstacle(view: View, dot: Dot) -> str:
-    """Why a product cannot be done with live weights; nothing if it can."""
+    """Why a product cannot be done with live weights; "" if it can."""
     for i, axis in enumerate(view.axes):
         stacked = any(stride >= view.layout.layer_size for stride, _ in axis)
         if stacked and i in dot.sums:
@@ -153,7 +154,10 @@ def obstacle(view: View, dot: Dot) -> str:
 
 
 def cut(view: View, dot: Dot) -> int | None:
-    """How many leading axes of a layer are the inputs, for this product to be one; None = none."""
+    """How many leading axes of a layer are inputs, so that this is ``x @ w`` or ``y @ w.T``.
+
+    None = there is no such number.
+    """
     shape = view.layout.layer_shape
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     summed = [part for i in dot.sums for part in view.axes[i]]
@@ -178,7 +182,7 @@ def is_transposed(view: View, dot: Dot) -> bool | None:
 
 
 def multiplied(view: View, x: Any, dot: Dot) -> Any:
-    """A product without :func:`obstacle`, axes as ``dot_general`` has them, layer after layer."""
+    """A product that has no :func:`obstacle`, layer by layer, with the axes of ``dot_general``."""
     if dot.batch:
         (i, *batch), (j, *x_batch) = dot.batch, dot.x_batch
         sums, x_sums = _less(dot.sums, i), _less(dot.x_sums, j)
@@ -198,7 +202,7 @@ def multiplied(view: View, x: Any, dot: Dot) -> Any:
 
 
 def _of_layer(view: View, x: Any, dot: Dot, free: list[int]) -> Any:
-    """A product with one layer: a product of matrices whose axes lie as those of the leaf do."""
+    """A product with one layer: a product of matrices, with axes in the order of the leaf."""
     summed = [part for i in dot.sums for part in view.axes[i]]
     kept = [part for i in free for part in view.axes[i]]
     x_free = [j for j in range(x.ndim) if j not in dot.x_sums]
@@ -235,18 +239,18 @@ def is_kernel(view: View, order: Sequence[int]) -> bool:
 
 
 def in_leaf(parts: Any) -> list[_Part]:
-    """Parts in the order in which they lie in the leaf."""
+    """Parts in the order of the leaf."""
     return sorted(parts, reverse=True)
 
 
 def from_leaf(x: Any, parts: list[_Part]) -> Any:
-    """An array whose last axes are parts as they lie in the leaf, with these in another order."""
+    """Reorders the last axes of an array from the order of the leaf to that of ``parts``."""
     places, first = in_leaf(parts), x.ndim - len(parts)
     return x.transpose(*range(first), *(first + places.index(part) for part in parts))
 
 
 def to_leaf(x: Any, parts: list[_Part]) -> Any:
-    """An array whose last axes are parts in any order, with these as they lie in the leaf."""
+    """Reorders the last axes of an array from the order of ``parts`` to that of the leaf."""
     first = x.ndim - len(parts)
     return x.transpose(*range(first), *(first + parts.index(part) for part in in_leaf(parts)))
 

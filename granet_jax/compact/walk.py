@@ -1,4 +1,4 @@
-"""A trace walked equation by equation, with views in the place of some arrays."""
+"""Walking a trace equation by equation, with views in place of some arrays."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from granet_jax.compact.views import View
 
 
 class Use(NamedTuple):
-    """What reads a compact leaf."""
+    """One use of a compact leaf, a line of :func:`granet_jax.compact.table`."""
 
     path: str
     product: str  # its shape, if it is one
@@ -16,25 +16,25 @@ class Use(NamedTuple):
     why: str
 
 
-Rule = Callable[["Walk", Any, list[Any]], Any]  # -> results; or why there are none, a str
+Rule = Callable[["Walk", Any, list[Any]], Any]  # -> list of results, or a str: why there are none
 
 
 class Walk(NamedTuple):
-    """What holds for a whole walk, and where it is."""
+    """Settings and results of a walk, and its place in the trace."""
 
-    rules: Mapping[str, "Rule"]  # by the name of an equation that is given views
+    rules: Mapping[str, "Rule"]  # by name of the equation; used if it gets views
     native: bool | None
-    zeros: Mapping[str, Any]  # by path, what stands for dense leaves, see :class:`View`
-    sums: dict[str, Any]  # what rules add to, here and inside loops
-    uses: dict[tuple[Any, ...], Use]  # by place in the trace: bodies of loops are walked again
-    cuts: dict[str, int]  # by path, how many axes the first product sums over
-    within: tuple[int, ...] = ()
+    zeros: Mapping[str, Any]  # by path, stand-ins for whole dense leaves, see :class:`View`
+    sums: dict[str, Any]  # rules add to these, here and inside loops
+    uses: dict[tuple[Any, ...], Use]  # by place in the trace, as loop bodies are walked repeatedly
+    cuts: dict[str, int]  # by path, how many leading axes the first product sums over
+    within: tuple[int, ...] = ()  # the equations around this place
 
     def inside(self, eqn: Any) -> "Walk":
         return self._replace(within=(*self.within, id(eqn)))
 
     def dense(self, place: Any, name: str, given: Sequence[Any], why: str) -> list[Any]:
-        """Values with the views among them unpacked."""
+        """The values, with views unpacked."""
         for i, x in enumerate(given):
             if isinstance(x, View):
                 use = Use(x.path, "", f"unpacked: {name}", why)
@@ -48,7 +48,7 @@ def begin(
     zeros: Mapping[str, Any] | None = None,
     sums: Mapping[str, Any] | None = None,
 ) -> Walk:
-    """A walk that has seen nothing."""
+    """A walk at its start."""
     return Walk(rules, native, zeros or {}, dict(sums or {}), {}, {})
 
 
@@ -58,7 +58,7 @@ def run(walk: Walk, jaxpr: Any, given: Sequence[Any]) -> list[Any]:
     env = dict(zip(opened.constvars, jaxprs.consts(jaxpr), strict=True))
     env |= dict(zip(opened.invars, given, strict=True))
     last = {x: len(opened.eqns) for x in opened.outvars if not isinstance(x, jaxprs.Literal)}
-    for i, eqn in reversed(list(enumerate(opened.eqns))):  # where each is read for the last time
+    for i, eqn in reversed(list(enumerate(opened.eqns))):  # where each value is last read
         if eqn.effects or any(x in last for x in eqn.outvars):
             for x in eqn.invars:
                 if not isinstance(x, jaxprs.Literal):
@@ -81,7 +81,7 @@ def run(walk: Walk, jaxpr: Any, given: Sequence[Any]) -> list[Any]:
 def inside(
     walk: Walk, eqn: Any, jaxpr: Any, given: Sequence[Any], sums: dict[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """The outputs of a jaxpr of an equation, all of them dense; and sums with what it adds."""
+    """The outputs of a jaxpr inside an equation, all dense, and the sums after it."""
     walk = walk.inside(eqn)._replace(sums=dict(sums))
     place = id(jaxprs.opened(jaxpr))  # a conditional has several
     outs = walk.dense(place, jaxprs.name(eqn), run(walk, jaxpr, given), "returned")
@@ -89,7 +89,7 @@ def inside(
 
 
 def _equation(walk: Walk, jaxpr: Any, eqn: Any, given: list[Any], read: list[int]) -> list[Any]:
-    """The results of an equation that are read."""
+    """Those results of an equation that something reads."""
     if any(isinstance(x, View) for x in given):
         name = jaxprs.name(eqn)
         rule = walk.rules.get(name)

@@ -1,4 +1,4 @@
-"""From a sparse training to a smaller, faster model: files, sparse execution, compaction."""
+"""From a sparsely trained model to a smaller, faster one: files, sparse execution, compaction."""
 
 from granet_jax.export.compact import Compact as Compact
 from granet_jax.export.compact import Cut as Cut

@@ -1,13 +1,13 @@
 """Which channels of a traced model belong together, and which of them are dead.
 
-Each element of each axis of each array gets an id. Operations join ids: an addition those of its
-operands, a product those of the axes that it contracts, so that in the end all places that would
-have to be cut together have one id. An id is *fixed* where cutting would change what an operation
-means (inputs, outputs, axes that are sorted, normalised by softmax, reshaped together with others),
-and it is *needed* where a contraction or a sum reads something that is neither known to be 0 nor a
-number that goes into a bias (:mod:`granet_jax.export.fold`). All other ids may go. What is 0 or
-another number whatever the inputs follows from the parameters: 0 * x is, a bias over a filter of
-zeros, and functions of such numbers.
+Each element of each axis of each array gets an id. Operations join ids: an addition joins those of
+its operands, a product those of the axes that it contracts. In the end all elements that have to be
+cut together have one id. An id is *fixed* if cutting it would change what an operation means
+(inputs, outputs, axes that are sorted, normalised by softmax, or reshaped together with others). It
+is *needed* if a contraction or a sum reads a value that is neither known to be 0 nor a constant
+that goes into a bias (:mod:`granet_jax.export.fold`). All other ids may be cut. Which values are
+constant for all inputs follows from the parameters: ``0 * x``, a bias over a filter of zeros, and
+functions of constants.
 """
 
 import math
@@ -28,9 +28,9 @@ from granet_jax.export.shapes import fix, opaque, shape_of, unknown
 def trace(
     channels: Channels, program: Program, given: Sequence[Value], folds: Mapping[int, Fold]
 ) -> dict[int, Value]:
-    """Walks through a program: what is known of the array in each slot. Outputs are fixed.
+    """Walks through a program and collects what is known about the array in each slot.
 
-    Products in ``folds`` do not need inputs that are numbers.
+    Outputs are fixed. Products in ``folds`` do not need inputs that are constants.
     """
     values = dict(enumerate(given))
     for slot, const in program.consts.items():
@@ -52,7 +52,7 @@ def trace(
 
 
 def of_array(channels: Channels, x: Any) -> Value:
-    """Of a parameter: ids of its own, numbers as they are."""
+    """The value of a parameter: new ids, and its constants."""
     if jnp.issubdtype(jnp.result_type(x), jax.dtypes.extended):
         return opaque(channels, jnp.shape(x), "random keys")
     x = _numbers(np.asarray(x))
@@ -66,12 +66,12 @@ def of_array(channels: Channels, x: Any) -> Value:
 
 
 def _numbers(x: np.ndarray) -> np.ndarray:
-    """As float64; of complex numbers zeros alone."""
+    """An array as float64; of complex numbers only zeros are known."""
     return np.where(x == 0, 0.0, math.nan) if np.iscomplexobj(x) else x.astype(np.float64)
 
 
 def of_input(channels: Channels, shape: tuple[int, ...]) -> Value:
-    """Of an input: nothing of it can be cut."""
+    """The value of an input: none of it can be cut."""
     return opaque(channels, shape, "an input of the model")
 
 
@@ -85,16 +85,16 @@ def _of_known(channels: Channels, x: Any) -> Value:
 
 
 def _elementwise(is_zero: Callable[[list[np.ndarray]], np.ndarray] | None = None) -> Any:
-    """Of arrays of one rank, and numbers.
+    """A rule for arrays of one rank, and numbers.
 
-    Where all operands are known the result is computed; ``is_zero`` tells from which zeros a zero
-    comes besides.
+    If all operands are constant, the result is computed. ``is_zero`` says for which zeros among the
+    operands the result is 0 even so.
     """
 
     def rule(channels: Channels, step: Step, given: list[Value]) -> list[Value]:
         arrays = [x for x in given if x.ids]
         ids, consts = [], []
-        for axis, length in enumerate(shape_of(step)):  # an axis of length 1 meets all of a longer
+        for axis, length in enumerate(shape_of(step)):  # an axis of length 1 is broadcast
             long = [x.ids[axis] for x in arrays if len(x.ids[axis]) == length]
             for other in long[1:]:
                 channels.join(long[0], other)
@@ -108,7 +108,7 @@ def _elementwise(is_zero: Callable[[list[np.ndarray]], np.ndarray] | None = None
         out = np.full(known.shape, math.nan)
         if is_zero is not None:
             out[is_zero([c == 0 for c in consts])] = 0
-        if known.any():  # all at once, for other numbers of them would be compiled anew
+        if known.any():  # compute all: a new number of elements would be compiled again
             dtypes = [var.aval.dtype for var in step.eqn.invars]
             full = [np.where(np.isnan(c), 1, c) for c in consts]
             (computed,) = step.function(*map(jnp.asarray, full, dtypes))
@@ -190,7 +190,7 @@ def _convolution(channels: Channels, step: Step, given: list[Value]) -> list[Val
 
 
 def _reduce(over: Callable[[np.ndarray], np.ndarray], sums: bool) -> Any:
-    """``over`` tells what becomes of a number that is repeated."""
+    """A rule for reductions; ``over`` gives the result for a constant that is repeated."""
 
     def rule(channels: Channels, step: Step, given: list[Value]) -> list[Value]:
         (value,), axes = given, step.eqn.params["axes"]
@@ -219,7 +219,7 @@ def _unknown_result(const: np.ndarray) -> np.ndarray:
 
 
 def _window(channels: Channels, step: Step, given: list[Value]) -> list[Value]:
-    """Pooling: axes that no window spans stay as they are."""
+    """Pooling: axes along which windows have length 1 stay as they are."""
     value, params = given[0], step.eqn.params
     edges = zip(params["padding"], params["window_dimensions"], strict=True)
     of_windows = _same

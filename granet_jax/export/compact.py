@@ -1,4 +1,4 @@
-"""Compaction: dead channels, neurons and filters are cut out; a smaller dense model comes back."""
+"""Compaction: cuts out dead channels, neurons and filters and gives a smaller dense model."""
 
 import dataclasses
 import re
@@ -21,57 +21,59 @@ from granet_jax.types import PyTree
 
 
 class Cut(NamedTuple):
-    """What became of one axis of one leaf."""
+    """How one axis of one leaf was cut; a line of :func:`cuts_table`."""
 
     path: str
     axis: int
     before: int
     after: int
-    refused: dict[str, int]  # why, and how many dead elements stayed for it
+    refused: dict[str, int]  # {reason: how many dead elements stayed for it}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Compact:
     """A smaller dense model. Made by :func:`compact`."""
 
-    params: PyTree  # of the tree that went in, leaves of smaller shapes
+    params: PyTree  # the same tree with smaller leaves
     apply: Callable[..., Any]  # (params, *inputs) -> outputs, for inputs of the example's shapes
-    cuts: tuple[Cut, ...]  # axes that lost something, or could not lose what is dead
+    cuts: tuple[Cut, ...]  # axes that were cut, or that keep dead elements
 
 
 def compact(
     apply_fn: Callable[..., Any], params: PyTree, masks: PyTree | None, *example: Any
 ) -> Compact:
-    """Cuts out what is dead: with its biases, norm entries and the inputs of what reads it.
+    """Cuts out dead channels, with their biases, norm entries and the weights that read them.
 
-    An element of an axis (a channel, a neuron) is dead where, whatever the inputs, each product
-    that reads it is 0: because it is exactly 0 itself, or because the weights that read it are.
-    Which axes belong together (a kernel, the norm after it, the residual stream they write to, the
-    kernels that read that) follows from the trace of the model.
+    An element of an axis (a channel, a neuron) is dead if for all inputs each product that reads it
+    is 0: because the element itself is exactly 0, or because the weights that read it are 0. Which
+    axes belong together (a kernel, the norm after it, the residual stream to which both write, the
+    kernels that read the stream) follows from the trace of the model.
 
-    A filter of zeros under a bias or a norm offset is a number, whatever the inputs. It is cut as
-    well where what reads it are products with kernels of two axes, or convolutions without padding
-    and groups, to each of which a bias of its own is added at once: that takes what the number
-    adds. Otherwise it stays, and :func:`cuts_table` says so; :func:`channel_rules` ties such leaves
-    to the filter in training.
+    A filter of zeros under a bias or a norm offset gives a constant for all inputs. It can be cut
+    as well if the constant can be added to later biases: all its readers are products with kernels
+    of two axes, or convolutions without padding and groups, and each is followed at once by a bias
+    of its own. Otherwise it stays, and :func:`cuts_table` says why. :func:`channel_rules` avoids
+    this: it ties biases and norms to the filter in training.
 
     Args:
       apply_fn: ``(params, *inputs) -> outputs``. Arrays that it closes over are cut, too.
-      params: the trained parameters, and whatever else ``apply_fn`` takes as its first argument
-        (batch statistics); no axis of them is an output of the model.
-      masks: bool tree; its leaves find their parameters by path. None = zeros count as pruned.
+      params: the trained parameters, and anything else in ``apply_fn``'s first argument (batch
+        statistics). The model must not return any of these arrays.
+      masks: bool tree, matched with the params by path. None = zeros count as pruned.
       *example: inputs of the shapes and dtypes to trace for; their values do not matter.
 
     Returns:
-      A :class:`Compact`. Outputs are those of ``apply_fn`` but for the order in which sums are
-      added up. ``apply`` replays the trace, for any model. ``params`` alone serve a model that
-      takes its widths from its parameters (Flax NNX, Equinox, bare functions), with any batch size,
-      if it does not divide by a width or the batch size. At least one element of each axis stays.
+      A :class:`Compact`. Outputs are those of ``apply_fn``, except that sums are added up in
+      another order. ``apply`` replays the trace and works for any model. If the model takes its
+      widths from its parameters (Flax NNX, Equinox, bare functions) and does not divide by a width
+      or the batch size, it also works with the new ``params`` itself, at any batch size. At least
+      one element of each axis stays.
 
     Raises:
-      ValueError: a parameter that is not masked holds NaN.
+      ValueError: a parameter that is not masked holds NaN, or masks of another tree.
 
-    Example: a hidden layer with two dead neurons; a third stays, for nothing takes its bias.
+    Example: a hidden layer with two dead neurons, which are cut. A third has zero weights and a
+    bias; it stays, because no later bias can take its constant.
       >>> import granet_jax as gj, jax.numpy as jnp
       >>> params = {"in": jnp.array([[1.0, 0.0, 0.0, 0.0]]),
       ...           "bias": jnp.array([0.0, 0.0, 0.0, 5.0]),
@@ -120,7 +122,13 @@ def compact(
 
 
 def cuts_table(cuts: tuple[Cut, ...]) -> str:
-    """One line for each axis that was cut, or that keeps something dead, and why.
+    """A table with a line for each axis that was cut or keeps dead elements, and why.
+
+    Args:
+      cuts: the field of :class:`Compact`.
+
+    Returns:
+      Lines of text, joined.
 
     Example:
       >>> print(cuts_table((Cut("fc/kernel", 1, 300, 120, {"a product reads it": 3}),)))
@@ -137,18 +145,23 @@ def cuts_table(cuts: tuple[Cut, ...]) -> str:
 def channel_rules(
     apply_fn: Callable[..., Any], params: PyTree, *example: Any, vectors: bool = True
 ) -> list[tuple[str, bool | trees.Structure | trees.Stacked]]:
-    """Path rules under which channels are pruned so that :func:`compact` can cut them out.
+    """Path rules that prune channels in such a way that :func:`compact` can cut them out.
 
-    Kernels whose outputs meet (in a residual stream), and the biases and norms after them, are
-    tied; what has no channels to lose (the last layer) stays dense.
+    Kernels whose outputs are added (in a residual stream) are tied, and so are the biases and norms
+    after them. Leaves whose channels cannot be cut (the last layer) stay dense.
 
     Args:
       apply_fn: ``(params, *inputs) -> outputs``.
-      params: the tree that the optimizer trains; the rest (batch statistics) may be closed over.
-      *example: inputs.
-      vectors: False = prune kernels alone, for methods that regrow: a channel whose norm and bias
-        are 0 has no gradient. Afterwards ``granet_jax.structures.complete(masks, params, rules)``
-        with the rules of True, and some steps of training more.
+      params: the tree that the optimizer trains; the function may close over the rest (batch
+        statistics).
+      *example: inputs; their values do not matter.
+      vectors: False = do not tie biases and norms. This is for methods that regrow, because a
+        channel whose norm and bias are 0 has no gradient. After training call
+        ``granet_jax.structures.complete(masks, params, rules)`` with the rules of
+        ``vectors=True``, and train a few more steps.
+
+    Returns:
+      Rules for ``prunable=``.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -223,7 +236,7 @@ def _contracted(step: Step) -> tuple[tuple[int, ...], ...]:
 
 
 class _Keep(NamedTuple):
-    """What stays."""
+    """Which elements stay, and why."""
 
     channels: Channels
     gone: set[int]  # roots
@@ -233,7 +246,7 @@ class _Keep(NamedTuple):
     def of(cls, traced: _Traced) -> "_Keep":
         reasons = traced.channels.kept()
         read = {slot for step in traced.program.steps for slot in step.slots()}
-        # Arrays that nothing reads stay as they are, and of each axis at least one element.
+        # Arrays that nothing reads are not cut, and at least one element of each axis stays.
         own = [(i, value) for i, value in enumerate(traced.params)]
         own += [(slot, traced.values[slot]) for slot in traced.program.consts]
         axes = [
@@ -257,14 +270,14 @@ class _Keep(NamedTuple):
         return int(self.mask(ids).sum())
 
     def cut(self, x: Any, value: Value) -> jax.Array:
-        """An array without what is gone."""
+        """An array without the elements that are cut."""
         masks = [self.mask(ids) for ids in value.ids]
         if all(mask.all() for mask in masks):
             return jnp.asarray(x)
         return jnp.asarray(np.asarray(x)[np.ix_(*masks)])
 
     def told(self, path: str, value: Value) -> list[Cut]:
-        """What became of the axes of a leaf, where there is something to tell."""
+        """The cuts of a leaf's axes; axes without dead elements are left out."""
         cuts = []
         for axis, (ids, zero) in enumerate(zip(value.ids, value.zero, strict=False)):
             dead = zero & self.mask(ids)
@@ -276,7 +289,7 @@ class _Keep(NamedTuple):
 
 
 def _added_to_biases(leaves: list[Any], traced: _Traced, keep: _Keep) -> dict[int, np.ndarray]:
-    """What makes up for the numbers that are gone, by the number of the leaf."""
+    """What each bias has to take for the constants that are cut, by the index of its leaf."""
     evaluate = fold.evaluator(traced.program, leaves)
     each = {
         f.bias: f.into_bias(
@@ -290,7 +303,7 @@ def _added_to_biases(leaves: list[Any], traced: _Traced, keep: _Keep) -> dict[in
 
 
 def _adapted(step: Step, traced: _Traced, keep: _Keep) -> Callable[..., list[Any]]:
-    """The operation on what is left of its inputs."""
+    """The operation on inputs that have been cut."""
     name, params = step.eqn.primitive.name, dict(step.eqn.params)
     outs = [traced.values[slot] for slot in step.outputs]
     ins = [traced.values[x] for x in step.inputs if isinstance(x, int)]

@@ -1,7 +1,7 @@
-"""Plain safetensors with exact zeros, in other libraries' names; and masks that others made.
+"""Plain safetensors with exact zeros, under other libraries' names; and other libraries' masks.
 
-A checkpoint of PyTorch goes in, is pruned, and comes out as it was, with zeros: names and
-transpositions are those of a map that is given.
+With a map of names and transpositions, a PyTorch checkpoint can be loaded, pruned, and saved in its
+own format, with zeros.
 """
 
 import os
@@ -27,21 +27,23 @@ def save_dense(
     masks: PyTree | None = None,
     names: Names | None = None,
 ) -> int:
-    """Writes all values to a safetensors file that any library reads, whole or not at all.
+    """Writes all values to a safetensors file that any library can read.
+
+    A failed write leaves the old file.
 
     Args:
-      path: of the file; overwritten.
+      path: of the file; an existing file is replaced.
       params: tree of arrays, of numpy's dtypes or bfloat16.
-      masks: bool tree of params; weights under False are written as +0. None = as they are.
-      names: ``{path: (name in the file, transposed)}`` for all leaves; transposed ones have two
+      masks: bool tree of params; weights under False are written as +0. None = no masks.
+      names: ``{path: (name in the file, transposed)}`` for all leaves; a transposed leaf has two
         axes. None = the paths, with dots for slashes.
 
     Returns:
       The size of the file in bytes.
 
     Raises:
-      ValueError: masks of another tree; ``names`` lack a leaf, or give two the same name; a dtype
-        that files lack.
+      ValueError: masks of another tree; ``names`` lacks a leaf, or gives two leaves one name; a
+        dtype that files cannot hold.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp, os, tempfile
@@ -63,7 +65,7 @@ def save_dense(
         name, transposed = _name(leaf, names)
         if name in tensors:
             raise ValueError(f"Two leaves are called {name!r} in the file; the second is {leaf}.")
-        array = native(leaf, np.asarray(jax.device_get(x)))
+        array = native(leaf, jax.device_get(x))
         _check_transposed(leaf, array.shape, transposed)
         tensors[name] = np.ascontiguousarray(array.T if transposed else array)
     data = serialize(tensors, {"format": "pt"})
@@ -80,22 +82,33 @@ def load_dense(
 ) -> Saved:
     """Reads a plain safetensors file; masks are its zeros, or those of ``torch.nn.utils.prune``.
 
-    Where a file holds ``NAME_orig`` and ``NAME_mask`` in the place of ``NAME``, as modules under
-    ``torch.nn.utils.prune`` save them, the mask is taken as it is, and applied.
+    Modules under ``torch.nn.utils.prune`` save ``NAME_orig`` and ``NAME_mask`` in place of
+    ``NAME``. If a file holds these, the mask is read and applied.
 
     Args:
-      path: of the file. Tensors of other names are left alone.
-      like: tree of arrays or ``ShapeDtypeStruct``, of the shapes and dtypes that are wanted.
+      path: of the file. Tensors with other names are not read.
+      like: tree of arrays or ``ShapeDtypeStruct`` of the shapes and dtypes to return.
       names: as in :func:`save_dense`.
-      prunable: path rules; zeros elsewhere, such as biases that start so, mask nothing.
+      prunable: path rules, see :func:`granet_jax.trees.describe`. Zeros in leaves that are not
+        prunable, such as biases, do not count as masked.
 
     Returns:
-      Numpy arrays in trees of the kind of ``like``; parameters are 0 where masked.
+      Parameters and masks, trees of numpy arrays with the structure of ``like``; parameters are 0
+      where masked.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no safetensors file, or lacks a leaf, or has it in another shape; a mask
-        holds something else than 0 and 1.
+      ValueError: it is no safetensors file, lacks a leaf, or has it in another shape; a mask holds
+        other numbers than 0 and 1.
+
+    Example:
+      >>> import os, tempfile
+      >>> params = {"kernel": np.array([[1.0, 0.0]], np.float32)}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = os.path.join(folder, "model.safetensors")
+      ...     size = save_dense(path, params)
+      ...     load_dense(path, params).masks["kernel"].tolist()
+      [[True, False]]
     """
     from safetensors import deserialize
 
@@ -129,17 +142,21 @@ def load_dense(
 
 
 def masks_from(masks: Any, params: PyTree) -> PyTree:
-    """Total bool masks from those of other libraries: 0 and 1 of any dtype, parts of a tree.
+    """Total bool masks from another library's masks.
 
-    JaxPruner's states hold ``masks`` as a tree of uint8 with None for leaves that it does not
-    prune; PyTorch's ``weight_mask`` are floats. A leaf of ``params`` without a mask is all on.
+    Those may be 0 and 1 of any dtype, and for some leaves only: JaxPruner's states hold ``masks``
+    as a tree of uint8 with None for leaves that it does not prune; PyTorch's ``weight_mask`` is a
+    float array.
 
     Args:
       masks: a tree, or ``{path: mask}``, matched by path.
-      params: tree of arrays.
+      params: tree of arrays or ``ShapeDtypeStruct``.
+
+    Returns:
+      bool tree of params; leaves without a mask are all True.
 
     Raises:
-      ValueError: a mask has no parameter, or one of another shape; or holds other numbers.
+      ValueError: a mask has no parameter, has another shape, or holds other numbers than 0 and 1.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -179,7 +196,7 @@ def _check_transposed(leaf: str, shape: tuple[int, ...], transposed: bool) -> No
 
 
 def _tensor(path: str, tensors: dict[str, Any], name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """A tensor and its mask, if the file has one."""
+    """A tensor, and its mask if the file has one, else None."""
     names = [name] if name in tensors else [f"{name}_orig", f"{name}_mask"]
     if not all(each in tensors for each in names):
         few = ", ".join(sorted(tensors)[:5])

@@ -1,11 +1,11 @@
 """A compact file: packed mask bits and live values in a safetensors container.
 
-Of a leaf with masked weights are stored the live values, in their own dtype and order, and a bit
-for each weight; of other leaves all values. So a file takes 4 bytes for each live float32, one bit
-for each weight of a leaf that is not dense, and a header. What is read back is what was written,
-bit for bit. Any reader of safetensors can read the tensors, ``values/PATH`` and ``mask/PATH`` (in
-the order of ``numpy.unpackbits``); dtypes that are not numpy's own, such as bfloat16, lie there as
-unsigned integers.
+For a leaf with masked weights the file holds the live values, in their dtype and order, and one bit
+for each weight; for other leaves, all values. So a file has 4 bytes for each live float32, one bit
+for each weight of a leaf that is not dense, and a header. Reading gives back exactly the same bits.
+Any reader of safetensors can read the tensors ``values/PATH`` and ``mask/PATH`` (in the order of
+``numpy.unpackbits``). Dtypes that numpy does not have, such as bfloat16, are stored as unsigned
+integers.
 
 Needs the package safetensors: ``pip install granet_jax[export]``.
 """
@@ -40,19 +40,20 @@ class Saved(NamedTuple):
 
 
 def save(path: str | os.PathLike[str], params: PyTree, masks: PyTree | None = None) -> int:
-    """Writes parameters and masks to one compact file, whole or not at all.
+    """Writes parameters and masks to one compact file. A failed write leaves the old file.
 
     Args:
-      path: of the file; overwritten.
-      params: tree of arrays of any numeric dtype of at most 8 bytes, those of ``ml_dtypes`` as
-        well. Weights under a False mask are written as +0, whatever they are.
+      path: of the file; an existing file is replaced.
+      params: tree of arrays of any numeric dtype of at most 8 bytes, including those of
+        ``ml_dtypes``. Weights under a False mask are read back as +0.
       masks: bool tree of params; None = all True.
 
     Returns:
       The size of the file in bytes.
 
     Raises:
-      ValueError: masks of another tree, or a leaf that is no array of numbers or of too wide ones.
+      ValueError: masks of another tree; a leaf that is no array of numbers, or of numbers of more
+        than 8 bytes; two leaves whose joined paths are the same.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp, os, tempfile
@@ -69,12 +70,12 @@ def save(path: str | os.PathLike[str], params: PyTree, masks: PyTree | None = No
 
     if masks is not None:
         masks = check_masks(masks, params)
-    flat = {name: np.asarray(x) for name, x in trees.by_path(jax.device_get(params)).items()}
+    flat = trees.by_path(jax.device_get(params))
     flat_masks = {} if masks is None else trees.by_path(jax.device_get(masks))
     tensors, leaves = {}, []
-    for words, array in flat.items():
+    for words, x in flat.items():
         name = "/".join(words)
-        array = native(name, array)
+        array = native(name, x)
         if f"values/{name}" in tensors:
             raise ValueError(f"Two leaves are called {name} once their paths are joined.")
         leaf = _Stored.of(array, flat_masks.get(words))
@@ -98,17 +99,25 @@ def load(path: str | os.PathLike[str], like: PyTree | None = None) -> Saved:
 
     Args:
       path: of the file.
-      like: a tree with the leaves that the file should hold, matched by path (arrays or
-        ``ShapeDtypeStruct`` of their shapes and dtypes); the trees returned are of its kind.
-        None = nested dicts, one level for each part of a path (indices of lists are strings, too).
+      like: a tree of arrays or ``ShapeDtypeStruct`` with the leaves that the file should hold,
+        matched by path; the result has its structure. None = the result is nested dicts, one level
+        for each word of a path (indices of lists become strings).
 
     Returns:
-      Numpy arrays, in trees.
+      Parameters and masks, trees of numpy arrays.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: the file is truncated, changed, of a later version, or something else; or it holds
-        other leaves than ``like``.
+      ValueError: the file is truncated, was changed, has another version or is something else; or
+        its leaves are not those of ``like``.
+
+    Example:
+      >>> import os, tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = os.path.join(folder, "model.safetensors")
+      ...     size = save(path, {"w": np.array([1.0, 0.0])}, {"w": np.array([True, False])})
+      ...     load(path).masks["w"].tolist()
+      [True, False]
     """
     from safetensors.numpy import load as deserialize
 
@@ -144,15 +153,17 @@ def load(path: str | os.PathLike[str], like: PyTree | None = None) -> Saved:
     return Saved(*(jax.tree.unflatten(structure, [pair[i] for pair in in_order]) for i in (0, 1)))
 
 
-def native(name: str, array: np.ndarray) -> np.ndarray:
-    """In this machine's order of bytes, if a file can hold it."""
-    dtype = array.dtype.newbyteorder("=")
+def native(name: str, leaf: Any) -> np.ndarray:
+    """A leaf as an array in this machine's byte order; an error if a file cannot hold it."""
     try:
+        array = np.asarray(leaf)
+        dtype = array.dtype.newbyteorder("=")
         is_number = dtype.kind in "biufcV" and np.dtype(dtype.name) == dtype
-    except TypeError:  # raw bytes, records
+    except TypeError:  # raw bytes, records, typed keys
         is_number = False
     if not is_number:
-        raise ValueError(f"{name} is no array of numbers, but {array.dtype}.")
+        found = getattr(leaf, "dtype", type(leaf).__name__)
+        raise ValueError(f"{name} is no array of numbers, but {found}.")
     if dtype.itemsize > 8:
         raise ValueError(
             f"{name} is {dtype}, which a file cannot hold: numbers have at most 8 bytes there. "
@@ -162,7 +173,7 @@ def native(name: str, array: np.ndarray) -> np.ndarray:
 
 
 class _Stored(NamedTuple):
-    """A leaf as it lies in the file."""
+    """A leaf as it is stored in the file."""
 
     values: np.ndarray  # all, or the live ones
     bits: np.ndarray | None  # uint8, packed; None = all live
@@ -235,7 +246,7 @@ def _check_like(path: pathlib.Path, found: dict[Any, Any], wanted: dict[Any, Any
 
 
 def write_whole(path: pathlib.Path, data: bytes) -> None:
-    """A reader sees the old file or the new one, never a part."""
+    """Writes a file so that a reader sees the old file or the new one, never a part."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:

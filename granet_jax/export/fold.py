@@ -1,4 +1,4 @@
-"""Channels that are a number whatever the inputs go into the bias after the product."""
+"""Folding channels that are constant for all inputs into the bias after a product."""
 
 import math
 from collections import Counter
@@ -13,23 +13,23 @@ from granet_jax.export.ids import Value
 
 
 class Fold(NamedTuple):
-    """A product of the data with weights, to which a bias is added."""
+    """A product of data with weights, followed by a bias."""
 
-    operand: int  # of the product, that holds the data: 0 or 1
-    axis: int  # of the data, contracted
-    weights_axis: int  # of the weights, contracted
+    operand: int  # the operand of the product that holds the data: 0 or 1
+    axis: int  # the contracted axis of the data
+    weights_axis: int  # the contracted axis of the weights
     slots: tuple[int, int]  # of the data and the weights
-    features: int  # axis of the weights that the outputs have
-    bias: int  # number of the parameter
+    features: int  # the axis of the weights that becomes the outputs
+    bias: int  # index of the bias among the parameters
 
     def without_numbers(self, value: Value) -> Value:
-        """The data, with 0 for numbers along the contracted axis."""
+        """The data, with constants along the contracted axis replaced by 0."""
         const = list(value.const)
         const[self.axis] = np.where(np.isnan(const[self.axis]), math.nan, 0.0)
         return value._replace(const=const)
 
     def into_bias(self, data: Value, is_gone: np.ndarray, weights: Any) -> np.ndarray:
-        """What the channels that are gone add to each output, float64 ``(outputs,)``."""
+        """What the channels that are cut add to each output, float64 ``(outputs,)``."""
         numbers = np.where(is_gone & ~np.isnan(data.const[self.axis]), data.const[self.axis], 0.0)
         weights = np.moveaxis(
             np.asarray(weights, np.float64), (self.weights_axis, self.features), (0, -1)
@@ -38,12 +38,12 @@ class Fold(NamedTuple):
 
 
 def find(program: Program, shapes: Sequence[tuple[int, ...]]) -> dict[int, Fold]:
-    """The products that can take numbers into their bias, by the slot of their output.
+    """The products that can take constants into their bias, by the slot of their output.
 
-    They contract one axis of the data with an axis of weights that do not depend on the inputs. A
-    convolution sees no edges. What reads the output is the addition of a bias alone: a vector of as
-    many elements as the product has outputs, at least as precise, among the parameters (given by
-    shapes), that nothing else reads.
+    Such a product contracts one axis of the data with an axis of weights that do not depend on the
+    inputs. A convolution has no padding. Only the addition of a bias reads the output. The bias is
+    a parameter (``shapes`` are those of the parameters): a vector with one element for each output,
+    at least as precise as the product, that nothing else reads.
     """
     uses = Counter(slot for step in program.steps for slot in step.slots())
     uses.update(x for x in program.outputs if isinstance(x, int))
@@ -76,7 +76,7 @@ def find(program: Program, shapes: Sequence[tuple[int, ...]]) -> dict[int, Fold]
 
 
 def _product_of(step: Step, data: set[int]) -> tuple[Fold, int] | None:
-    """The product, its bias not known yet, and the axis of its outputs."""
+    """The product, without its bias yet, and the axis of its outputs."""
     name, params = step.eqn.primitive.name, step.eqn.params
     if name not in ("dot_general", "conv_general_dilated") or len(step.slots()) < 2:
         return None
@@ -111,9 +111,9 @@ def _is_as_precise(dtype: Any, as_dtype: Any) -> bool:
 def _source_along(
     out_axis: int, slot: Any, maker: dict[int, Step], uses: Counter[int], dtype: Any
 ) -> int | None:
-    """The slot from which ``slot`` is made by laying it along an axis; None = otherwise.
+    """The slot of a vector that ``slot`` is, broadcast along an axis; None = it is something else.
 
-    On the way it may be converted, but never to less than ``dtype``.
+    On the way it may be cast, but not to a lower precision than ``dtype``.
     """
     axis = out_axis
     while isinstance(slot, int) and uses[slot] == 1:

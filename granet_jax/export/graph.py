@@ -1,4 +1,4 @@
-"""A traced model as a flat list of steps, with calls of other functions written out."""
+"""A traced model as a flat list of steps, with calls of other functions inlined."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,19 +19,19 @@ class Step(NamedTuple):
     function: Callable[..., list[Any]]  # of the values of ``inputs``
     inputs: list[int | Known]
     outputs: list[int]
-    read: list[int]  # which results of the operation the outputs are: those that something reads
+    read: list[int]  # which results of the operation something reads; these are the outputs
 
     def known(self) -> list[Any]:
-        """The values among its inputs that are known."""
+        """The known values among its inputs."""
         return [x.value for x in self.inputs if isinstance(x, Known)]
 
     def slots(self) -> list[int]:
-        """The others."""
+        """The slots among its inputs."""
         return [x for x in self.inputs if isinstance(x, int)]
 
 
 class Program(NamedTuple):
-    """Steps in order; slots 0 and on are the inputs."""
+    """Steps in order; the first slots, from 0 on, are the inputs."""
 
     num_inputs: int
     steps: list[Step]
@@ -40,9 +40,9 @@ class Program(NamedTuple):
 
 
 def flatten(closed: Any) -> Program:
-    """Writes out the calls in a closed jaxpr; loops and conditionals stay single steps.
+    """Inlines the calls in a closed jaxpr; a loop or a conditional is one step.
 
-    Numbers that follow from numbers are computed.
+    Operations on numbers alone are computed.
     """
     steps: list[Step] = []
     num_inputs = len(closed.jaxpr.invars)

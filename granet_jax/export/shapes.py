@@ -1,4 +1,4 @@
-"""What becomes of ids and numbers where only shapes change: transpose, reshape, slice ..."""
+"""Rules for ids and constants where only shapes change: transpose, reshape, slice and others."""
 
 import math
 from collections.abc import Sequence
@@ -11,25 +11,25 @@ from granet_jax.export.ids import Channels, Value
 
 
 def opaque(channels: Channels, shape: Sequence[int], why: str) -> Value:
-    """An array of which nothing is known and nothing can be cut."""
+    """An array about which nothing is known, and which cannot be cut."""
     value = Value([channels.new(n) for n in shape], [np.full(n, math.nan) for n in shape or (1,)])
     fix(channels, value, why)
     return value
 
 
 def fix(channels: Channels, value: Value, why: str) -> None:
-    """All of its elements."""
+    """Fixes all elements of a value."""
     for ids in value.ids:
         channels.fix(ids, why)
 
 
 def shape_of(step: Step, i: int = 0) -> tuple[int, ...]:
-    """Of a result."""
+    """The shape of a result."""
     return step.eqn.outvars[i].aval.shape
 
 
 def unknown(channels: Channels, step: Step, given: list[Value]) -> list[Value]:
-    """The rule of operations that have none."""
+    """The rule for operations without a rule of their own."""
     why = f"{step.eqn.primitive.name} reads or makes it"
     for value in given:
         fix(channels, value, why)
@@ -56,7 +56,7 @@ def _squeeze(channels: Channels, step: Step, given: list[Value]) -> list[Value]:
 
 
 def _broadcast(channels: Channels, step: Step, given: list[Value]) -> list[Value]:
-    """Where an axis is new or grows from 1, its elements are free to go with what they meet."""
+    """An axis that is new or grows from 1 gets new ids, which later operations may join."""
     value, shape = given[0], shape_of(step)
     ids, consts = [], []
     from_axis = dict(
@@ -74,7 +74,7 @@ def _broadcast(channels: Channels, step: Step, given: list[Value]) -> list[Value
 
 
 def _reshape(channels: Channels, step: Step, given: list[Value]) -> list[Value]:
-    """Axes that stay, and axes merged into one of which only one can be cut (``flatten``)."""
+    """Axes may stay, or merge into one if at most one of them can be cut (``flatten``)."""
     (value,) = given
     out_shape = shape_of(step)
     if step.eqn.params.get("dimensions") is not None or 0 in out_shape:
@@ -142,7 +142,7 @@ def _joined(channels: Channels, given: list[Value], axis: int) -> list[Value]:
 
 
 def _where_equal(consts: list[np.ndarray]) -> np.ndarray:
-    """The number that all have, or NaN."""
+    """The constant that all have, or NaN."""
     return np.where(np.all(np.stack(consts) == consts[0], axis=0), consts[0], math.nan)
 
 

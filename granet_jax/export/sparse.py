@@ -1,9 +1,8 @@
-"""Sparse execution: products with pruned weights that are faster than dense ones, where they are.
+"""Sparse execution: products with pruned weights, done in the way that is fastest.
 
-:func:`compile` traces a model, finds the matrix products and convolutions whose weights are known,
-and does each in the way that was fastest when it tried them on this machine: dense, by the kernel
-for live weights of :mod:`granet_jax.compact`, as a sparse matrix (BCSR, for which XLA:CPU has a
-kernel of its own), or by gathering the inputs of each output.
+:func:`compile` traces a model and finds the products and convolutions with known weights. For each
+it takes the fastest of several ways, timed on this machine: dense, the kernel for live weights of
+:mod:`granet_jax.compact`, BCSR (XLA:CPU has a kernel for it), or gathering each output's inputs.
 """
 
 import dataclasses
@@ -30,7 +29,7 @@ _CLEARLY = 0.95  # another way than the dense one has to take at most this share
 
 
 class Choice(NamedTuple):
-    """One product, and how it is done."""
+    """One product, and the way in which it is done."""
 
     product: str  # e.g. "(64, 2048) x (2048, 2048)"
     density: float  # of its weights
@@ -38,11 +37,11 @@ class Choice(NamedTuple):
     taken: str  # the fastest
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # jit wants weak references, which tuples have not
+@dataclasses.dataclass(frozen=True, eq=False)  # jit needs weak references; tuples have none
 class SparseApply:
     """A compiled model: call it with the model's inputs. Made by :func:`compile`.
 
-    Its shapes are those of the example. It may be called inside ``jit`` and ``vmap``.
+    Inputs have the shapes and dtypes of the example. It may be called inside ``jit`` and ``vmap``.
     """
 
     run: Callable[..., Any]  # (weights, *inputs) -> outputs
@@ -60,24 +59,27 @@ def compile(
     *example: Any,
     ways: Sequence[str] = ("native", "convolve", "bcsr", "bcsr2", "bcsr4", "gather"),
 ) -> SparseApply:
-    """A model's inference, each of its products done in the fastest way.
+    """Compiles a model for inference, each product in the way that is fastest on this machine.
 
-    Weights that do not depend on the inputs are computed once (casts, transpositions, scaled
-    kernels). Products in loops, of several inputs, or batched over weights stay dense.
+    Weights that are computed from parameters alone (casts, transpositions, scaled kernels) are
+    computed once. Products in loops, of two inputs, or batched over weights stay dense.
 
     Args:
       apply_fn: ``(params, *inputs) -> outputs``, deterministic.
-      params: the trained parameters, and whatever else ``apply_fn`` takes as its first argument.
-      masks: bool tree; its leaves find their parameters by path. None = zeros count as pruned.
+      params: the trained parameters, and anything else in ``apply_fn``'s first argument.
+      masks: bool tree, matched with the params by path. None = zeros count as pruned.
       *example: inputs of the shapes and dtypes to compile for; their values do not matter.
-      ways: what to try besides the dense product: "native", where the kernels are built, and
-        "convolve", the one for convolutions; "bcsr"; "bcsr2" and "bcsr4", the same in two and four
-        tiles of the inputs, where these are large; "gather".
+      ways: the ways to try besides the dense product: "native" and, for convolutions, "convolve",
+        if the kernels are built; "bcsr"; "bcsr2" and "bcsr4", the same in two and four tiles if
+        there are many inputs; "gather".
 
     Returns:
-      A function of the inputs. Its outputs are those of ``apply_fn`` but for the order in which
-      sums are added up. Its field ``choices`` tells what was measured; see :func:`choices_table`.
-      If the whole is not faster than the dense model after all, it is the dense model.
+      A function of the inputs. Its outputs are those of ``apply_fn``, except that sums are added up
+      in another order. Its field ``choices`` holds the timings; see :func:`choices_table`. If the
+      whole is not faster than the dense model, it is the dense model.
+
+    Raises:
+      ValueError: an unknown way, or masks of another tree; when called, other shapes or dtypes.
 
     Example:
       >>> import granet_jax as gj, jax, jax.numpy as jnp
@@ -121,7 +123,7 @@ def compile(
 def _assemble(
     program: Program, ready: dict[int, "_Ready"], example: Any, out_tree: Any
 ) -> tuple[Callable[..., Any], list[Any]]:
-    """The program as a function of its weights and inputs, some steps done in other ways."""
+    """The program as a function of its weights and inputs; ``ready`` replaces some steps."""
     weights = [
         ready[i].arrays if i in ready else step.known() for i, step in enumerate(program.steps)
     ]
@@ -147,7 +149,13 @@ def _assemble(
 
 
 def choices_table(choices: Sequence[Choice]) -> str:
-    """One line for each product: its density, the milliseconds of each way, the one taken.
+    """A table with a line for each product: density, milliseconds of each way, the way taken.
+
+    Args:
+      choices: the field of :class:`SparseApply`.
+
+    Returns:
+      Lines of text, joined.
 
     Example:
       >>> choice = Choice("(1, 8) x (8, 4)", 0.25, {"dense": 2.0, "bcsr": 1.0}, "bcsr")
@@ -173,9 +181,14 @@ def choices_table(choices: Sequence[Choice]) -> str:
 
 
 def serialize(sparse_apply: SparseApply, *example: Any) -> bytes:
-    """The compiled model with its weights as bytes, for :func:`deserialize` on the same platform.
+    """The compiled model with its weights, as bytes. Needs the package flatbuffers.
 
-    Needs the package flatbuffers: ``pip install granet_jax[export]``.
+    Args:
+      sparse_apply: from :func:`compile`.
+      *example: inputs of the shapes and dtypes that it was compiled for.
+
+    Raises:
+      ValueError: other shapes or dtypes.
     """
     exported = jax.export.export(
         jax.jit(lambda *inputs: sparse_apply(*inputs)), disabled_checks=_custom_calls()
@@ -184,7 +197,11 @@ def serialize(sparse_apply: SparseApply, *example: Any) -> bytes:
 
 
 def deserialize(data: bytes) -> Callable[..., Any]:
-    """The function that :func:`serialize` wrote; of inputs of the same shapes and dtypes."""
+    """The function that :func:`serialize` wrote, for the same inputs and the same platform.
+
+    Args:
+      data: the bytes.
+    """
     native.available()  # tells XLA of the kernels
     return jax.export.deserialize(bytearray(data)).call
 
@@ -277,10 +294,9 @@ def _slots(product: Product, inputs: tuple[int, ...]) -> tuple[layouts.Lists, ja
 def _bcsr(product: Product, num_tiles: int = 1) -> _Ready | None:
     """A sparse matrix times a dense one: a kernel of XLA:CPU; on a GPU cuSPARSE.
 
-    For each weight the kernel reads one input of all rows. Where the inputs do not fit a core's
-    cache, it is faster to go through a tile of them for all outputs before the next. The sum over
-    tiles is a product with ones, for XLA would fuse any other with the transposition, and do both
-    slowly.
+    For each weight the kernel reads one input of all rows. If the inputs do not fit a core's cache,
+    tiles of them are faster, each for all outputs. The sum over tiles is a product with ones: XLA
+    would fuse any other sum with the transposition, which is slow.
     """
     num_inputs, num_outputs = product.weights.shape
     small = num_tiles > 1 and _num_rows(product) * num_inputs < num_tiles * _SMALLEST_TILE
@@ -311,13 +327,13 @@ def _bcsr(product: Product, num_tiles: int = 1) -> _Ready | None:
 
 
 def _ends_of_rows(rows: np.ndarray, shape: tuple[int, int]) -> jax.Array:
-    """Where each row's values begin among all, and the last row's end."""
+    """Where each row's values begin among all values, and where the last row ends."""
     ends = np.cumsum(np.bincount(rows, minlength=shape[0]))
     return jnp.asarray(np.concatenate([[0], ends]), jnp.int32)
 
 
 def _sparse_times_dense(parts: Any, shape: tuple[int, ...], x: jax.Array) -> jax.Array:
-    """All that rests on JAX's experimental sparse module."""
+    """The product by JAX's experimental sparse module, which is used only here."""
     from jax.experimental import sparse
 
     product: jax.Array = sparse.BCSR(parts, shape=shape) @ x
@@ -383,14 +399,14 @@ def _fastest(product: Product, step: Step, ways: Sequence[str]) -> tuple[_Ready,
 
 
 def _is_faster(a: SparseApply, b: SparseApply, example: Any) -> bool:
-    """Clearly, of whole models, for a product by itself finds its inputs in other places."""
+    """Whether one whole model is clearly faster: timings of single products ignore caches."""
     inputs = jax.tree.map(lambda x: jnp.zeros(jnp.shape(x), jnp.result_type(x)), example)
     best = _shortest({"a": lambda: a(*inputs), "b": lambda: b(*inputs)})
     return best["a"] < _CLEARLY * best["b"]
 
 
 def _shortest(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Seconds of the fastest of some rounds; in turns, after one run to warm up."""
+    """The seconds of the fastest of some rounds. Runs take turns, after one run to warm up."""
     for run in runs.values():
         jax.block_until_ready(run())
     best = dict.fromkeys(runs, math.inf)

@@ -6,26 +6,29 @@ import numpy as np
 
 
 class TwoOfFour(NamedTuple):
-    """A kernel of which two in each four inputs are kept."""
+    """A kernel that keeps two of each four inputs; made by :func:`to_two_of_four`."""
 
     values: np.ndarray  # (outputs, inputs / 2), the kept weights in order
-    # uint16 (outputs, inputs / 16): four bits for each four inputs, the lowest bits first; of these
-    # the lower two are the place of the first kept weight, the upper two that of the second.
+    # uint16 (outputs, inputs / 16): four bits for each four inputs, the lowest bits first. The
+    # lower two bits are the place of the first kept weight, the upper two that of the second.
     metadata: np.ndarray
 
 
 def to_two_of_four(kernel: np.ndarray, mask: np.ndarray) -> TwoOfFour:
     """Packs a kernel trained under ``granet_jax.structures.n_of_m(4)`` at half its weights.
 
-    The order is that of the operand A of PTX ``mma.sp`` and of row-major CUTLASS tensors before
-    its reordering of metadata for one tile shape, which ``cutlass::reorder_meta`` does.
+    The layout is that of operand A of PTX ``mma.sp``, and of row-major CUTLASS tensors before
+    ``cutlass::reorder_meta``, which reorders the metadata for a tile shape.
 
     Args:
-      kernel: ``(inputs, outputs)``; 16 divides the inputs.
-      mask: bool, at most two True in each four inputs; where fewer are, zeros fill up.
+      kernel: ``(inputs, outputs)`` of any dtype; the number of inputs is a multiple of 16.
+      mask: bool, at most two True in each four inputs; if there are fewer, zeros fill up.
+
+    Returns:
+      The packed kernel, numpy arrays.
 
     Raises:
-      ValueError: other shapes, or more than two kept of four inputs.
+      ValueError: other shapes, or more than two of four inputs kept.
 
     Source: NVIDIA, PTX ISA, "Sparse matrix storage".
 
@@ -49,7 +52,7 @@ def to_two_of_four(kernel: np.ndarray, mask: np.ndarray) -> TwoOfFour:
             f"Of some four inputs {most} are kept; 2:4 allows two. Train with "
             "granet_jax.structures.n_of_m(4) at sparsity 0.5, scope=granet_jax.uniform."
         )
-    # Kept ones first, each kind in order; then the two taken by place.
+    # Kept inputs first, in order; the first two are taken, sorted by place.
     places = np.sort(np.argsort(~groups, axis=-1, kind="stable")[..., :2], axis=-1)
     weights = np.where(mask, kernel, 0).T.reshape(groups.shape)
     values = np.take_along_axis(weights, places, axis=-1)
@@ -59,7 +62,20 @@ def to_two_of_four(kernel: np.ndarray, mask: np.ndarray) -> TwoOfFour:
 
 
 def from_two_of_four(packed: TwoOfFour) -> np.ndarray:
-    """Undoes :func:`to_two_of_four`: the kernel ``(inputs, outputs)``, 0 where masked."""
+    """Undoes :func:`to_two_of_four`.
+
+    Args:
+      packed: the packed kernel.
+
+    Returns:
+      The kernel ``(inputs, outputs)``, 0 where masked.
+
+    Example:
+      >>> mask = np.array([True, False, False, True] * 4)[:, None]
+      >>> packed = to_two_of_four(np.ones((16, 1)), mask)
+      >>> from_two_of_four(packed)[:4].ravel().tolist()
+      [1.0, 0.0, 0.0, 1.0]
+    """
     num_outputs, half = packed.values.shape
     bits = packed.metadata[..., None] >> np.array([0, 4, 8, 12], np.uint16)
     places = np.stack([bits & 3, bits >> 2 & 3], -1).reshape(num_outputs, -1, 2)

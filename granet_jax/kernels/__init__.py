@@ -1,9 +1,9 @@
 """Block-sparse matrix products for training and inference on accelerators.
 
-The way of the data, which is also the order of the files::
+The files, in the order in which data flow::
 
     lists      which blocks are live
-    backend    what a kind of device brings
+    backend    the kernels of one kind of device
     gpu, tpu   the products
     block      block_matmul, with its gradients
     packed     products with live blocks alone, for compact

@@ -1,4 +1,4 @@
-"""What a kind of device brings: two products, and what they take."""
+"""The kernels of one kind of device: two products, and the blocks and dtypes that they accept."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,20 +9,26 @@ from granet_jax.kernels.lists import Lists
 
 
 class Backend(NamedTuple):
-    """The products by which :func:`granet_jax.kernels.block_matmul` works on a kind of device.
+    """The kernels that :func:`granet_jax.kernels.block_matmul` uses on one kind of device.
 
-    ``times(x, kernel, lists, block, flipped, interpret)`` multiplies ``x`` by the blocks of a
-    kernel, dense or packed (see :mod:`granet_jax.kernels.lists`), or of its transpose if flipped;
-    the lists are those of what ``x`` is multiplied by. ``outer(x, dy, lists, block, num_slots,
-    interpret)`` is ``x.T @ dy`` in the blocks of the lists, dense or packed as these are, and
-    anything in the others. Sizes are multiples of the blocks' and of ``rows``.
+    ``times(x, kernel, lists, block, flipped, interpret)`` multiplies ``x`` by the live blocks of a
+    kernel, dense or packed (see :mod:`granet_jax.kernels.lists`), or of its transpose if
+    ``flipped``. The lists are those of the matrix that ``x`` is multiplied by. ``outer(x, dy,
+    lists, block, num_slots, interpret)`` computes the blocks of ``x.T @ dy`` that are in the lists,
+    dense or packed as the lists say; other blocks are undefined. Sizes are multiples of the sides
+    of blocks and of ``rows``.
+
+    Example:
+      >>> from granet_jax import kernels
+      >>> kernels.hopper.sides
+      'powers of two from 16 on, best 64 or 128'
     """
 
     times: Callable[[jax.Array, jax.Array, Lists, tuple[int, int], bool, bool], jax.Array]
     outer: Callable[[jax.Array, jax.Array, Lists, tuple[int, int], int, bool], jax.Array]
-    takes: Callable[[tuple[int, ...], bool], bool]  # blocks of this shape, interpreted or not?
-    sides: str  # the same in words
-    dtypes: tuple[Any, ...]  # of x and kernel; others are multiplied as if dense
+    takes: Callable[[tuple[int, ...], bool], bool]  # (block, interpret) -> is it accepted?
+    sides: str  # the sides of blocks that it accepts, in words
+    dtypes: tuple[Any, ...]  # of x and kernel; for others XLA multiplies by the masked kernel
     rows: int  # x is padded to multiples of it
 
 

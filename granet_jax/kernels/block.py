@@ -1,9 +1,9 @@
 """A block-sparse matrix product for training and inference on accelerators.
 
-Masks on CPU and in XLA's own products save no time. This product reads and multiplies only the
-blocks of a kernel that are on, in the forward pass and in both gradients, so that with
-:func:`granet_jax.structures.block` training steps get cheaper, too. Which blocks are on is data:
-when the masks change, nothing is compiled again.
+Multiplying by a masked kernel in XLA saves no time. This product reads and multiplies only the
+blocks of a kernel that are on, in the forward pass and in both gradients. So with
+:func:`granet_jax.structures.block` training steps become cheaper, too. The list of live blocks is
+data: when masks change, nothing is compiled again.
 """
 
 import functools
@@ -37,29 +37,32 @@ def block_matmul(
       x: ``(..., inputs)``, any float dtype.
       kernel: ``(inputs, outputs)``, of that dtype.
       mask: bool, shape of ``kernel``, constant within each block, as
-        ``granet_jax.structures.block(block)`` makes it; a block counts as on where its first weight
-        is. Not differentiated.
-      block: its shape ``(rows, columns)``. A GPU takes powers of two, best 64 or 128 (Hopper from
-        16 on, others from 32), a TPU multiples of 128; blocks at the edges may be smaller.
+        ``granet_jax.structures.block(block)`` makes it; a block counts as on if its first weight
+        is on. Not differentiated.
+      block: its shape ``(rows, columns)``. On a GPU powers of two, best 64 or 128 (from 16 on for
+        Hopper, from 32 on for others); on a TPU multiples of 128. Blocks at the edges may be
+        smaller.
       dense_gradient: also compute the gradient of weights that are off, which growth by gradients
-        needs: ``method.is_update_step(step)``, a traced bool, is true where it does. False = 0.
-      backend: ``kernels.hopper`` (``wgmma``), ``kernels.ampere`` (``mma``, which later GPUs have as
-        well) or ``kernels.tpu``. None = that of the device. On CPUs, older GPUs, any GPU under JAX
-        before 0.11.2, and for dtypes it does not take (float64; float32 on ``ampere``), XLA
-        multiplies by the masked kernel, which saves nothing.
-      interpret: run the kernel of ``backend`` (None = ``tpu``, with blocks of any shape) by JAX's
-        interpreter: for tests on CPU. It has none for ``mma``.
+        needs; a bool, or a traced one such as ``method.is_update_step(step)``. False = that
+        gradient is 0.
+      backend: ``kernels.hopper`` (``wgmma``), ``kernels.ampere`` (``mma``, on later GPUs too) or
+        ``kernels.tpu``. None = that of the device. On CPUs, older GPUs and any GPU under JAX before
+        0.11.2, and for other dtypes (float64; float32 on ``ampere``), XLA multiplies by the masked
+        kernel, which saves nothing.
+      interpret: run the kernel of ``backend`` (None = ``tpu``, with blocks of any shape) in JAX's
+        interpreter: for tests on CPU. ``mma`` cannot be interpreted.
 
     Sums are kept in float32. Hopper multiplies float32 with 10 bits of mantissa (TF32), as XLA does
-    by default. Over several devices call it inside ``jax.shard_map``. Kernels have a first
-    derivative, in reverse.
+    by default. On several devices call it inside ``jax.shard_map``. It can be differentiated once,
+    in reverse mode.
 
     Returns:
       ``(..., outputs)`` in the dtype of ``x``.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit together, or blocks that the device cannot do.
-      RuntimeError: a backend of GPUs is asked for, and JAX is older than 0.11.2.
+      ValueError: shapes or dtypes that do not fit together, or blocks that the device does not
+        support.
+      RuntimeError: a GPU backend was given, and JAX is older than 0.11.2.
 
     Source: Gray et al. 2017, "GPU Kernels for Block-Sparse Weights".
 
@@ -98,10 +101,10 @@ def block_matmul(
 
 
 def check_block(block: Sequence[int]) -> tuple[int, int]:
-    """The sides of a block, rows and columns.
+    """The sides of a block, rows and columns, checked.
 
     Raises:
-      ValueError: it has not two, or one that is no whole number from 1 on.
+      ValueError: there are not two, or one is not an int >= 1.
     """
     sides = tuple(block)
     if len(sides) != 2 or any(side != int(side) or side < 1 for side in sides):
@@ -110,10 +113,16 @@ def check_block(block: Sequence[int]) -> tuple[int, int]:
 
 
 def of_the_device() -> Backend | None:
-    """The kernels of the default device; None = it has none.
+    """The kernels of the default device.
 
-    None have CPUs, GPUs before compute capability 8.0, those of AMD, and any GPU under JAX before
-    0.11.2.
+    Returns:
+      A :class:`Backend`; None for CPUs, NVIDIA GPUs before compute capability 8.0, AMD GPUs, and
+      any GPU under JAX before 0.11.2.
+
+    Example:
+      >>> import jax
+      >>> of_the_device() is None or jax.default_backend() in ("gpu", "tpu")
+      True
     """
     platform = jax.default_backend()
     if platform == "tpu":
@@ -131,7 +140,7 @@ def _product(
 ) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
     """The product of ``x``, a kernel and its live blocks, with gradients of its own.
 
-    The fourth argument says of which blocks the gradient is wanted.
+    The fourth argument says for which blocks the gradient is computed.
     """
 
     @jax.custom_vjp
@@ -156,7 +165,7 @@ def _product(
 
 @jax.custom_vjp
 def _masked(x: jax.Array, kernel: jax.Array, mask: jax.Array, wanted: jax.Array) -> jax.Array:
-    """The same by dense products."""
+    """As :func:`_product`, by dense products with the masked kernel."""
     return x @ jnp.where(mask, kernel, 0)
 
 
@@ -175,10 +184,10 @@ _masked.defvjp(_masked_forward, _masked_backward)
 
 
 def _spread(live: jax.Array, block: tuple[int, int]) -> jax.Array:
-    """A mask of weights from one of blocks."""
+    """A mask of weights, from a mask of blocks."""
     return jnp.repeat(jnp.repeat(live, block[0], axis=0), block[1], axis=1)
 
 
 def padded(x: jax.Array, multiples: tuple[int, int]) -> jax.Array:
-    """With zeros at the ends, to a multiple of each length."""
+    """A matrix padded with zeros at the ends, to multiples of two lengths."""
     return jnp.pad(x, [(0, -n % multiple) for n, multiple in zip(x.shape, multiples, strict=True)])

@@ -20,17 +20,20 @@ def dense_in_blocks(
 ) -> contextlib.AbstractContextManager[None]:
     """A context in which Flax's ``nn.Dense`` multiplies by :func:`block_matmul`.
 
-    Layers take part whose kernel has a mask in the collection "masks" of the variables, which
-    ``nn.scan`` and ``nn.vmap`` have to hand out as they do "params". Others are left alone and
-    multiply by the whole kernel, which is right as long as that is masked, as training keeps it:
-    other layers (subclasses, ``DenseGeneral``, attention), those with a ``dot_general`` or a
-    ``precision`` of their own, and all while parameters are made. The context has to be active when
-    ``jit`` traces. Needs the package flax.
+    It applies to ``nn.Dense`` layers whose kernel has a mask in the collection "masks" of the
+    variables. ``nn.scan`` and ``nn.vmap`` have to treat this collection as they treat "params".
+    Other layers do not change: subclasses, ``DenseGeneral``, attention, and layers with their own
+    ``dot_general`` or ``precision``. They multiply by the whole kernel, which gives the same result
+    as long as the kernel itself is masked, as it is in training. While parameters are initialised,
+    nothing changes. The context has to be active when ``jit`` traces. Needs the package flax.
 
     Args:
       block: as for :func:`block_matmul`, for all layers.
-      dense_gradient: as there.
-      interpret: as there.
+      dense_gradient: as for :func:`block_matmul`.
+      interpret: as for :func:`block_matmul`.
+
+    Returns:
+      A context manager.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -72,20 +75,23 @@ def linear_in_blocks(
     dense_gradient: bool | jax.Array = False,
     interpret: bool = False,
 ) -> Iterator[None]:
-    """A context in which layers ``nnx.Linear`` of a model multiply by :func:`block_matmul`.
+    """A context in which the ``nnx.Linear`` layers of a model multiply by :func:`block_matmul`.
 
-    Layers take part whose kernel has a mask. Others are left alone, as :func:`dense_in_blocks`
-    leaves them: subclasses, ``LinearGeneral``, attention, stacks of layers, and those with a
-    ``dot_general``, a ``precision`` or a ``preferred_element_type`` of their own. Inside
-    ``nnx.jit`` the model has to be an argument. Needs the package flax.
+    It applies to layers whose kernel has a mask. Other layers do not change, as in
+    :func:`dense_in_blocks`: subclasses, ``LinearGeneral``, attention, stacks of layers, and layers
+    with their own ``dot_general``, ``precision`` or ``preferred_element_type``. Inside ``nnx.jit``
+    the model has to be an argument. Needs the package flax.
 
     Args:
       model: any ``nnx.Module``.
-      masks: bool, laid out as ``nnx.state(model, nnx.Param)``, as ``gj.get_masks`` gives them;
-        layers without blocks may be left out. Dense ones are one where every block is on.
+      masks: bool tree with the paths of ``nnx.state(model, nnx.Param)``, as ``gj.get_masks`` gives
+        it. Layers without blocks may be left out. In the mask of a dense layer every block is on.
       block: as for :func:`block_matmul`, for all layers.
-      dense_gradient: as there.
-      interpret: as there.
+      dense_gradient: as for :func:`block_matmul`.
+      interpret: as for :func:`block_matmul`.
+
+    Returns:
+      A context manager.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -120,6 +126,6 @@ def linear_in_blocks(
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether a product is told nothing but its operands."""
+    """Whether a layer's product has no options besides its operands."""
     told = layer.precision, getattr(layer, "preferred_element_type", None)
     return layer.dot_general is jax.lax.dot_general and told == (None, None)

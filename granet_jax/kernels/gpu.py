@@ -1,6 +1,7 @@
 """The block-sparse products on GPUs, by Mosaic GPU: ``wgmma`` on Hopper, ``mma`` on the others.
 
-Blocks are loaded while those before are multiplied; which ones is read from lists in memory.
+Blocks are loaded while earlier ones are multiplied. Which blocks to load is read from lists in
+memory.
 """
 
 import functools
@@ -18,7 +19,7 @@ from granet_jax.kernels.lists import Lists, arrays
 
 _ROWS = 128  # of x that one program multiplies
 _LINE = 128  # bytes that are swizzled together
-_LOADS = 4  # under way in the gradient of weights
+_LOADS = 4  # loads at a time in the gradient of weights
 
 
 def _times(
@@ -101,7 +102,7 @@ def _by_wgmma(
 def _by_mma(
     gpu: Any, num_steps: Any, specs: Any, turned: Any, tiled: Any, shape: tuple[int, int]
 ) -> Callable[..., jax.Array]:
-    """The same through registers."""
+    """The same sum by ``mma``, through registers."""
     in_specs = [gpu.BlockSpec(*spec, transforms=tiled) for spec in specs]
     layout = gpu.Layout.MMA_ACC(jnp.float32, m_warps=min(4, shape[0] // 16))
 
@@ -173,7 +174,7 @@ def _outer_by_wgmma(
     num_slots: int,
     interpret: bool,
 ) -> jax.Array:
-    """The same with tiles of 64 rows or more: smaller blocks of a column are made together."""
+    """As ``_outer_by_mma``, in tiles of 64 rows or more: small blocks of a column share a tile."""
     gpu, itemsize = _mosaic(), x.dtype.itemsize
     size_m = _LINE // itemsize
     size_k, size_n = max(math.gcd(block[0], 128), 64), math.gcd(block[1], 128)
@@ -237,7 +238,7 @@ def _outer_by_wgmma(
 def _sum_in_turns(
     gpu: Any, num_steps: int, load: Any, tiles: Any, turned: Any, here: Any, shape: tuple[int, int]
 ) -> jax.Array:
-    """A sum of products of tiles that ``load`` brings to a place of their own each."""
+    """A sum of products of tiles, each loaded by ``load`` to a place of its own."""
     lax.fori_loop(jnp.int32(0), jnp.int32(min(_LOADS - 1, num_steps)), lambda i, _: load(i), None)
 
     def add_up(total: Any) -> Any:
@@ -246,7 +247,7 @@ def _sum_in_turns(
             gpu.barrier_wait(here.at[slot])
             pairs = zip(tiles, turned, strict=True)
             gpu.wgmma(total, *(_turned(refs.at[slot], turn) for refs, turn in pairs))
-            gpu.wgmma_wait(1)  # the step before is done, and its place free
+            gpu.wgmma_wait(1)  # the previous step is done, and its place is free
             ahead = step + _LOADS - 1
             pl.when(ahead < num_steps)(lambda: load(ahead))
 
@@ -293,7 +294,7 @@ def _options(gpu: Any, interpret: bool) -> dict[str, Any]:
 
 
 def _mosaic() -> Any:
-    """Mosaic GPU, imported here, for not every platform has it."""
+    """Mosaic GPU; it is imported here because not every platform has it."""
     if jax.__version_info__ < (0, 11, 2):
         raise RuntimeError(
             f"Block-sparse products on a GPU need jax 0.11.2 or later; this is {jax.__version__}. "

@@ -1,7 +1,7 @@
-"""Lists of live blocks: which blocks a product has to visit. They are data, so masks may change.
+"""Lists of the live blocks that a product has to visit. They are data, so masks may change.
 
 A kernel is either dense, ``(inputs, outputs)``, or *packed*: a stack of blocks, ``(blocks * rows of
-one, columns of one)``, of which a list tells where each belongs.
+a block, columns of a block)``, and a list of where each block belongs.
 """
 
 from typing import NamedTuple
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 class Lists(NamedTuple):
     """The live blocks of each column of blocks."""
 
-    order: jax.Array  # int32 (columns, rows): their rows in order; 0 after the last
+    order: jax.Array  # int32 (columns, rows): the rows of live blocks in order; 0 after the last
     num_live: jax.Array  # int32 (columns,)
-    slots: jax.Array | None = None  # int32 (columns, rows): where they lie in a packed kernel
+    slots: jax.Array | None = None  # int32 (columns, rows): their places in a packed kernel
 
 
 def lists(live: jax.Array) -> Lists:
-    """Of bool ``(rows, columns)``, without a sort: few blocks are cheaper to compare with all.
+    """The lists of bool ``(rows, columns)``. Not by a sort, which is slower for so few blocks.
 
     Example:
       >>> import jax.numpy as jnp
@@ -29,18 +29,18 @@ def lists(live: jax.Array) -> Lists:
     """
     num_rows = len(live)
     ends = jnp.cumsum(live.T, axis=1, dtype=jnp.int32)
-    place = jnp.where(live.T, ends - 1, num_rows)  # in the list; of dead blocks none
+    place = jnp.where(live.T, ends - 1, num_rows)  # in the list; past the end for dead blocks
     row = jax.lax.broadcasted_iota(jnp.int32, (1, 1, num_rows), 2)
     here = place[:, None] == jax.lax.broadcasted_iota(jnp.int32, (1, num_rows, 1), 1)
     return Lists(jnp.sum(jnp.where(here, row, 0), axis=2, dtype=jnp.int32), ends[:, -1])
 
 
 def packed(index: jax.Array, grid: tuple[int, int], transposed: bool = False) -> Lists:
-    """Of packed blocks.
+    """The lists of packed blocks.
 
     Args:
-      index: int32 ``(slots,)``, the row-major number of each block in the grid; its size tells
-        that a slot is dead.
+      index: int32 ``(slots,)``, the row-major number of each block in the grid; the number of
+        blocks in the grid marks a dead slot.
       grid: rows and columns of blocks.
       transposed: for ``y @ w.T`` instead of ``x @ w``.
 
@@ -63,6 +63,6 @@ def packed(index: jax.Array, grid: tuple[int, int], transposed: bool = False) ->
 
 
 def arrays(lists: Lists) -> tuple[jax.Array, ...]:
-    """All three; without slots, others that nothing reads."""
+    """All three arrays; if there are no slots, an array in their place that nothing reads."""
     slots = lists.order if lists.slots is None else lists.slots
     return lists.order, lists.num_live, slots

@@ -1,4 +1,4 @@
-"""Products with a kernel of which only live blocks are kept."""
+"""Products with a kernel of which only the live blocks are stored."""
 
 import math
 
@@ -26,16 +26,16 @@ def multiply(
     Args:
       backend: see :func:`granet_jax.kernels.block_matmul`.
       values: ``(slots * rows * columns of a block,)``; a slot holds a block, row by row.
-      index: int32 ``(slots,)``, the row-major number of each block in the grid; its size tells that
-        a slot is dead.
+      index: int32 ``(slots,)``, the row-major number of each block in the grid; the number of
+        blocks in the grid marks a dead slot.
       grid: rows and columns of blocks.
       block: rows and columns of one.
       x: ``(n, inputs)`` in the dtype of ``values``, one of the backend's.
-      transposed: whether ``x`` are outputs of ``w``.
-      interpret: as there.
+      transposed: multiply by ``w.T``; then ``x`` is ``(n, outputs)``.
+      interpret: see :func:`granet_jax.kernels.block_matmul`.
 
     Returns:
-      ``(n, outputs)``, or ``(n, inputs)``, in that dtype.
+      ``(n, outputs)``, or ``(n, inputs)`` if transposed, in the dtype of ``x``.
 
     Example: one block of four.
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The block-sparse products on TPUs: the numbers of live blocks are fetched before the blocks."""
+"""The block-sparse products on TPUs: lists of live blocks are fetched before the blocks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -88,8 +88,8 @@ def _outer(
             def _() -> None:
                 out[...] = total[...].astype(out.dtype)
 
-    # Past the last live block of a column nothing moves: neither what is read nor what is written.
-    # A column without any writes where nothing belongs: to a dead block, or to the slot past all.
+    # After the last live block of a column the same blocks are read and written again. A column
+    # without live blocks writes to a place that nothing reads: a dead block, or the slot past all.
     def tile(n: Any, i: Any, m: Any, num_live: Any) -> Any:
         return jnp.where(i < num_live[n], m, num_tiles - 1)
 
@@ -134,7 +134,7 @@ def _call(
     out: jax.ShapeDtypeStruct,
     interpret: bool,
 ) -> Callable[..., jax.Array]:
-    """Three lists come before the operands, and a tile that is summed up in float32 beside them."""
+    """A call whose program gets three lists, the operands, and a float32 tile for the sum."""
     from jax.experimental.pallas import tpu
 
     spec = tpu.PrefetchScalarGridSpec(

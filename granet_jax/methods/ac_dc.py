@@ -22,13 +22,13 @@ def ac_dc(
     score: ScoreFn = scores.magnitude,
     prunable: trees.Rules = (),
 ) -> Method:
-    """Trains dense, then sparse and dense in turns, sparse at the end.
+    """Trains dense, then sparse and dense by turns, and sparse at the end.
 
-    After ``warmup_steps`` the network is pruned to ``sparsity``, ranking all weights as one; after
-    ``phase_steps`` more all weights come back, at 0 with zero moments; and so on in turns. From
-    ``last_dense_step`` it is dense, from ``last_sparse_step`` to the end sparse. The dense phases
-    let weights return that were pruned too early; both the last dense network and the last sparse
-    one are results.
+    After ``warmup_steps`` the network is pruned to ``sparsity``, ranking the weights of all layers
+    together. After ``phase_steps`` more, all weights come back, at 0 with zero moments. The phases
+    alternate until ``last_dense_step``, from which the network is dense; from ``last_sparse_step``
+    to the end it is sparse. In dense phases, weights that were pruned too early can return.
+    Training yields two networks: the last dense one and the last sparse one.
 
     Source: Peste et al. 2021, "AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural
     Networks", algorithm 1; ResNet-50, 100 epochs: warm-up 10, phases of 5, last dense from 75, last
@@ -37,18 +37,21 @@ def ac_dc(
     Args:
       sparsity: fraction of zeros among prunable weights in the sparse phases, in [0, 1).
       warmup_steps: updates before the first sparse phase, >= 1.
-      phase_steps: updates of each phase after that.
-      last_dense_step: the update from which the network is dense, until
+      phase_steps: updates of each phase after that, >= 1.
+      last_dense_step: the update from which the network is dense until ``last_sparse_step``.
       last_sparse_step: the update from which it is sparse, to the end.
       scope: what is ranked together: ``global_ranking``, or ``uniform`` or ``erk`` by layer.
-      score: the highest are kept.
+      score: the weights that score highest are kept.
       prunable: path rules, see :func:`granet_jax.trees.describe`.
+
+    Returns:
+      A method for :func:`granet_jax.sparsify`.
 
     Raises:
       ValueError: a sparsity outside [0, 1), or steps that are not in this order.
 
-    Differs from the paper's code in that: moments of the weights that come back are 0, as those of
-    all weights that grow here (theirs keep what they were before the prune).
+    Differs from the paper's code in that weights come back with moments of 0, as all grown weights
+    do here; theirs come back with the moments that they had before the prune.
 
     Example: sparse from step 4 to 7, dense from 8 to 11, sparse from 12 on.
       >>> import jax.numpy as jnp

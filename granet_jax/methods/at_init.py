@@ -1,13 +1,13 @@
 """Pruning before training: SNIP, GraSP, SynFlow and magnitude. They return masks.
 
-Train under them with ``gj.static(masks=masks)``, or start another method from them; the weights
-stay as they were initialised. Each is a score function and :func:`masks_from`, which ranks scores;
-the baseline at random is ``gj.random_masks(key, params, sparsity, gj.global_ranking)``.
+Train under them with ``gj.static(masks=masks)``, or start another method from them. The initial
+weights do not change. Each function is a score and :func:`masks_from`, which ranks scores. The
+random baseline is ``gj.random_masks(key, params, sparsity, gj.global_ranking)``.
 
-All rank the whole network as one, as the papers do, so that a layer may lose all its weights (layer
-collapse): a warning names such layers, and so does :func:`collapsed`. Put batch norm into inference
-mode, as the code of the SynFlow paper does. A residual branch that starts at zero, as where its
-last scale is 0, has scores of 0 and goes first.
+By default all rank the whole network as one, as the papers do, so a layer may lose all its weights
+(layer collapse): a warning names such layers, and so does :func:`collapsed`. Put batch norm into
+inference mode, as the code of the SynFlow paper does. A residual branch that starts at zero (its
+last scale is 0) has scores of 0 and is pruned first.
 
 Example: SNIP on linear regression.
   >>> import granet_jax as gj, jax, jax.numpy as jnp, optax
@@ -58,19 +58,23 @@ def snip(
     Args:
       loss_fn: pure function ``(params, batch) -> scalar``.
       params: tree of float arrays, as initialised.
-      batches: what the loss takes, pytrees of arrays. The paper takes one batch, the code of the
+      batches: pytrees of arrays, as the loss takes them. The paper takes one batch, the code of the
         SynFlow paper 10 images for each class.
       sparsity: fraction of zeros among prunable weights, in [0, 1).
       scope: what is ranked together: ``global_ranking``, or ``uniform`` or ``erk`` by layer.
       prunable: path rules, see :func:`granet_jax.trees.describe`.
 
     Returns:
-      Masks: bool tree of ``params``; leaves not prunable are all True. Counts are exact.
+      Masks, a bool tree of ``params``; leaves that are not prunable are all True. Counts are exact.
+
+    Warns:
+      UserWarning: a layer has lost all its weights.
 
     Raises:
-      ValueError: no batch; scores that are not finite, or 0 throughout; a sparsity out of range.
+      ValueError: no batch; scores that are not finite, or all 0; a sparsity outside [0, 1), or one
+        that the structures cannot have.
 
-    Differs from the paper's code in that weights are not initialised anew before training.
+    Differs from the paper's code in that the weights are not drawn again before training.
 
     Example: the gradient of this loss is (1, 2, 3, 4), so the scores are (4, 6, 6, 4).
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -85,11 +89,23 @@ def snip(
 
 
 def snip_scores(loss_fn: LossFn, params: PyTree, batches: Iterable[Any]) -> PyTree:
-    """``|theta * g|``, with g the sum over batches of the gradient of the loss.
+    """``|theta * g|``, where g is the gradient of the loss summed over batches.
 
-    That is ``|dL/dm|`` at masks m of ones, in float32, or float64 where parameters are that; of a
-    complex weight the largest that it is for masks of modulus 1. The papers divide by the sum of
-    all scores, which changes no ranking. Arguments are those of :func:`snip`.
+    This is ``|dL/dm|`` at masks m of ones; for a complex weight, the largest value over masks of
+    modulus 1. The papers divide by the sum of all scores, which changes no ranking.
+
+    Source: Lee et al. 2019, as :func:`snip`.
+
+    Args:
+      loss_fn: as in :func:`snip`.
+      params: as in :func:`snip`.
+      batches: as in :func:`snip`.
+
+    Returns:
+      Tree of ``params``, scores >= 0, float32 or (for float64 parameters) float64.
+
+    Raises:
+      ValueError: no batch.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -110,15 +126,27 @@ def grasp(
     scope: Distribution = distributions.global_ranking,
     prunable: trees.Rules = (),
 ) -> PyTree:
-    """Keeps the connections that the norm of the gradient needs most: :func:`grasp_scores`.
-
-    Arguments, result and errors as in :func:`snip`, but the loss is differentiated twice, and is
-    the cross-entropy of ``logits / 200`` in the paper.
+    """Keeps the connections that matter most for the norm of the gradient: :func:`grasp_scores`.
 
     Source: Wang et al. 2020, "Picking winning tickets before training by preserving gradient flow".
 
-    Differs from the paper's code in that: linear layers are not drawn anew before scoring; batches
-    are not split in halves; g holds the gradient of biases and norms, too; counts are exact.
+    Args:
+      loss_fn: as in :func:`snip`, but twice differentiable; in the paper the cross-entropy of
+        ``logits / 200``.
+      params: as in :func:`snip`.
+      batches: as in :func:`snip`.
+      sparsity: as in :func:`snip`.
+      scope: as in :func:`snip`.
+      prunable: as in :func:`snip`.
+
+    Returns:
+      Masks, as :func:`snip`.
+
+    Raises:
+      ValueError: as :func:`snip`.
+
+    Differs from the paper's code in that: linear layers are not drawn again before scoring; batches
+    are not split in halves; g includes the gradients of biases and norms; counts are exact.
 
     Example: on ``(a w0^2 + w1^2) / 2`` the scores are ``(a^2 w0^2, w1^2)``.
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -135,9 +163,22 @@ def grasp_scores(loss_fn: LossFn, params: PyTree, batches: Iterable[Any]) -> PyT
     """``theta * (H g)``: gradient g and Hessian H of the loss, each summed over batches. Signed.
 
     To first order, removing a weight lowers ``|g|^2`` by twice its score. (The paper's score has
-    the other sign, and its largest go.) Arguments are those of :func:`grasp`; scores are float32,
-    or float64 where parameters are that. Of a complex weight the score is that of its real and its
-    imaginary part together: ``Re(theta * conj(H g))``, with g and H those of the two as reals.
+    the other sign, and the largest are pruned.) A complex weight counts as its real and its
+    imaginary part: its score is ``Re(theta * conj(H g))``, where g and H are the gradient and the
+    Hessian with respect to these real numbers.
+
+    Source: Wang et al. 2020, as :func:`grasp`.
+
+    Args:
+      loss_fn: as in :func:`grasp`.
+      params: as in :func:`grasp`.
+      batches: as in :func:`grasp`.
+
+    Returns:
+      Tree of ``params``, signed scores, float32 or (for float64 parameters) float64.
+
+    Raises:
+      ValueError: no batch.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -169,10 +210,10 @@ def synflow(
     scope: Distribution = distributions.global_ranking,
     prunable: trees.Rules = (),
 ) -> PyTree:
-    """Prunes in rounds by how much flows through a connection: :func:`synflow_scores`. No data.
+    """Prunes in rounds by the flow through each connection, without data: :func:`synflow_scores`.
 
-    Round i of n scores the network pruned so far and prunes it to density ``rho^(i/n)``, where rho
-    is the final one. What is pruned stays pruned.
+    Round i of n scores the network as pruned so far and prunes it to density ``rho^(i/n)``, where
+    rho is the final density. Pruned weights stay pruned.
 
     Source: Tanaka et al. 2020, "Pruning neural networks without any data by iteratively conserving
     synaptic flow", algorithm 1.
@@ -180,9 +221,10 @@ def synflow(
     Args:
       apply_fn: pure function ``(params, inputs) -> outputs``.
       params: tree of float arrays, as initialised.
-      example: an array or ``ShapeDtypeStruct`` with shape and dtype of the inputs, one image say.
+      example: an array or ``ShapeDtypeStruct`` with the shape and dtype of the inputs, such as one
+        image.
       sparsity: fraction of zeros among prunable weights, in [0, 1).
-      rounds: how many, >= 1; the paper takes 100. With one, layers collapse as in other methods.
+      rounds: how many, >= 1; 100 in the paper. With one round, layers collapse as in other methods.
       scope: as in :func:`snip`, in each round.
       prunable: as in :func:`snip`.
 
@@ -193,15 +235,15 @@ def synflow(
       ValueError: as :func:`snip`; or ``rounds < 1``.
 
     Note:
-      What flows is multiplied by each layer: float32 holds VGG-19, but deeper networks may
-      overflow, which is an error. Where biases are 0, as they start, scaling inputs and outputs
+      Each layer multiplies the flow. float32 is enough for VGG-19; in deeper networks the flow may
+      overflow, which is an error. If all biases are 0, as at the start, scaling inputs and outputs
       changes no ranking: ``lambda params, x: 1e-30 * net(params, 1e-30 * x)``.
 
     Differs from the paper's code in that: counts are exact; shortcut convolutions are prunable
-    unless a rule says otherwise; statistics of batch norm are as ``apply_fn`` has them (new ones, 0
-    and 1, need no absolute value).
+    unless a rule says otherwise; the statistics of batch norm are those that ``apply_fn`` uses (at
+    their start of 0 and 1 they need no absolute value).
 
-    Example: a score is the sum over paths through the connection; the path 1 * 4 goes first.
+    Example: a score is the sum over paths through the connection; the path 1 * 4 is pruned first.
       >>> import granet_jax as gj, jax.numpy as jnp
       >>> params = [jnp.array([[-1.0, 2.0]]), jnp.array([[4.0], [-3.0]])]
       >>> net = lambda params, x: x @ params[0] @ params[1]
@@ -219,7 +261,7 @@ def synflow(
     for i in range(1, rounds + 1):
         scores = synflow_scores(apply_fn, apply_masks(params, masks), example)
         num_keep = scope(shapes, 1 - (1 - sparsity) ** (i / rounds)) if i < rounds else last
-        # Counts of layers are rounded: none may fall below the last.
+        # Counts of layers are rounded; none may fall below the final count.
         num_keep = jnp.maximum(jnp.asarray(num_keep, jnp.int32), last)
         masks, largest = _select(scores, masks, num_keep, tuple(prunable))
         if i > 1 and _known(largest) and not np.any(largest):
@@ -237,9 +279,17 @@ def synflow(
 def synflow_scores(apply_fn: ApplyFn, params: PyTree, example: Any) -> PyTree:
     """``|theta * dR/dtheta|``: R sums the outputs of the network of ``|theta|`` on inputs of ones.
 
-    In a network of ReLUs without biases the scores of each layer add up to R. Arguments are those
-    of :func:`synflow`; of a pruned network, pass the masked parameters. Scores are float32, or
-    float64 where parameters are that. The network is given weights of the parameters' dtypes.
+    In a network of ReLUs without biases the scores of each layer add up to R.
+
+    Source: Tanaka et al. 2020, as :func:`synflow`.
+
+    Args:
+      apply_fn: as in :func:`synflow`; it is given weights of the parameters' dtypes.
+      params: as in :func:`synflow`; for a pruned network, the masked parameters.
+      example: as in :func:`synflow`.
+
+    Returns:
+      Tree of ``params``, scores >= 0, float32 or (for float64 parameters) float64.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -258,10 +308,24 @@ def magnitude(
     scope: Distribution = distributions.global_ranking,
     prunable: trees.Rules = (),
 ) -> PyTree:
-    """Keeps the largest initial weights; arguments and result as in :func:`snip`.
+    """Keeps the largest initial weights.
 
-    A baseline: as layers differ in the scale of their initial weights, those of the smallest scale
-    collapse first.
+    A baseline. Layers differ in the scale of their initial weights, and those with the smallest
+    scale collapse first.
+
+    Source: the magnitude baseline of Tanaka et al. 2020.
+
+    Args:
+      params: as in :func:`snip`.
+      sparsity: as in :func:`snip`.
+      scope: as in :func:`snip`.
+      prunable: as in :func:`snip`.
+
+    Returns:
+      Masks, as :func:`snip`.
+
+    Raises:
+      ValueError: weights that are not finite, or all 0; a sparsity outside [0, 1).
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -281,15 +345,21 @@ def masks_from(
     scope: Distribution = distributions.global_ranking,
     prunable: trees.Rules = (),
 ) -> PyTree:
-    """Keeps what scores highest: one set of scores serves many sparsities.
+    """Keeps the weights that score highest; one set of scores serves many sparsities.
 
     Args:
-      scores: float tree of ``params``, larger = better; compared in float32, or in float64 where
-        one is that. Ties go by index.
+      scores: float tree of ``params``, larger = better; compared in float32, or in float64 if one
+        is float64. Ties are settled by index.
       params: tree of arrays.
-      sparsity: as in :func:`snip`, and so are scope, prunable, result and errors.
-      scope: what is ranked together.
-      prunable: path rules.
+      sparsity: as in :func:`snip`.
+      scope: as in :func:`snip`.
+      prunable: as in :func:`snip`.
+
+    Returns:
+      Masks, as :func:`snip`.
+
+    Raises:
+      ValueError: as :func:`snip`.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -312,6 +382,14 @@ def masks_from(
 
 def collapsed(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> list[str]:
     """The paths of prunable leaves, or of layers stacked in them, that have no weight left.
+
+    Args:
+      masks: bool tree of params, not traced.
+      params: tree of arrays or ``ShapeDtypeStruct``.
+      prunable: path rules, see :func:`granet_jax.trees.describe`.
+
+    Returns:
+      A list of paths; layers of a stack have their index, ``"path[0]"``.
 
     Example: the first of two stacked layers is empty.
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -357,7 +435,7 @@ def _flow(params: PyTree, apply_fn: ApplyFn, shape: tuple[int, ...], dtype: Any)
 def _select(
     scores: PyTree, masks: PyTree, num_keep: jax.Array, prunable: trees.Rules
 ) -> tuple[PyTree, list[jax.Array]]:
-    """The best of the live weights; and the largest ``|score|`` among those of each leaf."""
+    """The masks of the best live weights, and the largest ``|score|`` of live weights by leaf."""
     leaves = trees.describe(scores, prunable)
     pairs = zip(trees.pick(scores, leaves), trees.pick(masks, leaves), strict=True)
     largest = [jnp.max(jnp.where(mask, jnp.abs(x), 0.0)) for x, mask in pairs]
@@ -367,7 +445,7 @@ def _select(
 
 
 def _check(largest: list[jax.Array], leaves: tuple[trees.Leaf, ...]) -> None:
-    """Refuses scores that rank nothing."""
+    """Refuses scores that give no ranking."""
     if not _known(largest):
         return
     paths = [leaf.path for leaf in leaves if leaf.prunable]
@@ -391,7 +469,23 @@ def warn_of_collapse(
     before: PyTree | None = None,
     instead: str = "Lower the sparsity, or give each layer its own count with scope=granet_jax.erk",
 ) -> None:
-    """Warns of layers that have no weight left, and had some before. Traced masks pass unseen."""
+    """Warns of layers that have just lost their last weight.
+
+    Args:
+      masks: bool tree of params; traced masks are not checked.
+      params: tree of arrays or ``ShapeDtypeStruct``.
+      prunable: path rules, see :func:`granet_jax.trees.describe`.
+      before: masks before pruning; layers that were empty in these are not named. None = dense.
+      instead: the advice at the end of the warning.
+
+    Warns:
+      UserWarning: there are such layers; the message names them.
+
+    Example: half of the weights are left, so nothing is said.
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> params = {"kernel": jnp.ones((1, 2))}
+      >>> gj.at_init.warn_of_collapse({"kernel": jnp.array([[True, False]])}, params, ())
+    """
     if not _known(masks):
         return
     were = [] if before is None else collapsed(before, params, prunable)

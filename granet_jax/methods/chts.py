@@ -1,4 +1,4 @@
-"""CHTs and CHTss: Cannistraci-Hebb training, growth by the shape of the network alone."""
+"""CHTs and CHTss: Cannistraci-Hebb training, which grows by the network's topology alone."""
 
 from typing import Any
 
@@ -27,41 +27,45 @@ def chts(
     masks: PyTree | None = None,
     prunable: trees.Rules = (),
 ) -> Method:
-    """Drops softly by relative importance, grows where many short paths lead: no gradients needed.
+    """Drops at random by relative importance and grows by short paths; it needs no gradients.
 
-    At each event every layer loses ``ceil(fraction * live)`` weights, drawn so that the chance to
-    stay is proportional to :func:`granet_jax.scores.relative_importance` to the power T, and grows
-    as many where :func:`granet_jax.scores.cannistraci_hebb` is highest. T rises from 1 to 3, so
-    that the drop is ever less a matter of chance. With ``initial_sparsity`` (.5 in the paper) it is
-    CHTss: before that, the same draw thins layers out along a sigmoid curve until ``last_step``.
+    At each event every layer drops ``ceil(fraction * live)`` weights. The ones that stay are drawn
+    with chances proportional to :func:`granet_jax.scores.relative_importance` to the power T, which
+    rises from 1 to 3, so that the drop becomes less random. The layer grows the same number where
+    :func:`granet_jax.scores.cannistraci_hebb` is highest. With ``initial_sparsity`` (.5 in the
+    paper) it is CHTss: at each event the same kind of draw first prunes the layers along a sigmoid
+    curve that ends at ``last_step``.
 
     Source: Zhang et al. 2024, "Epitopological learning and Cannistraci-Hebb network shape
     intelligence brain-inspired theory for ultra-sparse advantage in deep learning" (CHT), and 2025
     (CHTs, CHTss).
 
     Args:
-      sparsity: fraction of zeros among prunable weights, in [0, 1); at ``last_step``, with
-        ``initial_sparsity``.
+      sparsity: fraction of zeros among prunable weights, in [0, 1); with ``initial_sparsity``, that
+        at ``last_step``.
       update_every: updates between events.
-      total_steps: updates in all.
-      key: typed key, for the start and for what is drawn.
-      initial_sparsity: at the start; None = ``sparsity`` all the time.
+      total_steps: updates in all; it only sets the default of ``last_step``.
+      key: typed key, for the start and for the draws.
+      initial_sparsity: sparsity of the start, in [0, 1); None = ``sparsity`` throughout.
       begin_step: no event before it.
       last_step: last event, and end of both curves; None = 3/4 of ``total_steps``.
-      fraction: exchanged at each event; .3 in the paper, .1 for language models.
+      fraction: of live weights exchanged at each event; .3 in the paper, .1 for language models.
       temperature: T, a number or a schedule; None = from 1 at step 0 to 3 at ``last_step``.
-      scope: counts for each layer, ``uniform`` or ``erk``, of the start and of what is kept.
+      scope: how a sparsity is spread over layers, ``uniform`` or ``erk``.
       masks: start from these instead of random ones (bool, tree of params).
       prunable: path rules, see :func:`granet_jax.trees.describe`.
 
-    Raises:
-      ValueError: a sparsity outside [0, 1) or falling, no event between ``begin_step`` and
-        ``last_step``, or one alone with ``initial_sparsity``.
+    Returns:
+      A method for :func:`granet_jax.sparsify`.
 
-    Differs from the paper's code in that: neurons without incoming or outgoing links keep the rest
-    of their links (a layer does not know the next one), and starts are random, not by correlations
-    of the inputs; a weight just dropped may come back at once; exact counts; see also the two
-    scores.
+    Raises:
+      ValueError: a sparsity outside [0, 1) or falling; no event between ``begin_step`` and
+        ``last_step``, or only one with ``initial_sparsity``.
+
+    Differs from the paper's code in that: a neuron that has lost all its incoming or all its
+    outgoing links keeps the others (a layer does not know the next one); starts are random, not by
+    correlations of the inputs; a weight just dropped may come back at once; counts are exact. See
+    also the two scores.
 
     Example:
       >>> import granet_jax as gj, jax, optax

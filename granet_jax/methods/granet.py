@@ -30,11 +30,11 @@ def granet(
 ) -> Method:
     """Prunes gradually by magnitude and, at the same events, exchanges connections.
 
-    Every ``update_every`` steps (1) prune to the cubic schedule
-    ``s_t = s_f + (s_i - s_f)(1 - (t - t_0)/(t_f - t_0))^3``, ranking all weights as one, then
-    (2) in each layer drop ``ceil(p_t * live)`` of the smallest weights and grow as many by the
-    largest gradients, where ``p_t`` falls on a cosine from .5 to .005. Pruning ends at
-    ``end_step``; regeneration goes on until ``total_steps``.
+    Every ``update_every`` steps it (1) prunes to the cubic schedule
+    ``s_t = s_f + (s_i - s_f)(1 - (t - t_0)/(t_f - t_0))^3``, ranking the weights of all layers
+    together; then (2) in each layer it drops the ``ceil(p_t * live)`` smallest weights and grows
+    the same number where the gradient is largest. ``p_t`` falls on a cosine from .5 to .005.
+    Pruning ends at ``end_step``; regeneration goes on until ``total_steps``.
 
     Dense-to-sparse GraNet is ``initial_sparsity=0``; sparse-to-sparse (GraNet-ST in the first
     version of the paper) is ``initial_sparsity=0.5``, from random ERK masks.
@@ -44,22 +44,25 @@ def granet(
 
     Args:
       final_sparsity: fraction of zeros among prunable weights at the end, in [0, 1).
-      end_step: the first event at or after it reaches the final sparsity (t_f; half of training
-        on CIFAR, 30 of 100 epochs on ImageNet).
+      end_step: end of the cubic (t_f), in updates; the first event at or after it reaches the
+        final sparsity. In the paper half of training on CIFAR, 30 of 100 epochs on ImageNet.
       update_every: updates between events (Delta T; 1000 on CIFAR, 4000 on ImageNet).
       total_steps: updates in all; the cosine's length and the last regeneration.
-      initial_sparsity: sparsity of the start.
+      initial_sparsity: sparsity of the start, in [0, 1).
       begin_step: no event before it (t_0).
-      initial_fraction: p at step 0.
-      final_fraction: p at ``total_steps``.
+      initial_fraction: p at step 0, in [0, 1].
+      final_fraction: p at ``total_steps``, in [0, 1].
       scope: what the gradual pruning ranks together; ``global_ranking`` is the paper's,
         ``uniform`` and ``erk`` give each layer its own count.
       start: how a sparse start is spread over layers.
-      drop: score by which regeneration drops; the lowest go.
-      grow: score by which it grows; the highest come.
+      drop: regeneration drops the weights with the lowest score.
+      grow: regeneration grows the weights with the highest score.
       masks: start from these instead (bool, tree of params).
       prunable: path rules, see :func:`granet_jax.trees.describe`.
       key: typed key; needed for a random start and for a ``grow`` that draws.
+
+    Returns:
+      A method for :func:`granet_jax.sparsify`.
 
     Raises:
       ValueError: a sparsity outside [0, 1), a schedule without events, or no event left between
@@ -68,11 +71,11 @@ def granet(
     Differs from the paper's code in that: exactly the scheduled number of weights is kept (theirs
     keeps one fewer, by a strict comparison with the threshold, or all weights when the threshold
     is 0); the schedule reaches ``final_sparsity`` (theirs makes its last prune one event before the
-    end, so that it ends ``(s_f - s_i) / (number of events)^3`` short); ties go by index, so that
-    no layer loses more than it is due; a random start has exact counts; nothing depends on epochs.
-    Their GraNet_uniform is ``scope=uniform``, without its rule that holds the classifier at a
-    density of .2 once the sparsity passes .8; their growth by momentum is
-    :func:`granet_jax.average_gradients` around this.
+    end and stays ``(s_f - s_i) / (number of events)^3`` short); ties are settled by index, so that
+    no layer drops more than its count; a random start has exact counts; nothing depends on epochs.
+    Their GraNet_uniform is ``scope=uniform``, but theirs also holds the classifier at a density of
+    .2 once the sparsity passes .8. For their growth by momentum, put
+    :func:`granet_jax.average_gradients` around this method.
 
     Example:
       >>> import granet_jax as gj, jax, optax

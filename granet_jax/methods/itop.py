@@ -1,4 +1,4 @@
-"""ITOP: what counts is how many weights are explored over time."""
+"""ITOP: methods that explore many weights over time, and the exploration rate."""
 
 from typing import Any
 
@@ -11,16 +11,20 @@ from granet_jax.types import Distribution, Event, MaskState, Method, PyTree, Sco
 
 
 def track_exploration(method: Method) -> Method:
-    """The method, with the weights that have been on at least once in its state (``explored``).
+    """The method, with a record in its state of the weights that were ever on (``explored``).
 
-    The exploration rate R_s of ITOP is the density of that union of masks: by layer
-    ``gj.metrics.densities(state.explored, params)``, in total one less its sparsity. It costs a
-    byte for each weight, and time only where masks change.
+    The exploration rate R_s of ITOP is the density of this union of masks: for each leaf
+    ``gj.metrics.densities(state.explored, params)``, in total
+    ``1 - gj.metrics.sparsity(state.explored, params)``. It costs one byte for each weight, and time
+    at events only.
 
     Source: Liu et al. 2021, "Do We Actually Need Dense Over-Parameterization?", section 3.
 
     Args:
       method: one whose state is a :class:`granet_jax.types.MaskState`.
+
+    Returns:
+      A method.
 
     Example:
       >>> import granet_jax as gj, jax, jax.numpy as jnp, optax
@@ -56,11 +60,11 @@ def rigl_itop(
     prunable: trees.Rules = (),
     key: jax.Array | None = None,
 ) -> Method:
-    """RigL that explores more: half of the weights exchanged at first, until the end of training.
+    """RigL that explores more: it exchanges half of the weights at first, and until the end.
 
-    :func:`granet_jax.rigl` with a fraction of .5 that falls on a cosine to .005 over all of
-    training, and :func:`track_exploration`. The paper's advice is to update rarely, so that each
-    weight is given time, and to train long, in small batches.
+    It is :func:`granet_jax.rigl` with a fraction that falls on a cosine from .5 to .005 over the
+    whole training, with :func:`track_exploration`. The paper advises rare events, so that each
+    weight has time to grow, and long training in small batches.
 
     Source: Liu et al. 2021, "Do We Actually Need Dense Over-Parameterization? In-Time
     Over-Parameterization in Sparse Training", section 4; ``update_every`` 4000 on CIFAR (250
@@ -69,17 +73,21 @@ def rigl_itop(
     Args:
       sparsity: fraction of zeros among prunable weights, in [0, 1), kept throughout.
       update_every: updates between events (Delta T).
-      total_steps: updates in all.
-      grow: the highest come.
+      total_steps: updates in all; the cosine's length and the last event.
+      grow: the weights with the highest score are grown.
       start: how the sparsity is spread over layers.
       masks: start from these instead of random ones (bool, tree of params).
       prunable: path rules, see :func:`granet_jax.trees.describe`.
       key: typed key for the random start, and for a ``grow`` that draws.
 
+    Returns:
+      A method for :func:`granet_jax.sparsify`.
+
     Raises:
       ValueError: as :func:`granet_jax.rigl`.
 
-    Differs from the paper's code in that random masks have exact counts, and ties go by index.
+    Differs from the paper's code in that random masks have exact counts, and ties are settled by
+    index.
 
     Example:
       >>> import granet_jax as gj, jax, optax
@@ -122,19 +130,22 @@ def set_itop(
     Args:
       sparsity: fraction of zeros among prunable weights, in [0, 1), kept throughout.
       update_every: updates between events (Delta T).
-      total_steps: updates in all.
+      total_steps: updates in all; the cosine's length and the last event.
       key: typed key, for the start and for growth.
-      unexplored_first: grow weights that have never been on as long as a layer has some ("random
+      unexplored_first: as long as a layer has weights that were never on, grow these ("random
         unfired" in the paper's code).
       start: how the sparsity is spread over layers.
       masks: start from these instead of random ones (bool, tree of params).
       prunable: path rules, see :func:`granet_jax.trees.describe`.
 
+    Returns:
+      A method for :func:`granet_jax.sparsify`.
+
     Raises:
       ValueError: as :func:`granet_jax.rigl`.
 
-    Differs from the paper's code in that as many weights are grown as were dropped, where theirs
-    draws each for itself and so grows as many on average.
+    Differs from the paper's code in that exactly as many weights are grown as were dropped; theirs
+    draws each weight independently, so that the numbers agree only on average.
 
     Example:
       >>> import granet_jax as gj, jax, optax

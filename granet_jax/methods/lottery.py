@@ -1,18 +1,18 @@
-"""Lottery tickets: the pure steps of iterative magnitude pruning; the loop is the caller's.
+"""Lottery tickets: the pruning step of iterative magnitude pruning. You write the loop.
 
-One level trains under fixed masks (any optimizer in ``sparsify(..., static())``, the masks put in
-with :func:`granet_jax.set_masks`), and :func:`prune` then takes a fifth of the live weights. The
-rules of retraining differ in where the next level starts, which is one line each:
+One level trains under fixed masks (any optimizer in ``sparsify(..., static())``, with masks set by
+:func:`granet_jax.set_masks`). Then :func:`prune` removes a fifth of the live weights. The rules of
+retraining differ in where the next level starts, which is one line each:
 
 * weight rewinding: ``apply_masks(params_k, masks)``, the weights after step k of the dense run,
   and the schedule from step k on;
-* learning-rate rewinding: ``apply_masks(params, masks)``, the weights as they are, and the last
-  part of the schedule again;
-* fine-tuning: the same weights, and the last learning rate;
+* learning-rate rewinding: ``apply_masks(params, masks)``, the current weights, and the last part of
+  the schedule again;
+* fine-tuning: the current weights, and the last learning rate;
 * reset, the original lottery ticket: ``apply_masks(params_0, masks)`` and the whole schedule;
 * reinit, its control: ``apply_masks(init(new_key), masks)`` and the whole schedule.
 
-In all of them the optimizer starts with fresh moments.
+In all of these the optimizer starts with fresh moments.
 
 Source: Frankle & Carbin 2019, "The lottery ticket hypothesis" (reset, reinit); Frankle et al. 2020,
 "Linear mode connectivity and the lottery ticket hypothesis" (weight rewinding); Renda et al. 2020,
@@ -62,8 +62,8 @@ def prune(
 ) -> PyTree:
     """Removes ``ceil(fraction * live)`` of the live prunable weights, those that score lowest.
 
-    After j levels of 20 % a share of about ``.8^j`` is left. The last live weight may go as well;
-    a warning names layers that it empties.
+    After j levels of 20 % about ``.8^j`` of the weights are left. A layer may lose its last weight;
+    a warning names such layers.
 
     Source: Frankle & Carbin 2019, section 2, iterative pruning; one-shot is a single call with a
     large fraction.
@@ -72,23 +72,26 @@ def prune(
       params: tree of arrays, the weights after training.
       masks: bool tree of ``params``, under which they were trained.
       fraction: share of the live weights to remove, in [0, 1); may be traced.
-      by_layer: take the share of each layer for itself, instead of ranking all layers together.
-      score: the lowest go. It is shown parameters and masks alone; a function that closes over the
-        initial weights scores by how far weights have moved.
+      by_layer: remove the fraction in each layer, instead of ranking all layers together.
+      score: the weights with the lowest score are removed. It can read parameters and masks only. A
+        function that closes over the initial weights can score by how far weights have moved.
       prunable: path rules, see :func:`granet_jax.trees.describe`.
 
     Returns:
-      New masks, a subset of ``masks``. Ties go by index. The count is computed in float32: above
-      10^6 weights it may be one off.
+      New masks, a subset of ``masks``. Ties are settled by index. The count is computed in float32
+      and may be off by one above 10^6 weights.
+
+    Warns:
+      UserWarning: a layer has lost its last weight.
 
     Raises:
       ValueError: a fraction outside [0, 1), or masks that are of another tree or switch off weights
         of a leaf that is not prunable.
 
-    Differs from open_lth in that: it removes one weight more, by a strict comparison with the
-    threshold, and counts weights of ignored layers among the live ones; here both are exact.
+    Differs from open_lth in that counts are exact: open_lth removes one weight more, by a strict
+    comparison with the threshold, and counts the weights of ignored layers as live.
 
-    Example: of four live weights ceil(.3 * 4) = 2 go.
+    Example: of four live weights ceil(.3 * 4) = 2 are removed.
       >>> import jax.numpy as jnp
       >>> masks = {"kernel": jnp.array([[True, True, True], [True, False, False]])}
       >>> params = {"kernel": jnp.array([[3.0, -1.0, 2.0], [-0.5, 0.0, 0.0]])}
@@ -100,7 +103,7 @@ def prune(
             f"fraction must be in [0, 1), the share of live weights to remove; got {fraction}."
         )
     masks = check_masks(masks, params)
-    # A layer that a rule leaves out may be sparse from before.
+    # A layer that a rule keeps dense may be sparse already.
     check_dense(masks, trees.describe(params, [x for x in prunable if x[1] is not False]))
     leaves = trees.describe(params, prunable)
     num_live = selection.count(structures.live_units(trees.split(masks, leaves), leaves))

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+
 from granet_jax import distributions, schedules, scores, trees
 from granet_jax.composition import compose, start_from
 from granet_jax.masks import prune_to
@@ -16,6 +18,7 @@ def magnitude(
     score: ScoreFn = scores.magnitude,
     masks: PyTree | None = None,
     prunable: trees.Rules = (),
+    key: jax.Array | None = None,
 ) -> Method:
     """Trains dense, prunes once at step ``at``, and trains on under those masks.
 
@@ -24,11 +27,15 @@ def magnitude(
 
     Args:
       sparsity: fraction of zeros among prunable weights after the prune, in [0, 1).
-      at: the step of the prune, >= 1; the masks apply from the end of that step.
+      at: the step of the prune, >= 1; the weights are 0 from the end of that step.
       scope: what is ranked together: ``global_ranking``, or ``uniform`` or ``erk`` by layer.
-      score: the highest are kept.
+      score: the weights that score highest are kept.
       masks: start from these instead of dense (bool, tree of params).
       prunable: path rules, see :func:`granet_jax.trees.describe`.
+      key: typed key; needed for a ``score`` that draws.
+
+    Returns:
+      A method for :func:`granet_jax.sparsify`.
 
     Raises:
       ValueError: a sparsity outside [0, 1), or ``at < 1``.
@@ -45,5 +52,6 @@ def magnitude(
         start_from(masks, 0.0, scope, prunable, None, (scope, sparsity)),
         prune_to(lambda shapes, step: scope(shapes, sparsity), score=score, prunable=prunable),
         is_update_step=lambda step: step == at,
+        key=key,
         name="magnitude",
     )

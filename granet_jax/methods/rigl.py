@@ -26,37 +26,40 @@ def rigl(
     prunable: trees.Rules = (),
     key: jax.Array | None = None,
 ) -> Method:
-    """Trains at a fixed sparsity; every so often drops small weights and grows by gradient.
+    """Trains at a fixed sparsity; at events it drops small weights and grows by gradient.
 
-    At each event every layer drops ``ceil(f_t * live)`` of its smallest weights and grows as many
-    where the gradient is largest; ``f_t = final + (initial - final)(1 + cos(pi t / last)) / 2``.
+    At each event every layer drops its ``ceil(f_t * live)`` smallest weights and grows the same
+    number where the gradient is largest. The fraction falls on a cosine,
+    ``f_t = final + (initial - final)(1 + cos(pi t / last)) / 2``.
 
     Source: Evci et al. 2020, "Rigging the Lottery: Making All Tickets Winners", section 3 and
-    algorithm 1. RigL-ITOP (Liu et al. 2021, "Do We Actually Need Dense Over-Parameterization?") is
-    ``initial_fraction=0.5, final_fraction=0.005, last_step=total_steps``.
+    algorithm 1. RigL-ITOP is :func:`granet_jax.rigl_itop`.
 
     Args:
-      sparsity: fraction of zeros among prunable weights, in [0, 1), kept throughout.
+      sparsity: fraction of zeros among prunable weights, in [0, 1), constant.
       update_every: updates between events (Delta T; 100 in the paper).
-      total_steps: updates in all.
+      total_steps: updates in all; it only sets the default of ``last_step``.
       begin_step: no event before it.
       last_step: last event, and end of the cosine; None = 3/4 of ``total_steps``.
-      initial_fraction: f at step 0.
-      final_fraction: f at ``last_step``.
+      initial_fraction: f at step 0, in [0, 1].
+      final_fraction: f at ``last_step``, in [0, 1].
       start: how the sparsity is spread over layers.
-      drop: the lowest go.
-      grow: the highest come.
+      drop: the weights with the lowest score are dropped.
+      grow: the weights with the highest score are grown.
       masks: start from these instead of random ones (bool, tree of params).
       prunable: path rules, see :func:`granet_jax.trees.describe`.
       key: typed key for the random start, and for a ``grow`` that draws.
+
+    Returns:
+      A method for :func:`granet_jax.sparsify`.
 
     Raises:
       ValueError: a sparsity or fraction out of range, a random start without key, or a schedule
         without events.
 
     Differs from the paper's code, following the ITOP and GraNet code: the masks change after an
-    optimizer step, not instead of one; ``ceil`` instead of ``floor``; no noise on the drop scores,
-    ties go by index.
+    optimizer step, not instead of one; ``ceil`` instead of ``floor``; the drop scores have no
+    noise, and ties are settled by index.
 
     Example:
       >>> import granet_jax as gj, jax, optax

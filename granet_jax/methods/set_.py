@@ -26,39 +26,42 @@ def set_(
     masks: PyTree | None = None,
     prunable: trees.Rules = (),
 ) -> Method:
-    """Trains at a fixed sparsity; every so often drops small weights and grows random ones.
+    """Trains at a fixed sparsity; at events it drops small weights and grows random ones.
 
-    As :func:`granet_jax.rigl`, with growth uniformly at random among all that are off.
+    As :func:`granet_jax.rigl`, but growth is uniformly random among the weights that are off.
 
     Source: Mocanu et al. 2018, "Scalable training of artificial neural networks with adaptive
-    sparse connectivity inspired by network science"; the defaults are the form in which Evci et
-    al. 2020 compare it with RigL (magnitude drop, cosine). The original is ``by_sign=True`` with
-    ``final_fraction=initial_fraction``, ``last_step=total_steps`` and an update each epoch. MEST
-    (Yuan et al. 2021), at a constant number of weights, is
+    sparse connectivity inspired by network science". The defaults are those of Evci et al. 2020,
+    who compare it with RigL (magnitude drop, cosine). The original is ``by_sign=True`` with
+    ``final_fraction=initial_fraction``, ``last_step=total_steps`` and an event each epoch. MEST
+    (Yuan et al. 2021) with a constant number of weights is
     ``drop=granet_jax.scores.magnitude_and_gradient(0.01)``.
 
     Args:
-      sparsity: fraction of zeros among prunable weights, in [0, 1), kept throughout.
+      sparsity: fraction of zeros among prunable weights, in [0, 1), constant.
       update_every: updates between events.
-      total_steps: updates in all.
+      total_steps: updates in all; it only sets the default of ``last_step``.
       key: typed key, for the start and for growth.
       begin_step: no event before it.
       last_step: last event, and end of the cosine; None = 3/4 of ``total_steps``.
-      initial_fraction: fraction exchanged at step 0.
-      final_fraction: fraction exchanged at ``last_step``.
+      initial_fraction: fraction exchanged at step 0, in [0, 1].
+      final_fraction: fraction exchanged at ``last_step``, in [0, 1].
       start: how the sparsity is spread over layers.
-      drop: the lowest go.
-      by_sign: drop the smallest of the positive and the largest of the negative weights, the
-        fraction of each, as the original does.
+      drop: the weights with the lowest score are dropped.
+      by_sign: as the original does, drop the fraction of the positive weights and of the negative
+        weights separately, those nearest to 0.
       masks: start from these instead of random ones (bool, tree of params).
       prunable: path rules, see :func:`granet_jax.trees.describe`.
+
+    Returns:
+      A method for :func:`granet_jax.sparsify`.
 
     Raises:
       ValueError: as :func:`granet_jax.rigl`.
 
     Differs from the original code in that a weight just dropped may come back at once, ERK masks
-    have exact counts, and what is dropped by sign is counted, not cut at a value. MEST's elastic
-    mutation (more weights at first) and its blocks are not here.
+    have exact counts, and ``by_sign`` drops an exact number, where theirs drops by a threshold.
+    MEST's elastic mutation (more weights at first) and its blocks are not implemented.
 
     Example:
       >>> import granet_jax as gj, jax, optax

@@ -14,21 +14,27 @@ from granet_jax.types import Distribution, Event, MaskState, Method, PyTree
 
 
 def average_gradients(method: Method, decay: float = 0.9) -> Method:
-    """The method, shown a running mean of the dense gradients instead of those of one batch.
+    """The method, given a running mean of the dense gradients instead of one batch's gradients.
 
-    ``mean <- decay * mean + (1 - decay) * gradient`` at every step, in float32 or, where parameters
-    are float64 or complex, in their dtype: four bytes or more for each weight, and a dense gradient
-    at every step.
+    At every step ``mean <- decay * mean + (1 - decay) * gradient``. The mean is float32, or has the
+    parameters' dtype if that is float64 or complex. It costs at least four bytes for each weight,
+    and a dense gradient at every step.
+
+    Source: Dettmers & Zettlemoyer 2019, "Sparse Networks from Scratch", section 3.
 
     Args:
       method: one whose state is a :class:`granet_jax.types.MaskState`.
       decay: share of the mean that stays, in [0, 1).
 
+    Returns:
+      A method; its state holds the mean in ``average``.
+
     Raises:
       ValueError: ``decay`` outside [0, 1).
 
     Note:
-      A gradient that is NaN stays in the mean; keep it out with ``optax.apply_if_finite`` outside.
+      A NaN in a gradient stays in the mean; ``optax.apply_if_finite`` around ``sparsify`` keeps it
+      out.
 
     Example: RigL that grows by averaged gradients.
       >>> import granet_jax as gj, jax
@@ -62,12 +68,22 @@ def average_gradients(method: Method, decay: float = 0.9) -> Method:
 def by_mean_score(
     num_dropped: jax.Array, growth: Sequence[jax.Array], live: Sequence[jax.Array]
 ) -> jax.Array:
-    """Deals out what was dropped in proportion to the mean growth score of live weights.
+    """Divides growth among layers in proportion to the mean growth score of their live weights.
 
-    A layer gets no more than it has room for; what is over goes round among the others again.
-    Shares are rounded down, and what that leaves goes to the largest fractions.
+    A layer gets at most as many weights as it has room for; the surplus is divided among the other
+    layers in the same way. Shares are rounded down, and the rest goes to the largest fractions.
 
-    Example: the second layer's mean is three times that of the first, but it has room for two.
+    Source: Dettmers & Zettlemoyer 2019, "Sparse Networks from Scratch", section 3.
+
+    Args:
+      num_dropped: int32 ``(layers,)``.
+      growth: growth scores, stacks ``(layers_i, *layer_shape_i)``.
+      live: bool stacks of the same shapes, before the drop.
+
+    Returns:
+      int32 ``(layers,)``, how many weights each layer grows; the sum is that of ``num_dropped``.
+
+    Example: the second layer's mean is three times that of the first, but it has room for only two.
       >>> import jax.numpy as jnp
       >>> growth = [jnp.array([[1.0, 1.0, 1.0, 0.0, 0.0, 0.0]]), jnp.array([[3.0, 3.0, 3.0]])]
       >>> live = [jnp.array([[True] * 3 + [False] * 3]), jnp.array([[True, True, False]])]
@@ -85,7 +101,7 @@ def by_mean_score(
     dtype = sortable.widest(sums)
     sums_of_all = jnp.concatenate([blocks.replicated(x).astype(dtype) for x in sums])
     mean = sums_of_all / jnp.maximum(num_live, 1).astype(dtype)
-    weight = mean + 1e-6 * jnp.max(mean) + 1e-30  # so that every layer can take what is over
+    weight = mean + 1e-6 * jnp.max(mean) + 1e-30  # so that every layer can take some surplus
 
     def deal(_: jax.Array, shares: jax.Array) -> jax.Array:
         open_weight = jnp.where(shares < most, weight, 0.0)
@@ -105,7 +121,7 @@ def by_mean_score(
 
 
 def _fill(total: jax.Array, capacity: jax.Array) -> jax.Array:
-    """Deals out a total, each taking all it can in turn."""
+    """Divides a total: each in turn takes all it can."""
     return jnp.clip(total - (jnp.cumsum(capacity, dtype=jnp.int32) - capacity), 0, capacity)
 
 
@@ -127,37 +143,41 @@ def snfs(
     prunable: trees.Rules = (),
     key: jax.Array | None = None,
 ) -> Method:
-    """Trains at a fixed sparsity; weights wander to the layers where gradients are large.
+    """Trains at a fixed sparsity; weights move to the layers where gradients are large.
 
-    At each event every layer drops ``ceil(f_t * live)`` of its smallest weights; all that was
-    dropped is dealt out over the layers in proportion to the mean ``|momentum|`` of their live
-    weights, and each layer grows where its ``|momentum|`` is largest. Momentum is a running mean of
+    At each event every layer drops its ``ceil(f_t * live)`` smallest weights. The number dropped in
+    all is divided among the layers in proportion to the mean ``|momentum|`` of their live weights.
+    Each layer grows its share where its ``|momentum|`` is largest. Momentum is a running mean of
     dense gradients.
 
     Source: Dettmers & Zettlemoyer 2019, "Sparse Networks from Scratch: Faster Training without
     Losing Performance", section 3.
 
     Args:
-      sparsity: fraction of zeros among prunable weights, in [0, 1), kept in total.
+      sparsity: fraction of zeros among all prunable weights, in [0, 1), constant.
       update_every: updates between events (an epoch in the paper).
       total_steps: updates in all; the cosine's length and the last event.
       decay: of the running mean.
       begin_step: no event before it.
-      initial_fraction: f at step 0.
-      final_fraction: f at ``total_steps``.
+      initial_fraction: f at step 0, in [0, 1].
+      final_fraction: f at ``total_steps``, in [0, 1].
       start: how the sparsity is spread over layers at first.
       masks: start from these instead of random ones (bool, tree of params).
       prunable: path rules, see :func:`granet_jax.trees.describe`.
       key: typed key for the random start.
+
+    Returns:
+      A method for :func:`granet_jax.sparsify`.
 
     Raises:
       ValueError: a sparsity, fraction or decay out of range, a random start without key, or a
         schedule without events.
 
     Differs from the paper's code in that: the momentum is the method's own mean of raw gradients,
-    not the optimizer's (the two differ by a factor for SGD; under Adam theirs divides by the root
-    of the second moment); a layer may fill up (theirs stops at 99 % of what is free); layers that
-    are over 80 % dense and growing drop as others do; no count is lost to rounding.
+    not the optimizer's (for SGD the two differ by a constant factor; under Adam theirs is divided
+    by the root of the second moment); a layer may fill up (theirs stops at 99 % of its free
+    places); layers that grow and are more than 80 % dense drop as the others do; rounding loses no
+    weights.
 
     Example:
       >>> import granet_jax as gj, jax, optax

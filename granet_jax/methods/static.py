@@ -19,19 +19,23 @@ def static(
 ) -> Method:
     """Trains under fixed masks: random ones, or given ones.
 
-    The baseline of sparse training, and the way to train under masks found elsewhere (pruning at
-    initialisation, lottery tickets, a finished run).
+    It is the baseline of sparse training, and the way to train under masks from elsewhere (pruning
+    at initialisation, lottery tickets, a finished run).
 
     Args:
-      sparsity: fraction of zeros among prunable weights, in [0, 1); 0 = dense training through the
-        same code.
+      sparsity: fraction of zeros among prunable weights, in [0, 1); 0 = dense, or whatever
+        sparsity ``masks`` have.
       start: how the sparsity is spread over layers.
       masks: use these instead of random ones (bool, tree of params).
       prunable: path rules, see :func:`granet_jax.trees.describe`.
       key: typed key for random masks.
 
+    Returns:
+      A method for :func:`granet_jax.sparsify`.
+
     Raises:
-      ValueError: a sparsity outside [0, 1), or random masks without a key.
+      ValueError: a sparsity outside [0, 1), or random masks without a key; in ``init``, as
+        :func:`granet_jax.start_from`.
 
     Example:
       >>> import granet_jax as gj, jax, optax

@@ -1,7 +1,8 @@
 """One-shot pruning of trained models: a few batches, one call, any function of any tree.
 
-:func:`prune` does it; :func:`calibrate` and :func:`prune_from` are its two halves. Methods prune
-one layer, seen as a matrix, by a statistic of its inputs; one of your own is a :class:`OneShot`.
+:func:`prune` does it all; :func:`calibrate` and :func:`prune_from` are its two halves. A method
+prunes one layer, seen as a matrix, by a statistic of its inputs. For a method of your own, make a
+:class:`OneShot`.
 """
 
 from granet_jax.one_shot.alps import alps as alps

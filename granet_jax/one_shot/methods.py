@@ -11,12 +11,17 @@ from granet_jax.one_shot.statistics import StatisticFn, squares
 
 
 class Keep(NamedTuple):
-    """What is kept of a layer ``(inputs, outputs)``.
+    """How many weights of a layer ``(inputs, outputs)`` are kept.
 
     Attributes:
-      num_keep: weights of the whole layer.
-      group: as many are kept among so many inputs in a row of each output, at least one; 0 = the
-        best of all.
+      num_keep: of the whole layer.
+      group: each output keeps the same number, at least one, of each ``group`` consecutive inputs;
+        0 = the best of the whole layer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> Keep(1).best(jnp.array([[1.0, 5.0], [2.0, 3.0]])).tolist()
+      [[False, True], [False, False]]
     """
 
     num_keep: int
@@ -33,13 +38,22 @@ class Keep(NamedTuple):
 
 
 class OneShot(NamedTuple):
-    """A method that prunes a layer once, by what its inputs were.
+    """A method that prunes a layer once, by a statistic of its inputs.
 
     Attributes:
-      prune: ``(w, values, keep) -> (w, mask)``: float32 or wider ``(inputs, outputs)``, the mean of
-        the statistic over rows, a :class:`Keep` with static numbers; what is masked is 0 after it.
-      statistic: what it has to know of the inputs; None = nothing.
-      by_output: whether each output keeps as many weights, where no structure says how.
+      prune: ``(w, values, keep) -> (w, mask)``. ``w`` is ``(inputs, outputs)``, float32 or wider;
+        ``values`` is the mean of the statistic over rows; ``keep`` is a :class:`Keep` of static
+        numbers. Masked weights have to be 0 in the result.
+      statistic: a function of the rows of inputs; None = it needs no inputs.
+      by_output: whether each output keeps the same number of weights, if no structure decides.
+
+    Example: a method of your own, which keeps the largest weights.
+      >>> import jax.numpy as jnp
+      >>> def prune(w, values, keep):
+      ...     mask = keep.best(jnp.abs(w))
+      ...     return jnp.where(mask, w, 0.0), mask
+      >>> OneShot(prune).prune(jnp.array([[1.0], [-2.0]]), None, Keep(1))[0].tolist()
+      [[0.0], [-2.0]]
     """
 
     prune: Callable[[jax.Array, Any, Keep], tuple[jax.Array, jax.Array]]
@@ -48,29 +62,44 @@ class OneShot(NamedTuple):
 
 
 def magnitude(*, by_output: bool = False) -> OneShot:
-    """``|w|``, without calibration: Han et al. 2015.
+    """``|w|``: the largest weights are kept, without calibration.
+
+    Source: Han et al. 2015, "Learning both weights and connections for efficient neural networks",
+    section 3.
 
     Args:
-      by_output: each output keeps as many weights. What outputs are a batch tells, for
-        :func:`prune`, or statistics; without either they are the last axis.
+      by_output: each output keeps the same number of weights. Which axes are outputs follows from
+        the batch of :func:`granet_jax.one_shot.prune`, or from the statistics of ``prune_from``;
+        without statistics the last axis is the outputs.
+
+    Returns:
+      A method for :func:`granet_jax.one_shot.prune`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> magnitude().prune(jnp.array([[1.0], [-2.0]]), None, Keep(1))[1].tolist()
+      [[False], [True]]
     """
     return _by_score(lambda w, _: jnp.abs(w), None, by_output)
 
 
 def wanda(*, by_output: bool = True) -> OneShot:
-    """``|w_ij| ||x_j||``: large weights of inputs that are often large.
+    """``|w_ij| ||x_j||``: keeps large weights of inputs that are often large.
 
     Source: Sun et al. 2023, "A simple and effective pruning approach for large language models",
-    section 3; each output keeps as many weights.
+    section 3; each output keeps the same number of weights.
 
     Args:
       by_output: False = the best of the whole layer.
 
-    Differs from the paper's code in that counts are those of the library: of a layer's count each
-    output gets the same, rounded, halves up, at least one (theirs removes ``int(inputs *
-    sparsity)``); of equal scores the lower index stays.
+    Returns:
+      A method for :func:`granet_jax.one_shot.prune`.
 
-    Example: the second input is never seen.
+    Differs from the paper's code in its counts: the layer's count is divided equally among the
+    outputs and rounded (halves up), at least one each; theirs removes ``int(inputs * sparsity)``.
+    Ties are settled by index.
+
+    Example: the second input is always 0.
       >>> import jax.numpy as jnp
       >>> w = jnp.array([[1.0], [5.0], [2.0]])
       >>> wanda().prune(w, jnp.array([4.0, 0.0, 1.0]), Keep(2))[1].ravel().tolist()
@@ -82,16 +111,25 @@ def wanda(*, by_output: bool = True) -> OneShot:
 def ria(*, power: float = 0.5, by_output: bool = False) -> OneShot:
     """``(|w| / sum of its output + |w| / sum of its input) ||x||^power``: relative importance.
 
-    No input and no output loses all that it has as easily as by size alone.
+    An input or output with small weights is less likely to lose all of them than by magnitude.
 
     Source: Zhang et al. 2024, "Plug-and-play: an efficient post-training pruning method for large
     language models", where the power is .5.
 
     Args:
       power: of the norm of the inputs.
-      by_output: each output keeps as many weights.
+      by_output: each output keeps the same number of weights.
+
+    Returns:
+      A method for :func:`granet_jax.one_shot.prune`.
 
     Differs from the paper's code in that counts are exact; 0/0 is 0.
+
+    Example: the weight .1 is most of its input and stays, while 2 is pruned.
+      >>> import jax.numpy as jnp
+      >>> w = jnp.array([[0.1, 0.02], [3.0, 4.0], [2.0, 3.0]])
+      >>> ria().prune(w, jnp.ones(3), Keep(4))[1].tolist()
+      [[True, False], [True, True], [False, True]]
     """
 
     def score(w: jax.Array, values: jax.Array) -> jax.Array:

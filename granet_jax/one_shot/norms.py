@@ -1,4 +1,4 @@
-"""Statistics of batch norm, which pruning leaves wrong, made anew."""
+"""Recomputing the statistics of batch norm, which are wrong after pruning."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,15 +11,18 @@ from granet_jax.types import PyTree
 def recalibrate(
     update: Callable[[PyTree, Any], PyTree], statistics: PyTree, batches: Iterable[Any]
 ) -> PyTree:
-    """Passes batches through a network in training mode, and keeps the statistics that result.
+    """Updates running statistics by passing batches through the network in training mode.
 
-    Parameters do not change. Each batch moves the running statistics as in training: with the usual
-    momentum of .9, 100 batches leave a share of .9^100 = 3e-5 of the old ones.
+    Parameters do not change. Each batch moves the running statistics as in training. With the usual
+    momentum of .9, the old statistics have a share of .9^100 = 3e-5 after 100 batches.
 
     Args:
       update: ``(statistics, batch) -> statistics``, one pass; compile it.
-      statistics: tree of arrays, as Flax's ``batch_stats``.
+      statistics: tree of arrays, such as Flax's ``batch_stats``.
       batches: pytrees of arrays.
+
+    Returns:
+      The new statistics, a tree like ``statistics``.
 
     Raises:
       ValueError: ``update`` returns another tree, or other shapes.

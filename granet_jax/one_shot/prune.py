@@ -1,4 +1,4 @@
-"""A model pruned with one call, layer after layer or all layers from one pass."""
+"""Pruning a model with one call, layer after layer or all layers from one pass."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ from granet_jax.types import Distribution, PyTree
 
 
 class Pruned(NamedTuple):
-    """What pruning gives."""
+    """The result of pruning."""
 
     params: PyTree  # of the dtypes before, exactly 0 where masked
     masks: PyTree  # bool, as methods and :func:`granet_jax.static` take them
@@ -37,32 +37,33 @@ def prune(
 ) -> Pruned:
     """Prunes a trained model once, with a few batches of data and no training.
 
-    Any function of any tree: Flax, NNX, Equinox, Haiku or bare; the trace tells which product
-    reads which weights. On from there with ``gj.static(masks=pruned.masks)``, or as the start of
-    any dynamic method.
+    It works for any function of any tree: Flax, NNX, Equinox, Haiku or bare. The trace shows which
+    product reads which weights. To train on, use ``gj.static(masks=pruned.masks)``, or start any
+    dynamic method from these masks.
 
     Args:
-      method: ``magnitude()``, ``wanda()``, ``ria()``, ``sparsegpt()``, ``alps()`` of this package.
+      method: ``magnitude()``, ``wanda()``, ``ria()``, ``sparsegpt()`` or ``alps()`` of this
+        package, or your own :class:`granet_jax.one_shot.OneShot`.
       apply_fn: ``(params, batch) -> anything``, the forward pass.
-      params: tree of arrays, of any float dtype; arithmetic is float32, or float64 where they are.
-      batches: of data as in use, pytrees of arrays; a few thousand rows (tokens) are enough.
+      params: tree of arrays of any float dtype; arithmetic is float32, or float64 for float64.
+      batches: typical data, pytrees of arrays; a few thousand rows (tokens) are enough.
       sparsity: fraction of zeros among prunable weights, in [0, 1).
       scope: counts for each layer, ``uniform`` or ``erk`` or ``by_path``.
-      prunable: path rules; ``n_of_m(4)`` along inputs and ``fan_in()`` are the structures that
-        one-shot methods know. Layers of a ``scan`` need a ``Stacked`` rule
-        (:func:`granet_jax.prunable_from` writes it).
-      sequential: each layer sees inputs as the layers pruned before it make them, at the cost of a
-        pass over the batches for each; False = one pass through the dense model.
+      prunable: path rules, see :func:`granet_jax.trees.describe`. One-shot methods support the
+        structures ``n_of_m(4)`` along inputs and ``fan_in()``. Layers of a ``scan`` need a
+        ``Stacked`` rule (:func:`granet_jax.prunable_from` writes it).
+      sequential: each layer is calibrated with the outputs of the layers already pruned, which
+        takes a pass over the batches for each layer; False = one pass through the dense model.
 
     Returns:
       New parameters and masks.
 
     Raises:
-      ValueError: no batch; a sparsity that layers or structures do not have; a prunable leaf that
-        no product reads, or whose inputs the trace cannot tell (the message has its path and why);
-        a layer that no row reached; statistics that are not finite; weights that are not.
+      ValueError: no batch; a sparsity that the layers or structures cannot have; a prunable leaf
+        that no product reads, or whose inputs the trace does not show (the message gives its path
+        and the reason); a layer that no row reached; weights or statistics that are not finite.
 
-    Source: for the order of layers Frantar & Alistarh 2023.
+    Source: Frantar & Alistarh 2023, for the order of layers.
 
     Example:
       >>> import granet_jax as gj, jax, jax.numpy as jnp
@@ -79,7 +80,7 @@ def prune(
     if method.statistic is None and not (batches and _needs_axes(method, leaves)):
         return prune_from(method, params, {}, **how)
     if not sequential or method.statistic is None:
-        statistic = method.statistic or calibration.squares  # that alone tells what inputs are
+        statistic = method.statistic or calibration.squares  # only to find the inputs
         found = calibration.calibrate(apply_fn, params, batches, statistic, prunable=prunable)
         return prune_from(method, params, found, **how)
     if not batches:
@@ -106,15 +107,21 @@ def prune_from(
     scope: Distribution = distributions.uniform,
     prunable: trees.Rules = (),
 ) -> Pruned:
-    """Prunes by statistics that are there already: one calibration serves many sparsities.
+    """Prunes by given statistics, so that one calibration serves many sparsities.
 
     Args:
       method: as in :func:`prune`.
-      params: those that were calibrated.
-      statistics: of :func:`calibrate`, with the method's statistic and the same rules.
-      sparsity: as in :func:`prune`, and so are scope, prunable, result and errors.
-      scope: counts for each layer.
-      prunable: path rules.
+      params: the calibrated parameters.
+      statistics: from :func:`calibrate`, with the method's statistic and the same rules.
+      sparsity: as in :func:`prune`.
+      scope: as in :func:`prune`.
+      prunable: as in :func:`prune`.
+
+    Returns:
+      New parameters and masks.
+
+    Raises:
+      ValueError: as :func:`prune`; or a prunable leaf without a statistic.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -129,7 +136,7 @@ def prune_from(
     """
     leaves = trees.describe(params, prunable)
     axes = {path: x.inputs for path, x in statistics.items()}
-    if method.statistic is None:  # the last axis is the outputs, where nothing tells
+    if method.statistic is None:  # without a statistic the last axis is the outputs
         axes = {x.path: tuple(range(len(x.layer_shape) - 1)) for x in leaves if x.prunable} | axes
     layers = _layers(method, axes, sparsity, scope, leaves)
     work = _begin(method, params)
@@ -147,7 +154,7 @@ def _needs_axes(method: OneShot, leaves: Sequence[trees.Leaf]) -> bool:
 
 
 class _Layer(NamedTuple):
-    """One layer, and what is to be kept of it."""
+    """One layer, and how many of its weights to keep."""
 
     path: str
     place: int  # in the stack of its leaf
@@ -162,7 +169,7 @@ def _layers(
     scope: Distribution,
     leaves: Sequence[trees.Leaf],
 ) -> dict[tuple[str, int], _Layer]:
-    """What is to be done, checked."""
+    """The layers to prune, with their counts, checked."""
     distributions.check_sparsity("sparsity", sparsity)
     counts = scope(structures.shapes(leaves), sparsity)
     structures.check_counts(leaves, counts, sparsity)
@@ -191,10 +198,10 @@ def _layers(
 
 
 def _group(leaf: trees.Leaf, inputs: tuple[int, ...]) -> int:
-    """How many inputs in a row make a group of a structure.
+    """How many consecutive inputs a group of a structure has.
 
     Raises:
-      ValueError: its groups are not of inputs in a row of one output.
+      ValueError: its groups are not consecutive inputs of one output.
     """
     structure = leaf.structure
     assert structure is not None
@@ -218,7 +225,7 @@ def _group(leaf: trees.Leaf, inputs: tuple[int, ...]) -> int:
 
 
 def _matrix(layer: Any, inputs: tuple[int, ...]) -> Any:
-    """``(inputs, outputs)`` of a layer."""
+    """A layer as a matrix ``(inputs, outputs)``."""
     outputs = [i for i in range(layer.ndim) if i not in inputs]
     size = math.prod(layer.shape[i] for i in inputs)
     return layer.transpose(*inputs, *outputs).reshape(size, -1)
@@ -231,7 +238,7 @@ def _layer_of(matrix: Any, shape: tuple[int, ...], inputs: tuple[int, ...]) -> A
 
 
 class _Work(NamedTuple):
-    """Parameters and masks as far as layers have been pruned, in leaf order; what prunes one."""
+    """Parameters and masks so far, in leaf order, and the program that prunes one layer."""
 
     params: list[jax.Array]
     masks: list[jax.Array]
@@ -283,7 +290,7 @@ def _one(
     keep: Keep,
     inputs: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A layer pruned, its mask, and whether all is finite."""
+    """The pruned layer, its mask, and whether everything is finite."""
     w = _matrix(layer, inputs).astype(scores.at_least_float32(layer.dtype))
     new, mask = method.prune(w, values, keep)
     given = [w, new] if values is None else [w, new, values]

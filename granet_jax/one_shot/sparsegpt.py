@@ -1,4 +1,4 @@
-"""SparseGPT: prunes a layer input by input, and repairs the weights that are left."""
+"""SparseGPT: prunes a layer input by input, and corrects the weights that are left."""
 
 import functools
 from typing import Any
@@ -11,30 +11,33 @@ from granet_jax.one_shot.statistics import gram
 
 
 def sparsegpt(*, block: int = 128, damping: float = 0.01) -> OneShot:
-    """Removes what costs least in squared output error, and lets later inputs make up for it.
+    """Removes the weights that change the output least, and corrects the weights of later inputs.
 
-    With ``H = X^T X`` (damped) and U the upper factor of its inverse, ``U^T U = H^-1``, the weights
-    of an input j are gone through in order: those that are removed leave ``w_j / U_jj`` times
-    ``U_j`` to the inputs after them. Which they are is decided for blocks of inputs at once, by
-    ``w^2 / U_jj^2``; for N:M at the first input of each group, on the weights as repaired so far.
-    Inputs that are never seen lose their weights first.
+    Let ``H = X^T X`` (damped), and U the upper factor of its inverse, ``U^T U = H^-1``. Inputs are
+    processed in order. If the weight ``w_j`` of input j is removed, ``w_j / U_jj`` times row
+    ``U_j`` is subtracted from the weights of the inputs after it. Which weights to remove is
+    decided for a block of inputs at once, by ``w^2 / U_jj^2``; for N:M at the first input of each
+    group, on the weights as corrected so far. Inputs that are always 0 lose their weights first.
 
     Source: Frantar & Alistarh 2023, "SparseGPT: massive language models can be accurately pruned in
     one-shot", algorithm 1.
 
     Args:
-      block: inputs that are decided on together; a multiple of M for N:M.
-      damping: of the mean of H's diagonal, added to all of it.
+      block: how many inputs are decided together; a multiple of M for N:M.
+      damping: share of the mean of H's diagonal that is added to the diagonal.
+
+    Returns:
+      A method for :func:`granet_jax.one_shot.prune`.
 
     Raises:
       ValueError: a block below 1 or negative damping; with the layer, a block that M does not
         divide.
 
-    Differs from the paper's code in that: blocks keep what their share of the layer's count is, so
-    that the count is exact (theirs prunes one weight more in each block); U comes from one
-    factorisation of H reversed, and no inverse is made.
+    Differs from the paper's code in that: each block keeps its share of the layer's count, so that
+    the count is exact (theirs prunes one weight more in each block); U comes from one factorisation
+    of H in reversed order, without computing an inverse.
 
-    Example: two inputs that are always the same; the one that stays takes the weight of both.
+    Example: two inputs that are always equal; the kept weight takes the sum of both.
       >>> import jax.numpy as jnp
       >>> values = jnp.array([[100.0, 100.0], [100.0, 100.0]])
       >>> w, mask = sparsegpt(damping=1e-4).prune(jnp.array([[1.0], [2.0]]), values, Keep(1))
@@ -56,7 +59,7 @@ def _prune(
     w = jnp.where(seen[:, None], w, 0.0)
     u = inverse_factor(values, damping)
     masks, kept = [], 0
-    # Whole numbers for each output, where all are to keep as many.
+    # Integers for each output, if all keep the same number.
     step = num_outputs if keep.group == num_inputs else 1
     total = step * max((keep.num_keep + step // 2) // step, 1)
     for start in range(0, num_inputs, block):
@@ -73,10 +76,10 @@ def _prune(
 
 
 def inverse_factor(values: jax.Array, damping: float) -> jax.Array:
-    """The upper U with ``U^T U = H^-1``, of a Gram matrix as H is made of it; NaN if singular.
+    """The upper U with ``U^T U = H^-1``, where H comes from the Gram matrix; NaN if singular.
 
-    H reversed is ``L L^T``, so H is ``R R^T`` with the upper R, L reversed; U is the inverse of R.
-    ``H = 2 values``, with 1 on the diagonal of inputs that are never seen, plus damping.
+    ``H = 2 values``, with 1 on the diagonal for inputs that are always 0, plus damping. In reversed
+    order H is ``L L^T``, so H is ``R R^T``, where the upper R is L reversed; U is the inverse of R.
     """
     diagonal = jnp.diagonal(2 * values)
     diagonal = jnp.where(diagonal > 0, diagonal, 1.0)
@@ -87,11 +90,11 @@ def inverse_factor(values: jax.Array, damping: float) -> jax.Array:
 
 
 def _block(w: jax.Array, u: jax.Array, keep: Keep) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A block repaired, what its inputs leave to those after it, and its mask."""
+    """A corrected block, the corrections for the inputs after it, and its mask."""
     diagonal = jnp.diagonal(u)
     by_group = keep.group < len(w) and keep.group > 0
     all_at_once = jnp.zeros(w.shape, bool)
-    if not by_group and keep.num_keep:  # in groups the least would be one
+    if not by_group and keep.num_keep:  # a group would keep at least one
         all_at_once = keep.best((w / diagonal[:, None]) ** 2)
     each = keep._replace(num_keep=round(keep.num_keep * keep.group / len(w)))
 

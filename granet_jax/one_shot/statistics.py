@@ -1,8 +1,8 @@
-"""Calibration: what the inputs of each product were, over batches, for any function of params.
+"""Calibration: statistics of the inputs of each product over batches, for any function of params.
 
 The trace is walked as for live weights (:mod:`granet_jax.compact.walk`), with whole leaves instead
 of slots: through transpositions, reshapes, casts, slices of stacks, ``scan``, ``remat`` and
-branches. Where a product reads a leaf, a statistic of its other operand is added up.
+branches. If a product reads a leaf, a statistic of its other operand is summed.
 """
 
 import functools
@@ -27,22 +27,46 @@ StatisticFn = Callable[[jax.Array], jax.Array]  # float32 (rows, inputs) -> arra
 
 
 def squares(x: jax.Array) -> jax.Array:
-    """The sum of squares of each input, ``(inputs,)``: for Wanda and RIA."""
+    """The sum of squares of each input, for Wanda and RIA.
+
+    Args:
+      x: float32 ``(rows, inputs)``.
+
+    Returns:
+      float32 ``(inputs,)``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> squares(jnp.array([[1.0, 0.0], [2.0, 3.0]])).tolist()
+      [5.0, 9.0]
+    """
     return jnp.sum(x * x, axis=0)
 
 
 def gram(x: jax.Array) -> jax.Array:
-    """The Gram matrix ``x.T @ x``, ``(inputs, inputs)``: for SparseGPT and ALPS."""
+    """The Gram matrix ``x.T @ x``, for SparseGPT and ALPS.
+
+    Args:
+      x: float32 ``(rows, inputs)``.
+
+    Returns:
+      float32 ``(inputs, inputs)``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> gram(jnp.array([[1.0, 0.0], [2.0, 3.0]])).tolist()
+      [[5.0, 6.0], [6.0, 9.0]]
+    """
     return jnp.matmul(x.T, x, precision="highest")
 
 
 class Statistic(NamedTuple):
-    """What the products that read one leaf were given.
+    """A statistic of the inputs of the products that read one leaf; see :func:`calibrate`.
 
     Attributes:
       values: float32 ``(layers, ...)``, a sum over rows for each layer that the leaf stacks.
       rows: float32 ``(layers,)``, how many rows there were (tokens, positions of a convolution).
-      inputs: the axes of a layer that products sum over; the others are outputs.
+      inputs: the axes of a layer that products sum over; the other axes are outputs.
     """
 
     values: jax.Array
@@ -60,28 +84,28 @@ def calibrate(
 ) -> dict[str, Statistic]:
     """Sums a statistic of the inputs of each product that reads a prunable leaf, over batches.
 
-    Every row counts, of padding as well. Stacked layers (``Stacked`` rules) get a statistic each,
-    be they in a ``scan``, sliced or batched as experts; a leaf that is read several times gets the
-    sum. Convolutions have patches as rows. Products in the test of a ``while_loop`` are left out.
+    Every row counts, also rows of padding. Each stacked layer (``Stacked`` rules) gets its own
+    statistic, in a ``scan``, sliced, or batched as experts. If several products read a leaf, it
+    gets the sum. The rows of a convolution are its patches. Products in the test of a
+    ``while_loop`` are left out.
 
     Args:
-      apply_fn: ``(params, batch) -> anything``, the forward pass; bare, or of any library.
+      apply_fn: ``(params, batch) -> anything``, the forward pass of any library.
       params: tree of arrays.
       batches: of one or a few shapes; each is a pytree of arrays.
-      statistic: of the rows of one product, ``squares``, ``gram`` or your own; float32, whatever
-        the dtype of the inputs. Results are added up.
+      statistic: ``squares``, ``gram`` or your own: a function of float32 rows ``(rows, inputs)`` of
+        one product, whose results are summed.
       prunable: path rules, see :func:`granet_jax.trees.describe`.
 
     Returns:
       ``{path: Statistic}`` of all prunable leaves.
 
     Warns:
-      UserWarning: a leaf is read by something that is no product as well, whose inputs are not in
-        the sum.
+      UserWarning: an operation that is no product also reads a leaf; its inputs are not in the sum.
 
     Raises:
-      ValueError: no batch; no product reads a prunable leaf, or the trace cannot tell (the message
-        has its path and why); a leaf is summed over other axes in one product than in another.
+      ValueError: no batch; no product reads a prunable leaf, or the trace does not show which (the
+        message gives its path and the reason); two products sum over different axes of a leaf.
 
     Example: two rows, three inputs.
       >>> import jax.numpy as jnp
@@ -104,10 +128,10 @@ def calibrate(
 
 
 class Inputs(NamedTuple):
-    """What a leaf is multiplied with."""
+    """The inputs of the products that read a leaf."""
 
-    number: int  # of the leaf in the order of its first product
-    axes: tuple[int, ...]  # of a layer, that products sum over
+    number: int  # of the leaf, in the order of first products
+    axes: tuple[int, ...]  # the axes of a layer that products sum over
     size: int  # inputs of a layer
     num_layers: int
 
@@ -118,9 +142,9 @@ def plan(
     batch: Any,
     leaves: Sequence[trees.Leaf],
 ) -> dict[str, Inputs]:
-    """The prunable leaves that products read, in the order in which they do; nothing is computed.
+    """The prunable leaves in the order in which products read them; nothing is computed.
 
-    Warns and raises as :func:`calibrate`.
+    It warns and raises as :func:`calibrate`.
     """
     seen: dict[str, tuple[int, ...]] = {}
     uses: dict[Any, Any] = {}
@@ -174,7 +198,7 @@ def _add(
     batch: Any,
     sums: dict[str, Any],
 ) -> dict[str, Any]:
-    """The sums with those of a batch."""
+    """The sums, with those of a batch added."""
 
     def note(view: View, x: jax.Array, axes: Any, rows: Any, sums: dict[str, Any]) -> None:
         values, count = sums[view.path]
@@ -192,10 +216,10 @@ def of_layer(
     statistic: StatisticFn,
     numbers: Mapping[str, int],
 ) -> Callable[..., Any]:
-    """``(params, batch, sums, (number, layer)) -> sums`` of one layer of one leaf, both traced.
+    """``(params, batch, sums, (number, layer)) -> sums`` for one layer of one leaf, both traced.
 
-    ``sums`` holds one statistic for each number of inputs, so that one is made at a time and one
-    program serves all layers.
+    ``sums`` holds one statistic for each size of inputs. So memory is needed for one layer at a
+    time, and one program serves all layers.
     """
 
     def add(params: PyTree, batch: Any, sums: dict[str, Any], which: Any) -> dict[str, Any]:
@@ -225,7 +249,7 @@ def order(
 ) -> list[tuple[str, int]]:
     """Layers ``(path, place in the stack)`` in the order in which a batch reaches them.
 
-    A clock is carried through loops and branches; layers that are not reached come last.
+    A counter is carried through loops and branches. Layers that are not reached come last.
     """
 
     def note(view: View, x: Any, axes: Any, rows: Any, sums: dict[str, Any]) -> None:
@@ -245,11 +269,11 @@ def order(
     return [(path, i) for _, _, path, i in sorted(layers, key=lambda layer: (*layer[:2], layer[3]))]
 
 
-_CLOCK = "\0"  # no path
+_CLOCK = "\0"  # a key that is no path
 
 
 def zeros_by_size(found: Mapping[str, Inputs], statistic: StatisticFn) -> dict[str, Any]:
-    """Where :func:`of_layer` begins."""
+    """The sums with which :func:`of_layer` starts."""
     each = {str(x.size): _zeros(x._replace(num_layers=1), statistic) for x in found.values()}
     return {size: (values[0], rows[0]) for size, (values, rows) in each.items()}
 
@@ -266,7 +290,7 @@ def _walk(
     batch: Any,
     sums: dict[str, Any],
 ) -> dict[str, Any]:
-    """Evaluates a function; ``note(view, x, axes, rows, sums)`` sees each product with a leaf."""
+    """Evaluates a function; ``note(view, x, axes, rows, sums)`` is called for its products."""
     walk = begin(RULES | _rules(note), sums=sums)._replace(uses=uses)
     flat, tree = jax.tree.flatten((params, batch))
     given = list(flat)
@@ -288,7 +312,7 @@ def _walk(
 
 @jax.tree_util.register_pytree_node_class
 class Whole(View):
-    """A dense leaf as equations see it; ``zeros`` tell which layer is which."""
+    """A dense leaf as equations see it; ``zeros`` identify its layers."""
 
     def map(self, f: Callable[[Any], Any]) -> "Whole":
         """The view of ``f`` of the weights."""
@@ -303,7 +327,7 @@ class Whole(View):
 
 
 def _rules(note: Note) -> dict[str, Any]:
-    """What products do, and what compact leaves treat otherwise."""
+    """Rules for products, and for equations that compact leaves handle differently."""
 
     def call(walk: Walk, eqn: Any, given: list[Any]) -> Any:
         return run(walk.inside(eqn), jaxprs.called(eqn), given)
@@ -333,7 +357,7 @@ def _dot_general(note: Note, walk: Walk, eqn: Any, given: list[Any]) -> Any:
 
 
 def _summed_axes(view: View, sums: Sequence[int], x: Any) -> tuple[int, ...] | str:
-    """The axes of a layer that a product with x sums over; or why it cannot be told."""
+    """The axes of a layer that a product with x sums over; or a str, why they are unknown."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return "complex inputs"
     shape = view.layout.layer_shape
@@ -354,15 +378,15 @@ def _summed_axes(view: View, sums: Sequence[int], x: Any) -> tuple[int, ...] | s
 
 
 def _stack(rows: jax.Array) -> jax.Array:
-    """``(layers, rows, inputs)``, of layers along any axes."""
+    """Rows as ``(layers, rows, inputs)``, from any number of axes of layers."""
     return rows.reshape(math.prod(rows.shape[:-2]), *rows.shape[-2:])
 
 
 def _rows(view: View, x: Any, side: int, sums: Any, batch: Any) -> jax.Array:
-    """``(*layers, rows, inputs)`` of the data of a product, inputs as they lie in the leaf."""
+    """The data of a product as ``(*layers, rows, inputs)``, inputs in the order of the leaf."""
     parts = [part for i in sums[side] for part in view.axes[i]]
     x_sums, x_batch = sums[1 - side], batch[1 - side]
-    stacked = sorted(  # batched layers, those of largest stride first as in the view's arrays
+    stacked = sorted(  # batched layers, the largest stride first as in the view's arrays
         (pair for pair in zip(batch[side], x_batch, strict=True) if view.axes[pair[0]]),
         key=lambda pair: -view.axes[pair[0]][0][0],
     )
@@ -375,7 +399,7 @@ def _rows(view: View, x: Any, side: int, sums: Any, batch: Any) -> jax.Array:
     x = x.reshape(*lead, num_rows, math.prod(n for _, n in parts))
     free = [i for i, axis in enumerate(view.axes) if view.stacks(i) and i not in batch[side]]
     strides = [view.axes[i][0][0] for i, _ in stacked]
-    for i in free:  # layers that share their input, such as experts
+    for i in free:  # layers that share an input, such as experts
         place = sum(stride > view.axes[i][0][0] for stride in strides)
         strides.append(view.axes[i][0][0])
         x = jnp.broadcast_to(

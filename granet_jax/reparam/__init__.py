@@ -1,7 +1,7 @@
 """Reparameterisations: sparsity that follows from the weights in every step.
 
-A method is a :class:`Reparameterisation`, a tuple of pure functions; the network uses
-``method.effective(params, extra)``, and :func:`penalise` makes an optimizer train the pair::
+A method is a :class:`Reparameterisation`, a tuple of pure functions. The network uses
+``method.effective(params, extra)``; an optimizer wrapped by :func:`penalise` trains the pair::
 
     method = granet_jax.reparam.dst()
     pair = (params, method.init(params))
@@ -13,7 +13,7 @@ A method is a :class:`Reparameterisation`, a tuple of pure functions; the networ
     ...
     params, masks = granet_jax.reparam.export(method, *pair)
 
-Instead of a coefficient, ``steer(0.95, end_step=10_000)`` asks for a sparsity.
+To reach a given sparsity, use ``steer(0.95, end_step=10_000)`` in place of the coefficient.
 """
 
 from granet_jax.reparam.base import Reparameterisation as Reparameterisation

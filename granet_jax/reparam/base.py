@@ -1,4 +1,4 @@
-"""The contract of reparameterisations, and what those with thresholds share."""
+"""The contract of reparameterisations, and the common part of those with thresholds."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,21 +14,28 @@ from granet_jax.types import PyTree
 class Reparameterisation(NamedTuple):
     """Weights as a function of trained parameters and of extra ones: pure functions.
 
-    The network uses ``effective(params, extra)``. Which weights are left out follows from values in
-    every step; there are no events.
+    The network uses ``effective(params, extra)``. In every step, masks follow from the current
+    values; there are no events.
 
     Attributes:
       init: ``params -> extra``, a pytree of float arrays to train beside ``params``. Accepts
         ``ShapeDtypeStruct`` leaves and a tree without leaves.
-      effective: ``(params, extra) -> params``, to be called inside the loss; leaves that are not
-        prunable pass through.
-      masks: ``(params, extra) -> masks`` at these values, total: what reports count and
-        :func:`export` keeps.
+      effective: ``(params, extra) -> params``, for use inside the loss; leaves that are not
+        prunable do not change.
+      masks: ``(params, extra) -> masks`` at these values, total. Reports count them and
+        :func:`export` applies them.
       penalty: ``extra -> float32`` scalar, the regulariser without its coefficient.
-      reset: ``(params, extra) -> extra``, to be called after every step, outside the gradient.
-      advance: ``extra -> extra``, where ``extra`` is counted and not trained: what it is after a
-        step, whatever the optimizer made of it; None = it is trained, and reset.
-      prunable: the path rules that it was made with, for counts and reports.
+      reset: ``(params, extra) -> extra``, called after every step, outside the gradient.
+      prunable: the path rules of the method, for counts and reports.
+      advance: ``extra -> extra`` after a step, for an ``extra`` that is a counter and not trained;
+        None = ``extra`` is trained, and ``reset`` is called.
+
+    Example:
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> method = gj.reparam.str_(initial=0.0)
+      >>> params = {"kernel": jnp.array([[1.0, -0.25]])}
+      >>> method.effective(params, method.init(params))["kernel"].tolist()
+      [[0.5, -0.0]]
     """
 
     init: Callable[[PyTree], PyTree]
@@ -41,7 +48,7 @@ class Reparameterisation(NamedTuple):
 
 
 def export(method: Reparameterisation, params: PyTree, extra: PyTree) -> tuple[PyTree, PyTree]:
-    """Plain sparse parameters and their masks, which need the method no longer.
+    """Plain sparse parameters and their masks, for use without the method.
 
     Args:
       method: the reparameterisation that was trained.
@@ -49,8 +56,8 @@ def export(method: Reparameterisation, params: PyTree, extra: PyTree) -> tuple[P
       extra: its extra parameters.
 
     Returns:
-      The effective parameters with +0 where masked, and the masks: ready for inference, or for
-      training on with ``granet_jax.sparsify(optimizer, granet_jax.static(masks=masks))``.
+      The effective parameters, +0 where masked, and the masks. Use them for inference, or train on
+      with ``granet_jax.sparsify(optimizer, granet_jax.static(masks=masks))``.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -71,18 +78,18 @@ def from_thresholds(
     penalty: Callable[[jax.Array], jax.Array],
     prunable: trees.Rules,
 ) -> Reparameterisation:
-    """Each prunable weight becomes ``gate(w, |w| - threshold)``; kept is ``|w| - threshold > 0``.
+    """Each prunable weight becomes ``gate(w, |w| - threshold)``, and is kept if that is above 0.
 
-    The extra parameters are a dict ``{path: array}`` with one entry for each prunable leaf, so
-    they are the same for any kind of params tree. They and the thresholds are float32 where weights
-    are narrower, because they move by less than bfloat16 resolves, and float64 where weights are.
+    The extra parameters are a dict ``{path: array}`` with one entry for each prunable leaf, the
+    same for any kind of params tree. They and the thresholds are float32, because their steps are
+    too small for bfloat16, or float64 for float64 weights.
 
     Args:
-      initial: a leaf -> its extra parameters at the start.
+      initial: ``leaf -> extra parameters`` of the leaf at the start.
       threshold: ``(extra parameters of a leaf, leaf) -> thresholds`` that broadcast against its
         weights as ``(layers, *layer_shape)``.
       gate: ``(w, |w| - threshold) -> effective w``, both float32 or wider; w may be complex.
-      penalty: extra parameters of a leaf -> array; the penalty is the sum over all.
+      penalty: ``extra parameters of a leaf -> array``; the penalty is the sum over all leaves.
       prunable: path rules.
 
     Returns:

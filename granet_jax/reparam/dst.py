@@ -20,33 +20,31 @@ def dst(*, output_axis: int = -1, prunable: trees.Rules = ()) -> Reparameterisat
 
         dL/dw = dL/d(wM) * (M + |w| * H(Q))        dL/dt = -sum over inputs of dL/d(wM) * w * H(Q)
 
-    so masked weights go on learning and may come back. ``t`` starts at 0. The penalty is the sum
-    of ``exp(-t)`` over all thresholds. A layer that keeps 1 % of its weights or less has its
-    thresholds reset to 0 and starts dense again, so that no layer is wiped out; sparsities of 99 %
-    and more are therefore out of reach.
+    so masked weights continue to learn and may come back. ``t`` starts at 0. The penalty is the sum
+    of ``exp(-t)`` over all thresholds. If a layer keeps 1 % of its weights or less, its thresholds
+    are reset to 0 and it starts dense again, so that no layer becomes empty. Sparsities of 99 % and
+    more can therefore not be reached.
 
-    Thresholds may become negative, and then nothing of that unit is masked: a weight of exactly 0
-    counts as kept. Their optimizer moments live through a reset.
+    A threshold may become negative. Then no weight of its unit is masked, and a weight of exactly 0
+    counts as kept. A reset does not change the optimizer's moments of the thresholds.
 
     Source: Liu et al., "Dynamic Sparse Training: Find Efficient Sparse Network From Scratch With
     Trainable Masked Layers", ICLR 2020, section 3.
 
     Args:
-      output_axis: the axis of a kernel that counts output units: -1 in Flax and Haiku, 0 in
-        Equinox and PyTorch. In stacks of layers (``granet_jax.Stacked``), of a layer's own axes.
-        A kernel with two output axes (attention heads) shares thresholds along the other.
-      prunable: path rules, see :func:`granet_jax.trees.describe`. The paper prunes all layers, but
-        for the last of its LSTM.
+      output_axis: the axis of the output units: -1 in Flax and Haiku, 0 in Equinox and PyTorch. In
+        stacks of layers (``granet_jax.Stacked``), the axis is one of the layer's own. In a kernel
+        with two output axes (attention heads), units along the other one share a threshold.
+      prunable: path rules, see :func:`granet_jax.trees.describe`. The paper prunes all layers
+        except the last one of its LSTM.
 
     Returns:
-      A reparameterisation; ``extra`` holds ``{path: float32 (out,)}``, or ``(layers, out)`` for
-      stacks of layers; float64 where weights are.
-
-    Raises:
-      ValueError: from its functions, where a prunable leaf has no such axis.
+      A reparameterisation; ``extra`` is ``{path: float32 (out,)}``, ``(layers, out)`` for stacks of
+      layers; float64 for float64 weights. Its functions raise a ValueError if a prunable leaf has
+      no such axis, or a structure.
 
     Differs from the paper's code in that a layer is reset after the step that emptied it, not in
-    the next forward pass, so that what is exported is never an empty layer.
+    the next forward pass. So an exported layer is never empty.
 
     Example: the threshold of the second unit masks one of its weights.
       >>> import jax.numpy as jnp
@@ -59,7 +57,7 @@ def dst(*, output_axis: int = -1, prunable: trees.Rules = ()) -> Reparameterisat
     """
 
     def outputs(leaf: trees.Leaf) -> list[int]:
-        """The shape of a layer with all its axes but the outputs shrunk to 1."""
+        """The shape of a layer, with 1 for all axes but the outputs."""
         shape = [1] * len(leaf.layer_shape)
         if not -len(shape) <= output_axis < len(shape):
             raise ValueError(
@@ -91,7 +89,7 @@ def dst(*, output_axis: int = -1, prunable: trees.Rules = ()) -> Reparameterisat
 
 
 def long_tailed(x: jax.Array) -> jax.Array:
-    """The derivative that stands in for that of a step: 2 - 4|x| to .4, then .4 to 1, then 0.
+    """The surrogate derivative of the step: ``2 - 4|x|`` up to .4, then .4 up to 1, then 0.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""``penalise``: any optax optimizer, training a reparameterisation; ``steer``: to a sparsity."""
+"""``penalise``: trains a reparameterisation with any optax optimizer; ``steer``: to a sparsity."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,15 +15,20 @@ from granet_jax.types import PyTree
 
 
 class Controller(NamedTuple):
-    """How the coefficient of the penalty changes while training.
+    """How the coefficient of the penalty changes in training.
 
     Attributes:
       initial: the coefficient before the first step.
-      update: ``(coefficient, previous_sparsity, sparsity, step) -> coefficient`` of this step, all
-        float32 scalars but the int32 step. ``sparsity`` is that of this step's forward pass,
+      update: ``(coefficient, previous_sparsity, sparsity, step) -> coefficient`` of this step:
+        float32 scalars, and an int32 step. ``sparsity`` is that of this step's forward pass,
         ``previous_sparsity`` that of the step before (0 at step 1).
       bounds: the smallest and the largest coefficient that it gives; None = there are none.
-      sparsity: what it steers to; None = nothing.
+      sparsity: the target; None = there is none.
+
+    Example: a coefficient that grows by 1 % in each step.
+      >>> controller = Controller(1e-4, lambda coefficient, *_: 1.01 * coefficient)
+      >>> controller.bounds is None
+      True
     """
 
     initial: Any
@@ -49,27 +54,30 @@ def penalise(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that it trains a reparameterisation, with its penalty and its resets.
 
-    The parameters are the pair ``(params, extra)``, and the loss is that of the task alone, on
+    The parameters are the pair ``(params, extra)``. The loss is that of the task alone, on
     ``method.effective(params, extra)``. One ``update``:
 
-    1. Adds ``coefficient * grad penalty(extra)`` to the gradients of ``extra``, before ``inner``
-       sees them: the same as ``coefficient * method.penalty(extra)`` added to the loss.
+    1. Adds ``coefficient * grad penalty(extra)`` to the gradients of ``extra``. This is the same as
+       adding ``coefficient * method.penalty(extra)`` to the loss.
     2. Runs ``inner`` on the pair.
-    3. Returns updates such that plain ``optax.apply_updates`` gives ``extra`` as
-       ``method.reset`` leaves it. What is reset to 0 becomes exactly 0.
+    3. Returns updates with which plain ``optax.apply_updates`` gives ``extra`` after
+       ``method.reset``. Values that are reset to 0 become exactly 0.
 
-    The result is an optax transformation like any other. Its state tells the last ``coefficient``
-    and ``sparsity`` (``optax.tree.get(opt_state, "sparsity")``). Nothing after it in a chain may
-    touch the updates. In ``inner``, gradient clipping counts the penalty, and weight decay reaches
-    ``extra`` unless a mask keeps it off.
+    The result is an optax transformation like any other. Its state holds the last ``coefficient``
+    and ``sparsity`` (``optax.tree.get(opt_state, "sparsity")``). In a chain, nothing after it may
+    change the updates. In ``inner``, gradient clipping includes the penalty, and weight decay
+    applies to ``extra`` unless a mask excludes it.
 
     Args:
       inner: any optax transformation that ends in parameter updates.
       method: the reparameterisation, as ``dst()`` or ``str_()`` returns it.
       coefficient: a number >= 0; or a :class:`Controller`, such as :func:`steer` returns.
 
+    Returns:
+      A ``GradientTransformationExtraArgs`` whose state is :class:`PenaltyState`.
+
     Raises:
-      TypeError: ``inner`` or ``method`` is something else.
+      TypeError: ``inner`` is no optax transformation, or ``method`` no reparameterisation.
       ValueError: a negative coefficient; in ``update``, parameters that are not a pair.
 
     Example:
@@ -147,36 +155,37 @@ def penalise(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-GAIN = 10.0  # a density 10 % above its reference raises the coefficient e-fold
-LARGEST_ERROR = 0.1  # a density further off acts as one 10 % off: no jump does more than e-fold
+GAIN = 10.0  # a density 10 % above its reference raises the coefficient by a factor of e
+LARGEST_ERROR = 0.1  # larger relative errors count as this one, so a jump changes it by e at most
 RANGE = 1e4  # the coefficient stays within this factor of the initial one
 
 
 def steer(sparsity: float, end_step: int, initial: float = 1e-4) -> Controller:
-    """Steers the coefficient of the penalty so that a requested sparsity is met, and then held.
+    """Steers the coefficient of the penalty so that a requested sparsity is reached and held.
 
-    The reference for the density (1 - sparsity) falls from 1 to the density requested, by the same
-    fraction in each step, until ``end_step``, and stays there. A proportional-integral controller
-    acts on the logarithm of the coefficient; with ``e = log(density / reference)`` within +-.1::
+    The reference for the density (1 - sparsity) falls from 1 to the requested density at
+    ``end_step``, by the same factor in each step, and is then constant. A proportional-integral
+    controller acts on the logarithm of the coefficient, with ``e = log(density / reference)``
+    clipped to +-.1::
 
         log c_t = log c_(t-1) + 10 * (e_t - e_(t-1)) + 10 * e_t / (end_step / 10)
 
-    Relative errors and relative changes make it independent of the scale of weights, learning rate
-    and penalty. The sparsity is met on average, not exactly: what is left is the noise of training
-    from step to step, tenths of a point at a constant learning rate, less where it decays.
+    Errors and changes are relative, so it does not depend on the scale of weights, learning rate or
+    penalty. The sparsity is reached on average, not exactly: it varies from step to step by tenths
+    of a percentage point at a constant learning rate, and less if the learning rate decays.
 
-    The coefficient stays positive: the penalty makes networks sparser, and the loss brings weights
-    back. So a sparsity is out of reach where weight decay alone goes further, and where the method
-    itself has a limit (99 % of any layer for DST, which may be met at less in total). Then the
-    coefficient runs to its bound and stays there: :func:`at_bound` sees it, :func:`shortfall` says
-    so at the end of training.
+    The coefficient is always positive: the penalty makes the network sparser, and the loss brings
+    weights back. A sparsity cannot be reached if weight decay alone already exceeds it, or if it is
+    above a limit of the method. (DST's limit is 99 % in any layer; the total may then be lower.) In
+    these cases the coefficient goes to its bound and stays there: :func:`at_bound` shows it, and
+    :func:`shortfall` reports it at the end of training.
 
     Args:
       sparsity: fraction of zeros among the prunable weights, in [0, 1); may be traced.
-      end_step: the update at which it is to be met, >= 10; half of the training is a good choice,
-        so that the rest can settle.
-      initial: the coefficient at the start, > 0. One that is wrong by a factor of 100 does little
-        harm; the coefficient stays within a factor of 10^4 of it.
+      end_step: the update at which it should be reached, >= 10; half of the training is a good
+        choice, so that the network can settle in the other half.
+      initial: the coefficient at the start, > 0. A value that is wrong by a factor of 100 does
+        little harm; the coefficient stays within a factor of 10^4 of it.
 
     Returns:
       A controller for :func:`penalise`.
@@ -217,17 +226,17 @@ def steer(sparsity: float, end_step: int, initial: float = 1e-4) -> Controller:
 
 
 def at_bound(opt_state: Any, controller: Controller) -> jax.Array:
-    """Whether the coefficient stands at a bound, so that the controller has no more to give.
+    """Whether the coefficient is at a bound, so that the controller cannot steer further.
 
-    Costs nothing under ``jit``; read it beside the loss.
+    It is cheap under ``jit``; log it with the loss.
 
     Args:
       opt_state: state of a transformation that contains one ``penalise``.
       controller: the one that ``penalise`` was given.
 
     Returns:
-      int32: 1 at the largest coefficient, -1 at the smallest, else 0. A scalar, or of the shape of
-      a coefficient that ``vmap`` has stacked.
+      1 at the largest coefficient, -1 at the smallest, else 0; int32, of the shape of the
+      coefficient (a scalar, or more under ``vmap``).
 
     Raises:
       ValueError: there is no ``penalise`` inside, or more than one.
@@ -248,17 +257,24 @@ def at_bound(opt_state: Any, controller: Controller) -> jax.Array:
     return jnp.asarray(coefficient >= high, jnp.int32) - jnp.asarray(coefficient <= low, jnp.int32)
 
 
-MISSED = 0.01  # a sparsity further off than this point is not the noise of training
+MISSED = 0.01  # a difference in sparsity above this is more than the noise of training
 
 
 def shortfall(opt_state: Any, controller: Controller) -> str:
-    """Says in one line what was asked for and not got, and what to do; "" where all is well.
+    """One line on a sparsity that was not reached and what to do; "" if all is well.
 
-    That is a sparsity missed by more than a point, or a coefficient at its bound.
+    It reports a sparsity that is missed by more than a percentage point, or a coefficient at its
+    bound.
 
     Args:
       opt_state: of one run, after training; see :func:`at_bound`.
       controller: the one that ``penalise`` was given.
+
+    Returns:
+      A str.
+
+    Raises:
+      ValueError: as :func:`at_bound`.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp, optax

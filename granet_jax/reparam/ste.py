@@ -1,4 +1,4 @@
-"""Masks from the weights at every step, while what is off is trained on."""
+"""Masks computed from the weights at every step, while masked weights are trained as well."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,26 +24,27 @@ def ste(
     score: ScoreFn = scores.magnitude,
     prunable: trees.Rules = (),
 ) -> Reparameterisation:
-    """The network uses the largest weights of this step; gradients go to all as if none were off.
+    """The network uses the largest weights of this step; all weights get gradients.
 
-    Stored weights stay dense, so that one that was off may come back in any step, when another has
-    become smaller. The sparsity rises on a curve, the cubic of :func:`granet_jax.gmp`, until
-    ``end_step``; at 1, the default, it is there from the first step. With ``decay`` the gradient of
-    a weight that is off is ``g + decay * w``, so that it shrinks and masks settle: SR-STE.
+    Gradients ignore the masks (straight-through). Stored weights stay dense, so a masked weight
+    comes back in any step in which it is large enough. The sparsity rises on a curve, by default
+    the cubic of :func:`granet_jax.gmp`, until ``end_step``; with ``end_step=1``, the default, it is
+    there from the first step. With ``decay`` the gradient of a masked weight is ``g + decay * w``,
+    so that masked weights shrink and masks settle: SR-STE.
 
-    Source: Bengio et al. 2013 for the estimator; Lee et al. 2024 (JaxPruner), where of all its
-    methods it does best on a vision transformer. SR-STE: Zhou et al. 2021, "Learning N:M
-    fine-grained structured sparse neural networks from scratch", section 3.2.
+    Source: Bengio et al. 2013 for the estimator; Lee et al. 2024 (JaxPruner), whose best method on
+    a vision transformer it is. SR-STE: Zhou et al. 2021, "Learning N:M fine-grained structured
+    sparse neural networks from scratch", section 3.2.
 
     Args:
       sparsity: fraction of zeros among prunable weights at the end, in [0, 1).
-      end_step: the update at which it is met.
-      begin_step: where the curve begins.
+      end_step: the update at which it is reached.
+      begin_step: the update at which the curve begins.
       curve: as in :func:`granet_jax.gradual_num_keep`.
-      decay: of the weights that are off; see :func:`sr_ste`.
+      decay: of masked weights, >= 0; see :func:`sr_ste`.
       scope: what is ranked together: ``uniform`` or ``erk`` by layer, or ``global_ranking``.
-      score: the highest are kept; of the parameters alone.
-      prunable: path rules, see :func:`granet_jax.trees.describe`; masks keep to their structures
+      score: the weights that score highest are kept; it can read parameters only.
+      prunable: path rules, see :func:`granet_jax.trees.describe`; masks follow their structures
         (``granet_jax.structures.n_of_m(4)`` at .5).
 
     Returns:
@@ -51,13 +52,13 @@ def ste(
       :func:`export` gives plain weights and masks.
 
     Raises:
-      ValueError: a sparsity outside [0, 1), or ``end_step <= begin_step``; with the parameters, a
-        sparsity that layers or structures do not have.
+      ValueError: a sparsity outside [0, 1), ``end_step <= begin_step``, or a negative ``decay``;
+        with the parameters, a sparsity that the layers or structures cannot have.
 
-    Differs from JaxPruner in that: masks follow from this step's weights at each forward pass, with
-    exact counts.
+    Differs from JaxPruner in that masks are computed from this step's weights in each forward pass,
+    with exact counts.
 
-    Example: the gradient passes the mask.
+    Example: the gradient ignores the mask.
       >>> import granet_jax as gj, jax, jax.numpy as jnp
       >>> method = gj.reparam.ste(sparsity=0.5)
       >>> params = {"kernel": jnp.array([[3.0, 1.0], [-2.0, 0.5]])}
@@ -84,20 +85,23 @@ def sr_ste(
     scope: Distribution = distributions.uniform,
     prunable: trees.Rules = (),
 ) -> Reparameterisation:
-    """N:M from scratch: :func:`ste` at its sparsity from the first step, with decay of what is off.
+    """N:M from scratch: :func:`ste` at full sparsity from the first step, with decay.
 
     Source: Zhou et al. 2021, section 3.2; decay 2e-4 under SGD.
 
     Args:
-      sparsity: of the structure, .5 for 2:4.
-      decay: of the weights that are off.
+      sparsity: that of the structure, .5 for 2:4.
+      decay: of masked weights, >= 0: the share of each weight that is added to its gradient.
       scope: as in :func:`ste`.
       prunable: path rules that give the structure, ``[("", granet_jax.structures.n_of_m(4))]``.
+
+    Returns:
+      A reparameterisation, as :func:`ste`.
 
     Raises:
       ValueError: as :func:`ste`.
 
-    Differs from the paper's code in that no group runs over the end of a row.
+    Differs from the paper's code in that no group continues in the next row.
 
     Example:
       >>> import granet_jax as gj, jax, jax.numpy as jnp
@@ -121,28 +125,31 @@ def mask_decay(
     score: ScoreFn = scores.magnitude,
     prunable: trees.Rules = (),
 ) -> Reparameterisation:
-    """Weights that are off fade: the network uses ``w * (mask + leak (1 - mask))``.
+    """Masked weights fade out: the network uses ``w * (mask + leak (1 - mask))``.
 
-    The leak falls from 1 to 0 in equal stairs. Gradients are those of this product, so a weight
-    that is off is trained with the share that it still has, and after ``end_step`` no longer. Until
-    then nothing is left out: ``method.masks`` and :func:`export` tell a dense network.
+    The leak falls from 1 to 0 in equal steps. Gradients are those of this product: the gradient of
+    a masked weight is multiplied by the leak, and is 0 from ``end_step`` on. Until then no weight
+    is left out, and ``method.masks`` and :func:`export` give a dense network.
 
     Source: Kao et al. 2022 (arXiv 2209.07617), "Training recipe for N:M structured sparsity with
     decaying pruning mask"; Bambhaniya et al. 2024 (arXiv 2402.04744).
 
     Args:
-      sparsity: fraction of prunable weights that fade, in [0, 1).
-      end_step: the update from which what is off is 0.
-      begin_step: the update with the first stair.
-      num_stairs: at most 16 in the paper.
+      sparsity: fraction of prunable weights that fade out, in [0, 1).
+      end_step: the update from which masked weights are 0.
+      begin_step: the update of the first stair.
+      num_stairs: in how many steps the leak falls, >= 1; at most 16 in the paper.
       scope: as in :func:`ste`.
       score: as in :func:`ste`.
       prunable: path rules, with a structure such as ``granet_jax.structures.n_of_m(4)``.
 
-    Raises:
-      ValueError: as :func:`ste`; or there is no stair.
+    Returns:
+      A reparameterisation, as :func:`ste`.
 
-    Example: half of the way down.
+    Raises:
+      ValueError: as :func:`ste`; or ``num_stairs < 1``.
+
+    Example: after the first of two stairs the leak is .5.
       >>> import granet_jax as gj, jax.numpy as jnp
       >>> method = gj.reparam.mask_decay(sparsity=0.5, end_step=9, num_stairs=2)
       >>> params = {"kernel": jnp.array([[3.0, 1.0], [-2.0, 0.5]])}
@@ -168,20 +175,23 @@ def structure_decay(
     scope: Distribution = distributions.uniform,
     prunable: trees.Rules = (),
 ) -> Reparameterisation:
-    """:func:`ste` that takes one weight more of each ``m`` at a time: M-1:M, M-2:M ... N:M.
+    """:func:`ste` that masks one more of each ``m`` weights at a time: M-1:M, M-2:M ... N:M.
 
     Source: Kao et al. 2022 (arXiv 2209.07617).
 
     Args:
-      sparsity: at the end, of the structure: .5 for 2:4.
+      sparsity: that of the structure at the end, .5 for 2:4.
       m: weights of a group.
       end_step: the update from which it is N:M.
-      begin_step: the update from which it is M-1:M; dense before.
+      begin_step: the update from which it is M-1:M; before, it is dense.
       scope: as in :func:`ste`.
       prunable: path rules that give the structure, ``[("", granet_jax.structures.n_of_m(4))]``.
 
+    Returns:
+      A reparameterisation, as :func:`ste`.
+
     Raises:
-      ValueError: as :func:`ste`; or the sparsity takes no whole number of ``m``.
+      ValueError: as :func:`ste`; or ``m * sparsity`` is not a whole number >= 1.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp
@@ -219,15 +229,16 @@ def _masks_of_each_step(
     prunable: trees.Rules,
     leak: optax.Schedule | None = None,
 ) -> Reparameterisation:
-    """The network uses ``use(step, w, mask)``, masks being the best of this step's weights.
+    """The network uses ``use(step, w, mask)``, with masks of this step's best weights.
 
     Args:
-      use: of a leaf.
+      use: for one leaf.
       num_keep: how many are kept at a step.
-      end: distribution and sparsity at the end; for errors alone.
+      end: distribution and sparsity at the end, which are only checked.
       score: of the parameters.
       prunable: path rules.
-      leak: the share that weights have which are off: as long as there is some, none is left out.
+      leak: ``step -> share`` of their value that masked weights still have. Masks are all True
+        while it is above 0; None = it is always 0.
     """
     prune = prune_to(num_keep, score=score, prunable=prunable)
 
