@@ -100,6 +100,17 @@ def test_snip_does_not_depend_on_the_scale_of_the_loss():
 # GraSP
 
 
+def test_grasp_needs_no_derivatives_in_forward_mode():
+    @jax.custom_vjp
+    def cube(x):
+        return x**3
+
+    cube.defvjp(lambda x: (cube(x), x), lambda x, y: (3 * x**2 * y,))
+    loss = lambda params, batch: batch * jnp.sum(cube(params["w"])) / 3  # noqa: E731
+    scores = at_init.grasp_scores(loss, {"w": jnp.array([2.0, -1.0])}, [1.0])
+    assert scores["w"].tolist() == [32.0, 2.0]
+
+
 def test_grasp_on_a_quadratic_loss_in_closed_form():
     rng = np.random.default_rng(1)
     halves = [rng.normal(size=(12, 12)) for _ in range(2)]

@@ -191,7 +191,8 @@ def grasp_scores(loss_fn: LossFn, params: PyTree, batches: Iterable[Any]) -> PyT
 
     @jax.jit
     def hessian_times(vector: PyTree, params: PyTree, batch: Any) -> PyTree:
-        return jax.jvp(lambda p: grad(p, batch), (params,), (vector,))[1]
+        # H is symmetric; and functions with a custom_vjp have no jvp.
+        return jax.vjp(lambda p: grad(p, batch), params)[1](vector)[0]
 
     # JAX's gradient of a complex weight x + iy is dL/dx - i dL/dy: the conjugate of its direction.
     g = _sum(jax.jit(grad), params, batches)
