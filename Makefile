@@ -61,7 +61,7 @@ clean:
 
 dist/.built: $(VENV)/.installed $(SETUP) $(SOURCES)
 	rm -rf dist build
-	$(VENV)/bin/python -m build --outdir dist
+	$(VENV)/bin/python -m build --quiet --outdir dist
 	$(VENV)/bin/python -m twine check --strict dist/*
 	touch $@
 
