@@ -29,7 +29,7 @@ LIBRARY := $(CORE) flops products pitfalls compact_native compact_conv compact_t
 # Installs the wheel into an environment and runs tests where the checkout cannot be imported.
 define with_wheel
 	$(1)/bin/python -m pip install --quiet --no-deps --force-reinstall dist/*.whl
-	folder=$$(mktemp -d) && cp -r tests pyproject.toml "$$folder" && cd "$$folder" \
+	folder=$$(mktemp -d) && tar cf - tests pyproject.toml docs/optimizers.md | tar xf - -C "$$folder" && cd "$$folder" \
 		&& $(CURDIR)/$(1)/bin/python -m pytest -n 2 -m "not full" $(call tests,$(2)) && rm -r "$$folder"
 endef
 
