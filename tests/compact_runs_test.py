@@ -48,7 +48,11 @@ def _masked_state(result):
     return gj.sparsify(optax.sgd(0.1), method).init(result.weights)
 
 
-@pytest.mark.parametrize("method", ["rigl", "set", "gmp", "static", "granet_st"])
+@pytest.mark.parametrize(
+    "method",
+    ["rigl", "gmp"]
+    + [pytest.param(x, marks=pytest.mark.full) for x in ("set", "static", "granet_st")],
+)
 def test_images_do_as_masked_ones(method):
     config = own_settings(method=method, sparsity=0.75, epochs=4, update_every=4)
     states = {}

@@ -82,10 +82,8 @@ IN_CI = {
     ("granet", "rmsprop"),
     ("granet_st", "adamw"),
     ("set", "lion"),
-    ("gmp", "sgd"),
     ("n_of_m_rigl", "sgd"),
     ("block_granet", "sgd"),
-    ("rigl_itop", "sgd"),
 }
 CASES = [
     pytest.param(m, i, marks=() if (m, i) in IN_CI else pytest.mark.full)

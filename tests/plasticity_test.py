@@ -381,6 +381,7 @@ def test_text_by_bits_fewer_than_the_unpruned_network(of_text, tmp_path):
     assert program._above(trainer.told).startswith("Validation bits per byte below the unpruned")
 
 
+@pytest.mark.full
 def test_networks_of_text_trained_together(of_text):
     trainer, some = of_text
     state = trained(trainer, 2)
