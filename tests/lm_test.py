@@ -261,6 +261,7 @@ def test_masks_are_the_same_on_a_mesh(tmp_path):
     assert np.isfinite(result.history[-1]["loss"])
 
 
+@pytest.mark.full
 def test_training_by_the_blocks_that_are_on_is_training_under_masks():
     """Also of stacked layers that are computed again in the backward pass."""
     losses, states = [], []
