@@ -38,9 +38,20 @@ def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: A
     The gradient of the kernel, by which XLA:CPU loses most of its time in small networks, is as
     fast as the convolution; and so are convolutions whose window is larger than their image, as the
     last ones of VGG are. It is the same function elsewhere, on arrays other than float32, with
-    groups, or with gaps between inputs. Not for arrays that lie on several devices.
+    groups, or with gaps between inputs. It is not for arrays that lie on several devices, and on a
+    CPU it has no forward mode (``jax.jvp``). Flax takes it by ``nn.Conv(conv_general_dilated=...)``.
 
-    Flax takes it by ``nn.Conv(conv_general_dilated=...)``.
+    Args:
+      lhs: as in ``jax.lax.conv_general_dilated``, images of one or two axes of places.
+      rhs: as there, the kernel.
+      *args: as there.
+      **kwargs: as there.
+
+    Returns:
+      What ``jax.lax.conv_general_dilated`` returns, but for the last bits.
+
+    Raises:
+      TypeError, ValueError: as there.
 
     Example:
       >>> import jax, jax.numpy as jnp
