@@ -39,7 +39,9 @@ def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: A
     fast as the convolution; and so are convolutions whose window is larger than their image, as the
     last ones of VGG are. It is the same function elsewhere, on arrays other than float32, with
     groups, or with gaps between inputs. It is not for arrays that lie on several devices, and on a
-    CPU it has no forward mode (``jax.jvp``). Flax takes it by ``nn.Conv(conv_general_dilated=...)``.
+    CPU it has no forward mode (``jax.jvp``).
+
+    Flax takes it by ``nn.Conv(conv_general_dilated=...)``.
 
     Args:
       lhs: as in ``jax.lax.conv_general_dilated``, images of one or two axes of places.
