@@ -405,6 +405,7 @@ def test_table_and_figure(straight):
     np.testing.assert_allclose(line.get_xdata(), [100, 80, 64], atol=0.5)
 
 
+@pytest.mark.full
 def test_ladders_of_text_on_a_mesh(tmp_path, monkeypatch):
     monkeypatch.setitem(transformer.SIZES, "tiny", lm_test.TINY)
     monkeypatch.setattr(text, "VALIDATION_WINDOWS", 4)

@@ -233,7 +233,7 @@ def _loop(one: Callable[..., Any], state: Any, inputs: Iterable[Any]) -> tuple[A
     for x in inputs:
         state, loss = one(state, x)
         if jax.default_backend() == "cpu":  # steps in flight on several devices starve each other
-            jax.block_until_ready(loss)
+            jax.block_until_ready((state, loss))
         losses.append(loss)
     return state, jnp.stack(losses)
 

@@ -231,21 +231,23 @@ def _train(
         state, device_losses = trainer.run(state, stream, num_steps)
         losses = np.asarray(device_losses)
         seconds = time.perf_counter() - started
-        nonfinite = int(gj.metrics.num_nonfinite(state.params))
-        records.check_finite(losses, nonfinite, step, epoch_steps)
+        measured = records.measure(trainer, gj.get_masks(state.opt_state), state)
+        records.check_finite(losses, int(measured["nonfinite"]), step, epoch_steps)
         records.check_sparse(state)
         step += num_steps
         if step % epoch_steps == 0:
-            record = _record(trainer, state, losses, seconds)
+            record = _record(trainer, state, measured, losses, seconds)
             history.append(record)
             show(record)
     return state
 
 
-def _record(trainer: Trainer, state: State, losses: np.ndarray, seconds: float) -> Record:
+def _record(
+    trainer: Trainer, state: State, measured: dict[str, Any], losses: np.ndarray, seconds: float
+) -> Record:
     """The numbers of an epoch; losses and seconds are those since the last stop."""
     config, setup, step = trainer.settings, trainer.setup, int(state.step)
-    masks, unit = gj.get_masks(state.opt_state), setup.task.unit
+    unit = setup.task.unit
     count = optax.tree.get(state.opt_state, "count", filtering=_of_schedule)
     in_step = config.batch_size * unit.in_example
     return {
@@ -256,8 +258,8 @@ def _record(trainer: Trainer, state: State, losses: np.ndarray, seconds: float) 
         **trainer.evaluate(state),
         # Of the last update.
         "learning_rate": float(optimizers.learning_rate(config, trainer.length)(count - 1)),
-        "sparsity": float(gj.metrics.sparsity(masks, state.params, setup.rules)),
-        "live": int(gj.metrics.num_live(masks, state.params, setup.rules).sum()),
+        "sparsity": float(measured["sparsity"]),
+        "live": int(measured["live"]),
         f"{unit.name}_per_second": in_step * len(losses) / seconds,
     }
 

@@ -125,6 +125,7 @@ def written(*sizes: tuple[int, ...], block: tuple[int, ...] = ()) -> dict[str, N
     return {"|".join("x".join(map(str, each)) for each in sizes): None}
 
 
+@jax.jit
 def dense(values: jax.Array, layout: Layout) -> jax.Array:
     """The dense leaf of some slots; zeros where no weight is live."""
 
@@ -140,6 +141,7 @@ def dense(values: jax.Array, layout: Layout) -> jax.Array:
     return _by_layer(scatter, layout, layout.index, values).reshape(layout.shape)
 
 
+@jax.jit
 def slots(leaf: jax.Array, layout: Layout) -> jax.Array:
     """The slots of a dense leaf; 0, or False, in dead ones."""
 

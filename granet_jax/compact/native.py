@@ -195,6 +195,7 @@ def reslot(
     return index, stays, outgrown[0]
 
 
+@jax.jit
 def lists(layout: Layout) -> Layout:
     """A layout with its lists made from its index."""
     inputs, outputs = sides(layout)
