@@ -385,6 +385,7 @@ def test_methods_train_on_from_these_masks(make, kept):
     assert (params[0]["kernel"][~end[0]["kernel"]] == 0).all()
 
 
+@pytest.mark.full
 def test_the_collapse_study_as_a_person_runs_it(tmp_path):
     flags = ["--dataset=digits", "--model=lenet_300_100", "--rounds=5", f"--out_dir={tmp_path}"]
     program = [sys.executable, "-m", "experiments.collapse", *flags]

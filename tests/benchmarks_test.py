@@ -56,6 +56,7 @@ def test_quick_benchmarks_write_one_file(tmp_path):
     assert all(float(row["more at the peak"]) >= 1 for row in steps)  # a mask has a byte a weight
 
 
+@pytest.mark.full
 def test_an_hour_on_an_accelerator_goes_on_where_it_was_killed(tmp_path):
     """The small version of the whole; the first run is killed when some pieces are there."""
     out, store = tmp_path / "hour.md", tmp_path / "hour.json"

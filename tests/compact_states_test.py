@@ -16,7 +16,7 @@ import pytest
 
 import granet_jax as gj
 from granet_jax import compact
-from granet_jax.compact import native
+from granet_jax.compact import native, packing
 
 ROOT = pathlib.Path(__file__).parents[1]
 KEY = jax.random.key(7)
@@ -61,13 +61,14 @@ def masked_step(tx, grads, state, params):
     return optax.apply_updates(params, updates), state
 
 
-def side_by_side(wrap, inner, dtype=jnp.float32, micro=1, spoil=None, **tolerances):
+def side_by_side(request, wrap, inner, dtype=jnp.float32, micro=1, spoil=None, **tolerances):
     """Trains slots and masks; both must have the same masks and weights."""
     method = rigl()
     masked, slots = wrap(gj.sparsify(inner, method)), wrap(compact.sparsify(inner, method, RULES))
     state = masked.init(params_of(dtype))
     params = gj.apply_masks(params_of(dtype), gj.get_masks(state))
     values, other = started(slots, dtype)
+    request.getfixturevalue("compiled_well")
     total = None
     for i in range(1, 7 * micro):
         grads = gradients(params_of(dtype), i)
@@ -93,31 +94,27 @@ def multi_steps(tx):
     return optax.GradientTransformationExtraArgs(steps.init, steps.update)
 
 
-@pytest.mark.usefixtures("compiled_well")
-def test_gradients_of_two_batches():
-    side_by_side(multi_steps, optax.sgd(0.1, momentum=0.9), micro=2)
+def test_gradients_of_two_batches(request):
+    side_by_side(request, multi_steps, optax.sgd(0.1, momentum=0.9), micro=2)
 
 
-@pytest.mark.usefixtures("compiled_well")
-def test_a_step_that_is_skipped():
+def test_a_step_that_is_skipped(request):
     wrap = functools.partial(optax.apply_if_finite, max_consecutive_errors=3)
-    state = side_by_side(wrap, optax.sgd(0.1, momentum=0.9), spoil=2)
+    state = side_by_side(request, wrap, optax.sgd(0.1, momentum=0.9), spoil=2)
     assert compact.get_state(state).mask_step == 5
 
 
-@pytest.mark.usefixtures("compiled_well")
-def test_norms_are_those_of_live_weights():
+def test_norms_are_those_of_live_weights(request):
     inner = optax.chain(
         optax.clip_by_global_norm(0.5),
         optax.inject_hyperparams(optax.lamb)(optax.linear_schedule(0.1, 0.01, 6)),
     )
-    side_by_side(lambda tx: tx, inner, rtol=1e-5, atol=1e-6)
+    side_by_side(request, lambda tx: tx, inner, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("compiled_well")
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision(dtype):
-    side_by_side(lambda tx: tx, optax.sgd(0.1, momentum=0.9), dtype)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.full)])
+def test_half_precision(dtype, request):
+    side_by_side(request, lambda tx: tx, optax.sgd(0.1, momentum=0.9), dtype)
 
 
 def test_donated_buffers_and_loops_of_scan():
@@ -235,6 +232,7 @@ def test_layouts_of_a_machine_with_kernels_on_one_without(monkeypatch):
     tx = compact.sparsify(optax.sgd(0.1), rigl(), RULES)
     values, state = started(tx)
     monkeypatch.setattr(native, "available", lambda: False)
+    packing.reslot.clear_cache()  # as another process has no traces
     grads = jax.tree.map(jnp.ones_like, values)
     with pytest.raises(RuntimeError, match=r"_replace\(by_output=None, by_input=None\)"):
         tx.update(grads, state, values, dense_grads=params_of, event=True)

@@ -68,6 +68,7 @@ def test_the_published_encoder_gives_the_embeddings_of_pytorch():
     np.testing.assert_allclose(embeddings, wanted, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.full
 def test_embeddings_have_length_one_and_do_not_see_the_padding():
     encoder, params = tiny_params()
     rows = [[3, 1, 4], [1, 5, 9, 2, 6], [5]]
@@ -83,6 +84,7 @@ def test_embeddings_have_length_one_and_do_not_see_the_padding():
     assert jnp.abs(short[0] - short[1]).max() > 1e-2
 
 
+@pytest.mark.full
 def test_a_row_of_padding_gives_zeros_and_finite_gradients():
     encoder, params = tiny_params()
     ids, mask = padded([[3, 1], []], 8)
@@ -236,6 +238,7 @@ def test_the_order_is_shuffled_and_the_same_each_time(tmp_path):
     assert all(list(split) != sorted(split) for split in first)
 
 
+@pytest.mark.full
 def test_the_library_of_python_has_enough_prose():
     read = sentences.read()
     every = sum(read, ())

@@ -195,6 +195,7 @@ def spied(trainer):
     return trainer._replace(evaluate=evaluate), seen
 
 
+@pytest.mark.full
 def test_networks_trained_together_are_as_one_after_another():
     trainer, some = make_trainer()
     trainer, seen = spied(trainer)
@@ -250,6 +251,7 @@ def study(trainer, some, out_dir, results, show=lambda record: None):
     )
 
 
+@pytest.mark.full
 def test_stopped_studies_go_on_and_repeat_nothing(tmp_path, monkeypatch):
     trainer, some = make_trainer()
     straight = {}
@@ -343,6 +345,7 @@ def of_text(monkeypatch):
     return trainer, batches.first(trainer.setup.task.train, 2, trainer.settings.batch_size)
 
 
+@pytest.mark.full
 def test_text_by_bits_fewer_than_the_unpruned_network(of_text, tmp_path):
     trainer, some = of_text
     assert len(some) == 2
@@ -412,6 +415,7 @@ def run(*given, ok=True):
     return output
 
 
+@pytest.mark.full
 def test_program_leaves_its_files_and_guards_them(tmp_path):
     given = ["--epochs=2", "--seeds=1", "--prune_epochs=1", "--continue_epochs=1"]
     given += ["--rates=0.98", "--sparsities=0.9", f"--out_dir={tmp_path}"]

@@ -180,6 +180,7 @@ def test_nearest_neighbours_and_batches_of_like_length():
     assert [m.sum(1).tolist() for _, m in batches] == [[3, 8], [9, 16]]
 
 
+@pytest.mark.full
 def test_a_run_is_pruned_as_a_person_does_it(tmp_path):
     def run(*call):
         return subprocess.run(

