@@ -99,6 +99,7 @@ def test_a_piece_that_fails_is_told_and_left_for_the_next_time(tmp_path, monkeyp
     assert list(tables((tmp_path / "hour.md").read_text())) == ["B", "What the pieces took"]
 
 
+@pytest.mark.full
 def test_exported_models_give_the_outputs_of_dense_ones():
     perceptrons, even, training = inference.tables_of(quick=True)
     (blocks,) = kernels.tables(quick=True)

@@ -92,6 +92,7 @@ def test_convolutions_norms_and_dropout():
     assert losses[0][1] == losses[1][1]
 
 
+@pytest.mark.full
 def test_text_goes_on_to_the_same_bits_and_masks_are_those_of_masked_training(tmp_path):
     trainer = lm_test.make_trainer(method="rigl", compact=True)
     straight = run.run(trainer, tmp_path / "straight")

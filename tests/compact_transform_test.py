@@ -79,7 +79,6 @@ INNERS = {
 }
 IN_CI = {
     ("granet_st", "adamw"),
-    ("n_of_m_rigl", "sgd"),
     ("block_granet", "sgd"),
 }
 CASES = [

@@ -253,7 +253,7 @@ FAMILIES = [  # forward FLOPs, those of training, and whether exploration is tra
     ("dst", {"penalty": 0.1, "init": "uniform", "normalise": False}, None),
     ("str", {"penalty": 0.05}, None),
 ]
-IN_CI = ("rigl", "ac_dc", "ste", "gmp", "dst")
+IN_CI = ("rigl", "ac_dc", "gmp", "dst")
 
 
 @pytest.mark.parametrize(
