@@ -33,10 +33,11 @@ for_all_programs(
     jax_persistent_cache_min_compile_time_secs=0,
     jax_persistent_cache_min_entry_size_bytes=-1,
 )
-if jax.__version_info__ < (0, 11):  # newer ones do not know the flag
-    os.environ["XLA_FLAGS"] = (
-        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    )
+if jax.__version_info__ < (0, 11):  # newer ones do not know the flags
+    xla_flags = ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+    if jax.__version_info__ >= (0, 10):  # eight devices may wait long for a busy machine
+        xla_flags.append("--xla_cpu_collective_call_terminate_timeout_seconds=300")
+    os.environ["XLA_FLAGS"] = " ".join(xla_flags)
 
 
 def pytest_configure(config):
