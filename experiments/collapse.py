@@ -32,7 +32,7 @@ import granet_jax as gj
 from experiments import models
 from experiments.data import images as data
 from experiments.data.streams import Batch
-from experiments.engine import output, settings
+from experiments.engine import memory, output, settings
 from granet_jax.methods import at_init
 
 matplotlib.use("Agg")
@@ -245,6 +245,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {argv[1]!r} is no flag; flags look like --seeds=3. See --help.")
     console, name, source = Console(), flags.FLAGS.model, flags.FLAGS.dataset
     climbs: dict[str, list[Climb]] = {method: [] for method in METHODS}
+    memory.keep()
     with settings.errors_in_one_line(), console.status("scoring") as status:
 
         def show(compression: float) -> None:

@@ -23,6 +23,7 @@ from experiments.engine import (
     batches,
     distributed,
     files,
+    memory,
     mesh,
     methods,
     output,
@@ -73,6 +74,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {argv[1]!r} is no flag; flags look like --seeds=3. See --help.")
     given = flags.FLAGS
     with settings.errors_in_one_line():
+        memory.keep()
         mesh.use_devices()
         distributed.start()
         console = Console(quiet=jax.process_index() != 0, soft_wrap=True, highlight=False)

@@ -40,7 +40,7 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 
 from experiments import tasks
-from experiments.engine import files, mesh, output, page, records, settings, training
+from experiments.engine import files, memory, mesh, output, page, records, settings, training
 from experiments.engine.task import Told
 from experiments.studies import lottery
 from experiments.studies.lottery import RULES, History, Study
@@ -93,6 +93,7 @@ def main(argv: list[str]) -> None:
     console = Console()
     given = flags.FLAGS
     with settings.errors_in_one_line():
+        memory.keep()
         mesh.use_devices()
         names = lottery.rules_named(given.rules)
         study = _study(names)

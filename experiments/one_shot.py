@@ -19,7 +19,7 @@ from rich.console import Console
 
 import granet_jax as gj
 from experiments import tasks
-from experiments.engine import batches, checkpoints, files, mesh, output, settings, training
+from experiments.engine import batches, checkpoints, files, memory, mesh, output, settings, training
 from experiments.engine.training import State, Trainer
 from experiments.studies import one_shot as pruning
 from granet_jax import one_shot
@@ -107,6 +107,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {argv[1]!r} is no flag; flags look like --steps=100. See --help.")
     given = flags.FLAGS
     with settings.errors_in_one_line():
+        memory.keep()
         pruning.check_flags()
         if given.run_dir is None:
             raise ValueError("--run_dir: give the folder of a dense run.")

@@ -33,7 +33,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from rich.console import Console
 
 from experiments import tasks
-from experiments.engine import batches, files, mesh, output, run, settings, training
+from experiments.engine import batches, files, memory, mesh, output, run, settings, training
 from experiments.engine.settings import Settings
 from experiments.engine.task import Metric, Told
 from experiments.engine.training import Trainer
@@ -91,6 +91,7 @@ def main(argv: list[str]) -> None:
     console = Console()
     given = flags.FLAGS
     with settings.errors_in_one_line():
+        memory.keep()
         mesh.use_devices()
         kind, devices = tasks.load(given.task), mesh.from_flags()
         config = kind.from_flags(**_UNUSED)

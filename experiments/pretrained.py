@@ -32,7 +32,7 @@ from rich.console import Console
 import granet_jax as gj
 from experiments.benchmarks import timing
 from experiments.data import sentences
-from experiments.engine import output, settings
+from experiments.engine import memory, output, settings
 from experiments.models import minilm
 from experiments.studies import one_shot as pruning
 from granet_jax import one_shot
@@ -263,6 +263,7 @@ def main(argv: list[str]) -> None:
         )
 
     with settings.errors_in_one_line():
+        memory.keep()
         pruning.check_flags()
         folder, out_dir = minilm.folder(), pathlib.Path(given.out_dir)
         out_dir.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,18 @@ from rich.console import Console
 
 import granet_jax as gj
 from experiments import tasks
-from experiments.engine import distributed, files, mesh, output, page, plan, run, settings, training
+from experiments.engine import (
+    distributed,
+    files,
+    memory,
+    mesh,
+    output,
+    page,
+    plan,
+    run,
+    settings,
+    training,
+)
 from experiments.engine.run import Result
 from experiments.engine.training import Trainer
 
@@ -47,6 +58,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {argv[1]!r} is no flag; flags look like --method=granet. See --help.")
     given = flags.FLAGS
     with settings.errors_in_one_line():
+        memory.keep()
         mesh.use_devices()
         distributed.start()
         console = Console(quiet=jax.process_index() != 0, soft_wrap=True, highlight=False)

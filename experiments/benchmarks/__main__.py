@@ -31,7 +31,7 @@ from experiments.benchmarks import (
     training_step,
     update,
 )
-from experiments.engine import output, settings
+from experiments.engine import memory, output, settings
 
 BENCHMARKS = {
     "bandwidth": bandwidth.tables,
@@ -100,6 +100,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: {argv[1]!r} is no flag; flags look like --only=step. See --help.")
     with settings.errors_in_one_line():
+        memory.keep()
         given = flags.FLAGS
         run(given.only, given.quick, pathlib.Path(given.out), given.data_dir, given.epochs)
 
