@@ -37,8 +37,8 @@ SERVICES = ("metrics", "products", "flops", "report", "sharding", "checkpoint", 
 EXPERIMENTS = pathlib.Path(experiments.__file__).parent
 WINGS = ["data", "models", "engine", "tasks", "studies", "benchmarks"]  # then the programs
 ENGINE = [
-    *("task", "methods", "settings", "weights", "optimizers", "distributed", "mesh", "batches"),
-    *("files", "checkpoints", "training", "records", "page", "output", "run", "plan"),
+    *("task", "methods", "settings", "weights", "optimizers", "distributed", "memory", "mesh"),
+    *("batches", "files", "checkpoints", "training", "records", "page", "output", "run", "plan"),
 ]
 ROOMS = {  # that import each other within a wing, in this order
     "data": ["streams", "images", "text", "sentences", "augment"],
