@@ -39,8 +39,8 @@ test-wheel: $(WHEEL)/.installed dist/.built  ## the core of the library as the w
 test-oldest: $(OLDEST)/.installed dist/.built  ## the library on the oldest supported JAX, from the wheel
 	$(call with_wheel,$(OLDEST),$(LIBRARY) compact_native one_shot scores)
 
-test-newest: $(NEWEST)/.installed dist/.built  ## the library and the language model on the newest JAX, from the wheel
-	$(call with_wheel,$(NEWEST),$(LIBRARY) acceptance kernels models lm)
+test-newest: $(NEWEST)/.installed dist/.built  ## the library and the engine on the newest JAX, from the wheel
+	$(call with_wheel,$(NEWEST),$(LIBRARY) acceptance kernels models engine)
 
 dist: dist/.built  ## the wheel and the source distribution, checked
 
