@@ -24,7 +24,7 @@ test-all: lint  ## also the full product of methods, optimizers and wrappers
 
 tests = $(patsubst %,tests/%_test.py,$(1))
 CORE := selection trees distributions schedules masks reference errors rules
-LIBRARY := $(CORE) flops products pitfalls compact_conv compact_trace
+KERNELS := products compact_conv
 
 # Installs the wheel into an environment and runs tests where the checkout cannot be imported.
 define with_wheel
@@ -36,11 +36,11 @@ endef
 test-wheel: $(WHEEL)/.installed dist/.built  ## the core of the library as the wheel installs it
 	$(call with_wheel,$(WHEEL),$(CORE))
 
-test-oldest: $(OLDEST)/.installed dist/.built  ## the library on the oldest supported JAX, from the wheel
-	$(call with_wheel,$(OLDEST),$(LIBRARY) compact_native one_shot scores)
+test-oldest: $(OLDEST)/.installed dist/.built  ## core and kernels on the oldest supported JAX, from the wheel
+	$(call with_wheel,$(OLDEST),$(CORE) $(KERNELS) compact_native)
 
-test-newest: $(NEWEST)/.installed dist/.built  ## the library and the engine on the newest JAX, from the wheel
-	$(call with_wheel,$(NEWEST),$(LIBRARY) acceptance kernels models engine)
+test-newest: $(NEWEST)/.installed dist/.built  ## core, kernels and every method on the newest JAX, from the wheel
+	$(call with_wheel,$(NEWEST),$(CORE) $(KERNELS) acceptance models)
 
 dist: dist/.built  ## the wheel and the source distribution, checked
 

@@ -110,6 +110,7 @@ def test_exported_models_give_the_outputs_of_dense_ones():
     assert all(float(row["error of dx"]) < 1e-5 for row in training.rows)
 
 
+@pytest.mark.full
 def test_a_trained_run_is_exported_with_the_same_guesses(tmp_path):
     config = Settings(
         dataset="digits",

@@ -108,6 +108,7 @@ def test_text_goes_on_to_the_same_bits_and_masks_are_those_of_masked_training(tm
     assert masked.history[-1]["live"] == straight.history[-1]["live"]
 
 
+@pytest.mark.full
 def test_slots_on_a_mesh_are_those_of_one_device(tmp_path):
     changes = {"method": "set", "compact": True, "bytes": 4 * 4 * 8}
     trainer = lm_test.make_trainer(mesh_of(2, 2, 1), **changes)

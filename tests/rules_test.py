@@ -121,9 +121,8 @@ def test_average_gradients_over_another_method_that_observes():
         gj.average_gradients(inner, decay=1.0)
 
 
-@pytest.mark.parametrize(
-    "name", ["set_itop_unexplored", pytest.param("rigl_itop", marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["set_itop_unexplored", "rigl_itop"])
 def test_exploration_is_the_union_of_all_masks(name):
     tx = gj.sparsify(optax.sgd(0.1, momentum=0.9), (tables.METHODS | tables.VARIANTS)[name][0]())
     params = gj.testing.example_params()

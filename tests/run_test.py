@@ -318,6 +318,7 @@ def test_batches_must_divide_over_devices():
         train(pathlib.Path("unused"), own_settings(batch_size=12), own_data(), OwnNet(8))
 
 
+@pytest.mark.full
 def test_bf16_keeps_parameters_moments_and_updates_in_float32(tmp_path):
     data = Batch(random_images(32, (28, 28, 1)).images, np.arange(32) % 10)
     config = own_settings(model="lenet_300_100", precision="bf16", sparsity=0.9)

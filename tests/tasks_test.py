@@ -65,6 +65,7 @@ def test_the_page_compares_methods_on_it(tmp_path):
     assert "rank" in (tmp_path / "compared" / "report.html").read_text()
 
 
+@pytest.mark.full
 def test_the_readme_trains_own_images(tmp_path):
     block = block_with("MyNet").replace("int = 20", "int = 2")
     (tmp_path / "pets.py").write_text(block)
