@@ -19,13 +19,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "experiments" / "recipes").glob("*.flags"))
 REST = (
     "cifar100",
+    "cifar10-resnet50",
     *(f"cifar10-resnet20-{method}" for method in ("static", "set", "rigl", "gmp")),
     *(f"cifar10-vgg19-{method}" for method in ("granet_st", "rigl_itop", "gmp", "dense")),
     *(f"cifar10-wrn_22_2-{method}" for method in ("static", "gmp_uniform", "dense")),
-    *(
-        f"cifar10-resnet50-{method}"
-        for method in ("granet", "granet_st", "rigl_itop", "gmp", "dense")
-    ),
     *(f"imagenet-resnet50-{method}" for method in ("granet_st", "str", "dense")),
 )
 CLASSES = {"cifar100": 100, "imagenet2012": 1000}
