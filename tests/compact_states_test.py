@@ -68,7 +68,7 @@ def side_by_side(request, wrap, inner, dtype=jnp.float32, micro=1, spoil=None, *
     state = masked.init(params_of(dtype))
     params = gj.apply_masks(params_of(dtype), gj.get_masks(state))
     values, other = started(slots, dtype)
-    request.getfixturevalue("compiled_well")
+    request.getfixturevalue("compiled_well")  # not before: init is many small programs
     total = None
     for i in range(1, 7 * micro):
         grads = gradients(params_of(dtype), i)

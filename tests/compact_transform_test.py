@@ -117,7 +117,7 @@ def test_masks_and_weights_are_those_of_sparsify(method, inner, request):
     state, other = dense.init(params), slots.init(params)
     params = gj.apply_masks(params, gj.get_masks(state))
     values = compact.to_slots(params, compact.get_layouts(other))
-    request.getfixturevalue("compiled_well")
+    request.getfixturevalue("compiled_well")  # not before: init is many small programs
     twin, twin_state = jax.tree.map(jnp.copy, (values, other))  # told what is an event
     num_regrown = 0
     draw = jax.jit(draw_gradients)

@@ -70,7 +70,7 @@ METHODS = {
 }
 
 
-# GraNet goes through all code; all in `make test-all`.
+# GraNet goes through all code. `make test-all` has every pair.
 FULL = [(method, name) for method in METHODS for name in STRUCTURES]
 SOME = [
     *(("granet", name) for name in ("2:4", "fan-in, ablation", "block", "tied channels", "mixed")),

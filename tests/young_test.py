@@ -9,6 +9,7 @@ import pytest
 import granet_jax as gj
 from granet_jax import compact
 from granet_jax.young import OLD
+from tests.compact_transform_test import compact_step
 
 PARAMS = {"kernel": jnp.array([[0.5, 0.0], [0.25, 0.0]]), "bias": jnp.ones(2)}
 MASKS = {"kernel": jnp.array([[True, False], [True, False]]), "bias": jnp.ones(2, bool)}
@@ -64,6 +65,9 @@ def test_the_first_step_of_a_grown_weight(t, without):
     for updates in (corrected, ramped):  # those that were there are left alone
         np.testing.assert_allclose(updates["kernel"][:, 0], plain["kernel"][:, 0], rtol=3e-7)
         np.testing.assert_allclose(updates["bias"], plain["bias"], rtol=3e-7)
+    passed, _ = gj.correct_young(ramp=100).update(GRADS, state.inner[1], PARAMS)  # to the bit
+    np.testing.assert_array_equal(passed["kernel"][:, 0], GRADS["kernel"][:, 0])
+    np.testing.assert_array_equal(passed["bias"], GRADS["bias"])
     age = optax.tree.get(state, "age")["kernel"]
     np.testing.assert_array_equal(age, [[OLD, 1], [OLD, 1]])
 
@@ -108,18 +112,11 @@ def test_on_slots_as_on_dense_weights():
     values = compact.to_slots(params, compact.get_layouts(other))
     params = gj.apply_masks(params, gj.get_masks(state))
     update = jax.jit(dense.update)
-
-    @jax.jit
-    def update_slots(grads, state, values):
-        of_slots = compact.to_slots(grads, compact.get_layouts(state))
-        return slots.update(of_slots, state, values, dense_grads=lambda: grads)
-
     for t in range(1, 16):
         grads = {"kernel": jax.random.normal(jax.random.fold_in(jax.random.key(2), t), (6, 8))}
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        updates, other = update_slots(grads, other, values)
-        values = optax.apply_updates(values, updates)
+        values, other = compact_step(slots, grads, other, values)
         layouts = compact.get_layouts(other)
         np.testing.assert_array_equal(
             compact.masks(values, layouts)["kernel"], gj.get_masks(state)["kernel"]

@@ -213,7 +213,7 @@ def abstract_params(values: PyTree, layouts: Layouts) -> PyTree:
     return map_by_path(shape, values)
 
 
-@jax.jit
+@jax.jit  # called outside of jit it is one program, too
 def reslot(layout: Layout, mask: jax.Array, keep: jax.Array) -> tuple[Layout, jax.Array, jax.Array]:
     """Slots for a new mask.
 
