@@ -4,12 +4,46 @@ JAX 0.12 has one type for jaxprs with and without constants; older versions have
 the parts of a ``scan`` and some calls differently.
 """
 
+import contextvars
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+from jax.experimental import xla_metadata
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.extend.core import Literal as Literal
+
+_is_read = contextvars.ContextVar("granet_jax_is_read", default=False)
+# A context that JAX knows: in it nothing comes from its caches of traces made outside.
+_anew: Any = (
+    jax.make_user_context(False)
+    if hasattr(jax, "make_user_context")
+    else lambda _: xla_metadata.set_xla_metadata(granet_jax="read")
+)
+
+
+def trace(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+    """The closed jaxpr of a function that is to be read, and the shapes of its results.
+
+    While it is traced :func:`is_read` is true.
+
+    Example:
+      >>> closed, shape = trace(lambda x: x * 2, 1.0)
+      >>> [name(eqn) for eqn in closed.eqns], shape.shape
+      (['mul'], ())
+    """
+    token = _is_read.set(True)
+    try:
+        with _anew(True):
+            return jax.make_jaxpr(function, return_shape=True)(*args)
+    finally:
+        _is_read.reset(token)
+
+
+def is_read() -> bool:
+    """Whether :func:`trace` is at work: functions with kernels of ours are then JAX's own."""
+    return _is_read.get()
 
 
 class Scan(NamedTuple):

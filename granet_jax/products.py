@@ -65,7 +65,7 @@ def uses(
       (['bias', 'kernel'], 'contracted', {1: 12}, 24)
     """
     paths = list(trees.paths(params))
-    jaxpr = jaxprs.opened(jax.make_jaxpr(apply_fn)(params, *args))
+    jaxpr = jaxprs.opened(jaxprs.trace(apply_fn, params, *args)[0])
     avals: list[Any] = [var.aval for var in jaxpr.invars]
     shapes = [aval.shape for aval in avals[: len(paths)]]
     origins: list[_Origin] = [

@@ -5,13 +5,14 @@ import math
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from granet_jax import compact
+from granet_jax import compact, jaxprs
 from granet_jax.compact import convolutions, layouts, native
 from tests import compact_worker as worker
 
@@ -328,3 +329,129 @@ def test_dense_convolutions_are_plain_where_they_are_read():
     twice = jax.grad(lambda params: jnp.sum(jnp.sin(jax.grad(with_own)(params, x)["w"])))
     right = jax.grad(lambda params: jnp.sum(jnp.sin(jax.grad(loss)(params, x)["w"])))
     chex.assert_trees_all_close(twice(params), right(params), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_read_is_not_what_jax_traced_before():
+    """Calls and loops of which JAX keeps a trace, first traced as they are, and then read."""
+    _, params, x = of_case("3x3")
+
+    def own(params, x):
+        return compact.conv_general_dilated(
+            x, params["w"], (1, 1), "SAME", dimension_numbers=NUMBERS
+        )
+
+    def body(total, x):
+        return total + jnp.sum(own(params, x)), None
+
+    called, again = jax.jit(own), jax.checkpoint(own)
+    values, where = compact.pack(params, jax.tree.map(lambda x: x != 0, params))
+    for function in (called, again):
+        before = str(jax.make_jaxpr(function)(params, x))
+        assert "custom_vjp" in before
+        assert "own derivative" not in compact.table(function, values, where, x)
+        assert str(jax.make_jaxpr(function)(params, x)) == before
+    looped = jax.make_jaxpr(lambda xs: jax.lax.scan(body, 0.0, xs))
+    assert "custom_vjp" in str(looped(x[None]))
+    read, _ = jaxprs.trace(lambda xs: jax.lax.scan(body, 0.0, xs), x[None])
+    assert "custom_vjp" not in str(read)
+    assert "custom_vjp" in str(looped(x[None]))
+
+
+@pytest.mark.parametrize("live", [0.3, 1.0])
+@pytest.mark.parametrize("image", [(9, 8), (2, 2)], ids=["", "wide"])
+@pytest.mark.parametrize("kernels", [True, False, None], ids=str)
+def test_results_of_a_wider_type(kernels, image, live):
+    """Of bfloat16, summed in float32 and left so; gradients are bfloat16 again."""
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.normal(size=(3, *image, 5)), jnp.bfloat16)
+    mask = jnp.asarray(draw.random((3, 3, 5, 7)) < live)
+    params = {"w": jnp.where(mask, draw.normal(size=mask.shape), 0).astype(jnp.bfloat16)}
+    how = {"dimension_numbers": NUMBERS, "preferred_element_type": jnp.float32}
+
+    def convolved(params, x):
+        return jax.lax.conv_general_dilated(x, params["w"], (1, 1), "SAME", **how)
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(convolved(params, x)))
+
+    values, where = compact.pack(params, {"w": mask})
+    got = compact.sparse(convolved, native=kernels)(values, where, x)
+    chex.assert_trees_all_close(got, convolved(params, x), rtol=1e-5, atol=1e-5)
+    of_w, of_x = jax.grad(loss, (0, 1))(params, x)
+    grads = jax.grad(compact.sparse(loss, native=kernels), (0, 2))(values, where, x)
+    wanted = compact.to_slots(of_w, where), of_x
+    chex.assert_trees_all_equal_dtypes(grads, wanted)
+    as_f32 = (jax.tree.map(lambda x: x.astype(jnp.float32), tree) for tree in (grads, wanted))
+    chex.assert_trees_all_close(*as_f32, rtol=0.02, atol=0.02)
+    _, dense = compact.value_and_dense_grad(loss, native=kernels)(values, where, x)
+    chex.assert_trees_all_equal_dtypes(dense, of_w)
+
+
+EMPTY = {  # images, kernel, and how
+    "no place": ((2, 2, 2, 3), (3, 3, 3, 4), {"window_strides": (2, 2), "padding": "VALID"}),
+    "no input": ((2, 2, 2, 0), (3, 3, 0, 4), {"padding": "SAME"}),
+    "no output": ((2, 2, 2, 3), (3, 3, 3, 0), {"padding": "SAME"}),
+    "no image": ((0, 2, 2, 3), (3, 3, 3, 4), {"padding": "SAME"}),
+    "no row, gaps": (
+        (2, 0, 5, 3),
+        (3, 3, 3, 4),
+        {"padding": [(3, 3), (1, 1)], "lhs_dilation": (2, 2)},
+    ),
+    "all cut off": (
+        (2, 3, 3, 3),
+        (1, 1, 3, 4),
+        {"padding": [(-3, 0), (0, 0)], "window_strides": (3, 3)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty_convolutions(name):
+    image, shape, how = EMPTY[name]
+    x, w = jnp.ones(image), jnp.ones(shape)
+    given = {"window_strides": (1, 1), "dimension_numbers": NUMBERS, **how}
+
+    def run(function):
+        out, back = jax.vjp(lambda x, w: function(x, w, **given), x, w)
+        return out, *back(jnp.ones_like(out))
+
+    wanted = run(jax.lax.conv_general_dilated)
+    chex.assert_trees_all_close(run(compact.conv_general_dilated), wanted)
+    if not w.size:
+        return  # no leaf to prune
+    values, where = compact.pack({"w": w}, {"w": jnp.ones(shape, bool)})
+    for kernels in (True, False):
+        sparse = compact.sparse(
+            lambda p, x: jax.lax.conv_general_dilated(x, p["w"], **given), native=kernels
+        )
+        out, back = jax.vjp(lambda values, x, f=sparse: f(values, where, x), values, x)
+        of_w, of_x = back(jnp.ones_like(out))
+        in_slots = compact.to_slots({"w": wanted[2]}, where)
+        chex.assert_trees_all_close((out, of_x, of_w), (*wanted[:2], in_slots))
+
+
+def test_sizes_that_are_not_known():
+    """``jax.export`` with symbols for the number of images, and for their sides."""
+    _, params, x = of_case("3x3")
+    values, where = compact.pack(params, jax.tree.map(lambda x: x != 0, params))
+
+    def own(x):
+        return compact.conv_general_dilated(
+            x, params["w"], (1, 1), "SAME", dimension_numbers=NUMBERS
+        )
+
+    def in_slots(x):
+        how = {"dimension_numbers": NUMBERS}
+        return compact.sparse(
+            lambda p, x: jax.lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", **how)
+        )(values, where, x)
+
+    for sizes in ("n, 9, 8, 5", "n, 2, 2, 5", "n, h, h, 5"):
+        shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape(sizes), jnp.float32)
+        image = x if "h" not in sizes else x[:, :8]
+        image = image[:, :2, :2] if "2" in sizes else image
+        for function in (own, in_slots):
+            exported = jax.export.export(jax.jit(function))(shape)
+            np.testing.assert_allclose(exported.call(image), function(image), rtol=1e-5, atol=1e-5)
+        exported = jax.export.export(jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(own(x))))))(shape)
+        assert exported.call(image).shape == image.shape

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import granet_jax as gj
-from granet_jax import selection
+from granet_jax import compact, selection
 from granet_jax.methods import lottery
 from tests import acceptance_test, tables
 
@@ -241,3 +241,26 @@ def test_conformance_kit_on_float64(method):
     params = gj.testing.example_params("float64")
     known = num_live if num_live(0) is not None else None
     gj.testing.check_method(make_method(), params=params, num_live=known)
+
+
+@pytest.mark.parametrize("kernels", [True, None], ids=str)
+def test_results_of_double_precision(kernels):
+    """Of products and convolutions of float32 that are to be summed in float64."""
+    x, w = (jnp.full(shape, 1 / 3, jnp.float32) for shape in ((2, 9, 9, 3), (3, 3, 3, 4)))
+    params = {"conv": w, "kernel": w[0, 0]}
+    values, where = compact.pack(params, jax.tree.map(lambda x: jnp.ones(x.shape, bool), params))
+    how = {"preferred_element_type": jnp.float64}
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    def convolved(params, x, convolve=jax.lax.conv_general_dilated):
+        return convolve(x, params["conv"], (1, 1), "SAME", dimension_numbers=numbers, **how)
+
+    def multiplied(params, x):
+        return jnp.dot(x, params["kernel"], **how)
+
+    own = convolved(params, x, compact.conv_general_dilated)
+    slots = [compact.sparse(f, native=kernels)(values, where, x) for f in (convolved, multiplied)]
+    wanted = convolved(params, x), multiplied(params, x)
+    for one, right in zip((own, *slots), (wanted[0], *wanted), strict=True):
+        assert one.dtype == np.float64
+        np.testing.assert_allclose(one, right, rtol=1e-14)

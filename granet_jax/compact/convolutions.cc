@@ -27,8 +27,8 @@ constexpr int64_t kLargest = 1ll << 31;  // floats that offsets reach
 
 // Whether 32 vectors of 16 floats fit the registers.
 bool Has32Vectors() {
-#if HAS_CLONES
-  static const bool has = (__builtin_cpu_init(), __builtin_cpu_supports("x86-64-v4") != 0);
+#ifdef WIDEST
+  static const bool has = (__builtin_cpu_init(), __builtin_cpu_supports(WIDEST) != 0);
   return has;
 #else
   return false;

@@ -5,11 +5,8 @@ weights. XLA does some of it badly on CPU: the gradient of a kernel is done here
 ``convolutions.cc``, and a window larger than its image by a product of matrices.
 """
 
-import contextlib
-import contextvars
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,13 +18,13 @@ from granet_jax.compact.native import Window
 
 _NUMBERS = ("NHWC", "HWIO", "NHWC")
 _LEAST = 512  # images times places for which the kernel is faster
-_plain = contextvars.ContextVar("granet_jax_plain_convolutions", default=False)
 
 
 class How(NamedTuple):
     """How a convolution is done."""
 
     window: Window
+    dtype: Any = None  # of the result; None = that of the operands
     precision: Any = None
     kernels: bool = True  # whether those of ``convolutions.cc`` may be used, where they run
 
@@ -50,7 +47,9 @@ def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: A
       **kwargs: as there.
 
     Returns:
-      What ``jax.lax.conv_general_dilated`` returns, but for the last bits.
+      What ``jax.lax.conv_general_dilated`` returns, but for the last bits; and with fewer than 12
+      images the gradient of the kernel can be NaN where it is a number there, if inputs at an edge
+      are infinite or NaN.
 
     Raises:
       TypeError, ValueError: as there.
@@ -67,28 +66,19 @@ def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: A
     def plain(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(lhs, rhs, *args, **kwargs)
 
-    if _plain.get() or not native.available():
+    if jaxprs.is_read() or not native.available():
         return plain(lhs, rhs)
     closed, out = jax.make_jaxpr(plain, return_shape=True)(lhs, rhs)
     params = jaxprs.opened(closed).eqns[-1].params
     window = window_of(params, lhs.shape, rhs.shape, out.shape)
-    if isinstance(window, str) or not _is_simple(window) or not _are_floats(lhs, rhs):
+    if isinstance(window, str) or not _is_simple(window) or not _are_floats(lhs, rhs, out):
         return plain(lhs, rhs)
     numbers = params["dimension_numbers"]
     order = (*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
     w = rhs.transpose(order).reshape(*window.sizes, window.inputs, window.outputs)
-    y = multiply(How(window, params["precision"]), False, w, in_order(lhs, numbers.lhs_spec))
+    how = How(window, precision=params["precision"])
+    y = multiply(how, False, w, in_order(lhs, numbers.lhs_spec))
     return out_of_order(y, numbers.out_spec)
-
-
-@contextlib.contextmanager
-def as_they_are() -> Iterator[None]:
-    """Within it :func:`conv_general_dilated` is that of JAX, for those who read traces."""
-    token = _plain.set(True)
-    try:
-        yield
-    finally:
-        _plain.reset(token)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -102,32 +92,37 @@ def multiply(how: How, transposed: bool, w: jax.Array, x: jax.Array) -> jax.Arra
       x: ``(images, height, width, channels)``.
     """
     window = how.window
-    by_matrices = how.kernels and is_wide(window) and _is_simple(window)
-    convolve = functools.partial(_by_matrices if by_matrices else _convolve, how, w)
+    dtype = how.dtype or jnp.promote_types(w.dtype, x.dtype)
+    w, x = _of_one_dtype(w, x)
+    by_matrices = how.kernels and is_wide(window) and _is_simple(window) and not _is_empty(window)
+    convolve = _by_matrices if by_matrices else _convolve
     if not transposed:
-        return convolve(x)
-    inputs = jax.ShapeDtypeStruct(window.shape(len(x), of_inputs=True), x.dtype)
-    (of_inputs,) = jax.linear_transpose(convolve, inputs)(x)
-    return of_inputs
+        return convolve(how._replace(dtype=dtype), w, x)
+    inputs = jax.ShapeDtypeStruct(window.shape(x.shape[0], of_inputs=True), x.dtype)
+    forward = functools.partial(convolve, how._replace(dtype=None), w)
+    (of_inputs,) = jax.linear_transpose(forward, inputs)(x)
+    return of_inputs.astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def sample(how: How, x: jax.Array, y: jax.Array) -> jax.Array:
     """The gradient of the kernel, given inputs and the gradient of outputs."""
     window = how.window
-    places = len(x) * math.prod(window.result)
+    dtype = how.dtype or jnp.promote_types(x.dtype, y.dtype)
+    x, y = _of_one_dtype(x, y)
     if (
         how.kernels
         and _is_simple(window)
         and min(window.result) > 2
-        and places >= _LEAST
+        and are_known(x.shape)
+        and x.shape[0] * math.prod(window.result) >= _LEAST
         and _are_floats(x, y)
         and native.available()
     ):
-        return native.sample_all(window, x, y)
+        return native.sample_all(window, x, y).astype(dtype)
     w = jax.ShapeDtypeStruct((*window.sizes, window.inputs, window.outputs), x.dtype)
-    (of_w,) = jax.linear_transpose(lambda w: _convolve(how, w, x), w)(y)
-    return of_w
+    (of_w,) = jax.linear_transpose(lambda w: _convolve(how._replace(dtype=None), w, x), w)(y)
+    return of_w.astype(dtype)
 
 
 def _multiply_forward(how: How, transposed: bool, w: jax.Array, x: jax.Array) -> Any:
@@ -137,7 +132,8 @@ def _multiply_forward(how: How, transposed: bool, w: jax.Array, x: jax.Array) ->
 def _multiply_backward(how: How, transposed: bool, args: Any, y: jax.Array) -> Any:
     w, x = args
     inputs, outputs = (y, x) if transposed else (x, y)
-    return sample(how, inputs, outputs), multiply(how, not transposed, w, y)
+    of_w = sample(how._replace(dtype=w.dtype), inputs, outputs)
+    return of_w, multiply(how._replace(dtype=x.dtype), not transposed, w, y)
 
 
 def _sample_forward(how: How, x: jax.Array, y: jax.Array) -> Any:
@@ -146,19 +142,34 @@ def _sample_forward(how: How, x: jax.Array, y: jax.Array) -> Any:
 
 def _sample_backward(how: How, args: Any, w: jax.Array) -> Any:
     x, y = args
-    return multiply(how, True, w, y), multiply(how, False, w, x)
+    of_x = multiply(how._replace(dtype=x.dtype), True, w, y)
+    return of_x, multiply(how._replace(dtype=y.dtype), False, w, x)
 
 
 multiply.defvjp(_multiply_forward, _multiply_backward)
 sample.defvjp(_sample_forward, _sample_backward)
 
 
-def _are_floats(*arrays: jax.Array) -> bool:
+def _of_one_dtype(*arrays: jax.Array) -> list[jax.Array]:
+    dtype = jnp.result_type(*arrays)
+    return [x.astype(dtype) for x in arrays]
+
+
+def _are_floats(*arrays: Any) -> bool:
     return all(x.dtype == jnp.float32 for x in arrays)
+
+
+def are_known(shape: tuple[Any, ...]) -> bool:
+    """Whether all sizes are numbers, not the symbols of ``jax.export``."""
+    return all(isinstance(n, int) for n in shape)
 
 
 def _is_simple(window: Window) -> bool:
     return window.groups == 1 and window.gaps == (1, 1)
+
+
+def _is_empty(window: Window) -> bool:
+    return min(*window.result, window.inputs, window.outputs) == 0
 
 
 def _convolve(how: How, w: jax.Array, x: jax.Array) -> jax.Array:
@@ -172,6 +183,7 @@ def _convolve(how: How, w: jax.Array, x: jax.Array) -> jax.Array:
         _NUMBERS,
         feature_group_count=how.window.groups,
         precision=how.precision,
+        preferred_element_type=how.dtype,
     )
 
 
@@ -187,19 +199,22 @@ def _by_matrices(how: How, w: jax.Array, x: jax.Array) -> jax.Array:
         ends = zip(start, window.result, window.strides, strict=True)
         limit = [first + (n - 1) * stride + 1 for first, n, stride in ends]
         steps = (1, *window.strides, 1)
-        places.append(jax.lax.slice(x, (0, *start, 0), (len(x), *limit, x.shape[3]), steps))
+        places.append(jax.lax.slice(x, (0, *start, 0), (x.shape[0], *limit, x.shape[3]), steps))
     rows = jnp.concatenate(places, axis=-1).reshape(-1, math.prod(w.shape[:3]))
-    y = jnp.dot(rows, w.reshape(-1, window.outputs), precision=how.precision)
-    return y.reshape(window.shape(len(x), of_inputs=False))
+    flat = w.reshape(-1, window.outputs)
+    y = jnp.dot(rows, flat, precision=how.precision, preferred_element_type=how.dtype)
+    return y.reshape(window.shape(x.shape[0], of_inputs=False))
 
 
 def _edges(window: Window) -> list[tuple[int, int]]:
     """Places before the first input and after the last, as many as the last output needs."""
+    edges = []
     reach = zip(window.image, window.result, window.sizes, *window[1:5], strict=True)
-    return [
-        (pad, (out - 1) * stride + (size - 1) * spread + 1 - pad - ((n - 1) * gap + 1))
-        for n, out, size, stride, gap, spread, pad in reach
-    ]
+    for n, out, size, stride, gap, spread, pad in reach:
+        length = pad + max(0, (n - 1) * gap + 1)
+        needed = (out - 1) * stride + (size - 1) * spread + 1
+        edges.append((pad, max(needed, 0) - length))
+    return edges
 
 
 def window_of(params: Any, x: Any, w: Any, y: Any) -> Window | str:
@@ -216,6 +231,8 @@ def window_of(params: Any, x: Any, w: Any, y: Any) -> Window | str:
         return f"{len(x) - 2} axes of places"
     if params["batch_group_count"] > 1:
         return "groups of images"
+    if not are_known((*(x[i] for i in numbers.lhs_spec[1:]), *w)):
+        return "sizes that are not known"
 
     def pair(sizes: Any, default: int = 1) -> tuple[int, int]:
         *_, rows, columns = default, *(int(n) for n in sizes)

@@ -20,11 +20,15 @@ namespace ffi = xla::ffi;
 
 #define INLINE inline __attribute__((always_inline))
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && !defined(ONE_TARGET)
+#if __GNUC__ >= 12
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define HAS_CLONES 1
+#define WIDEST "x86-64-v4"
+#else
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#define WIDEST "avx512f"
+#endif
 #else
 #define CLONES
-#define HAS_CLONES 0
 #endif
 
 namespace {
@@ -93,7 +97,11 @@ T* Scratch(int64_t size) {
 
 // --- Transposition ---
 
+#if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE __builtin_shufflevector
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype((a) < (b)){__VA_ARGS__})
+#endif
 
 INLINE void Transpose16(V16* r) {
 #define STAGE(S, ...)                                       \
@@ -116,8 +124,12 @@ INLINE void Transpose16(V16* r) {
 // --- Sums of vectors ---
 
 INLINE V4 Fold(V16 a) {
-  const V8 b = SHUFFLE(a, a, 0, 1, 2, 3, 4, 5, 6, 7) + SHUFFLE(a, a, 8, 9, 10, 11, 12, 13, 14, 15);
-  return SHUFFLE(b, b, 0, 1, 2, 3) + SHUFFLE(b, b, 4, 5, 6, 7);
+  V8 b[2];
+  std::memcpy(b, &a, sizeof(a));
+  const V8 c = b[0] + b[1];
+  V4 d[2];
+  std::memcpy(d, &c, sizeof(c));
+  return d[0] + d[1];
 }
 
 INLINE V4 SumsOf4(V16 a, V16 b, V16 c, V16 d) {

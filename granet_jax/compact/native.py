@@ -64,7 +64,7 @@ def available() -> bool:
     if not _FILE.exists():
         logging.getLogger(__name__).warning(
             "The kernels for live weights are not built here: products are dense, which is slower. "
-            "pip builds them where there is a C++ compiler."
+            "pip builds them where there is a C++ compiler (GCC 11, Clang 14 or newer)."
         )
         return False
     try:

@@ -85,7 +85,7 @@ def _multiply(
     w = layouts.dense(values, layout)
     if how.window is not None:
         w = w.reshape(*how.window.sizes, how.window.inputs, how.window.outputs)
-        return convolutions.multiply(_dense(how), transposed, w, x).astype(how.dtype)
+        return convolutions.multiply(_dense(how), transposed, w, x)
     w = w.reshape(layouts.sides(layout))
     w = w.T if transposed else w
     return jnp.dot(x, w, precision=how.precision, preferred_element_type=how.dtype)
@@ -108,13 +108,13 @@ def _sample(how: How, layout: Layout, x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _dense(how: How) -> convolutions.How:
     assert how.window is not None
-    return convolutions.How(how.window, how.precision, how.kernels)
+    return convolutions.How(how.window, how.dtype, how.precision, how.kernels)
 
 
 def _of_all(how: How, x: jax.Array, y: jax.Array) -> jax.Array:
     """``x.T @ y``, the gradient of all weights."""
     if how.window is not None:
-        return convolutions.sample(_dense(how), x, y).astype(how.dtype)
+        return convolutions.sample(_dense(how), x, y)
     return jnp.dot(x.T, y, precision=how.precision, preferred_element_type=how.dtype)
 
 

@@ -86,6 +86,8 @@ def _way(
     """The kernels by which a product is done, or "dense" and the reason."""
     if walk.native is False:
         return "dense", "native=False"
+    if not convolutions.are_known(x.shape):
+        return "dense", "sizes that are not known"
     way = "blocks" if view.layout.block else "native"
     if view.layout.block:
         backend, interpret = _of_blocks(walk)
@@ -98,9 +100,9 @@ def _way(
     elif view.layout.by_output is None:
         return "dense", "no kernel"
     else:
-        for array in (view.values, x):
-            if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-                return "dense", str(array.dtype)
+        for one in (view.values.dtype, x.dtype, dtype):
+            if one not in (jnp.float32, jnp.bfloat16, jnp.float16):
+                return "dense", str(one)
     if walk.native is None and view.layout.density > most:
         return "dense", "density"
     return way, ""

@@ -14,8 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from granet_jax import report, trees
-from granet_jax.compact import convolutions
+from granet_jax import jaxprs, report, trees
 from granet_jax.compact.layouts import Layout, Layouts, written
 from granet_jax.compact.rules import RULES
 from granet_jax.compact.views import View
@@ -177,8 +176,7 @@ def on_slots(
         params, args, kwargs = jax.tree.unflatten(tree, _merged(flat, arrays))
         return fn(params, *args, **kwargs)
 
-    with convolutions.as_they_are():
-        jaxpr, shapes = jax.make_jaxpr(function, return_shape=True)(*_arrays(flat))
+    jaxpr, shapes = jaxprs.trace(function, *_arrays(flat))
     outs = run(walk, jaxpr, _arrays(given))
     outs = walk.dense("output", "output", outs, "returned")
     outs = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in outs]  # numbers of a trace

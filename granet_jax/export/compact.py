@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from granet_jax import report, structures, trees
-from granet_jax.compact.convolutions import as_they_are
+from granet_jax import jaxprs, report, structures, trees
 from granet_jax.export import fold
 from granet_jax.export.channels import is_depthwise, of_array, of_input, trace
 from granet_jax.export.graph import Program, Step, flatten
@@ -201,8 +200,7 @@ class _Traced(NamedTuple):
 
     @classmethod
     def of(cls, apply_fn: Callable[..., Any], params: PyTree, example: Any) -> "_Traced":
-        with as_they_are():
-            closed, shapes = jax.make_jaxpr(apply_fn, return_shape=True)(params, *example)
+        closed, shapes = jaxprs.trace(apply_fn, params, *example)
         program, channels = flatten(closed), Channels()
         given = [of_array(channels, x) for x in jax.tree.leaves(params)]
         inputs = [of_input(channels, jnp.shape(x)) for x in jax.tree.leaves(example)]

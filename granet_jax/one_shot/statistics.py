@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from granet_jax import jaxprs, trees
 from granet_jax.compact import views
-from granet_jax.compact.convolutions import as_they_are
 from granet_jax.compact.layouts import Layout, written
 from granet_jax.compact.rules import RULES
 from granet_jax.compact.views import View
@@ -304,8 +303,7 @@ def _walk(
     def function(*arrays: Any) -> Any:
         return apply_fn(*jax.tree.unflatten(tree, arrays))
 
-    with as_they_are():
-        jaxpr = jax.make_jaxpr(function)(*flat)
+    jaxpr, _ = jaxprs.trace(function, *flat)
     walk.dense("output", "output", run(walk, jaxpr, given), "returned")
     return walk.sums
 
