@@ -35,8 +35,8 @@ def conv_general_dilated(lhs: jax.Array, rhs: jax.Array, *args: Any, **kwargs: A
     The gradient of the kernel, by which XLA:CPU loses most of its time in small networks, is as
     fast as the convolution; and so are convolutions whose window is larger than their image, as the
     last ones of VGG are. It is the same function where the default backend is no CPU, on arrays
-    other than float32, with groups, or with gaps between inputs. It is not for arrays that lie on several devices, and on a
-    CPU it has no forward mode (``jax.jvp``).
+    other than float32, with groups, or with gaps between inputs. It is not for arrays that lie on
+    several devices, and on a CPU it has no forward mode (``jax.jvp``).
 
     Flax takes it by ``nn.Conv(conv_general_dilated=...)``.
 
