@@ -67,6 +67,10 @@ def check_restored(restored: PyTree, example: PyTree) -> PyTree:
     for words, writer in _writers(restored).items():
         if writer != writers.get(words, writer):
             wrong.insert(0, f"it was written by the method {writer}, expected {writers[words]}")
+    shapes = _layer_shapes(example)
+    for words, shape in _layer_shapes(restored).items():
+        if shape != shapes.get(words, shape):
+            wrong.insert(0, f"{'/'.join(words)} is of layers {shape}, expected {shapes[words]}")
     if wrong:
         others = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(
@@ -83,9 +87,19 @@ def check_restored(restored: PyTree, example: PyTree) -> PyTree:
 
 def _writers(tree: PyTree) -> dict[tuple[str, ...], str]:
     """The names of methods in a tree's states of ``sparsify``, by path."""
+    return {words[:-1]: words[-1] for words in _nones(tree) if words[-2:-1] == ("written_by",)}
+
+
+def _layer_shapes(tree: PyTree) -> dict[tuple[str, ...], str]:
+    """Stack, inputs and outputs in a tree's compact layouts, by path."""
+    found = (words for words in _nones(tree) if words[-2:-1] == ("sizes",))
+    return {words[:-2]: "|".join(words[-1].split("|")[:3]) for words in found}
+
+
+def _nones(tree: PyTree) -> list[tuple[str, ...]]:
+    """Paths whose last name is text that a state keeps in its structure."""
     nones = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)
-    found = [trees.names(path) for path, x in nones if x is None]
-    return {words[:-1]: words[-1] for words in found if words[-2:-1] == ("written_by",)}
+    return [trees.names(path) for path, x in nones if x is None]
 
 
 def _as_example(leaf: Any, example: Any) -> Any:

@@ -419,7 +419,7 @@ def ceil_of_share(fraction: Any, num_live: jax.Array) -> jax.Array:
     """``ceil(fraction * num_live)`` within ``[0, num_live]``, int32.
 
     Always computed in float32. A product that rounding may have lifted above an integer (by one
-    part in 2^23) counts as that integer: .3 of 10 is 3. Above 10^6 weights it may be off by one.
+    part in 2^23) counts as that integer: .3 of 10 is 3. So it may be too small by one part in 2^22.
     """
     share = jnp.asarray(fraction, jnp.float32) * num_live.astype(jnp.float32)
     return jnp.clip(jnp.ceil(share * (1 - 2.0**-23)).astype(jnp.int32), 0, num_live)

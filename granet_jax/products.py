@@ -305,9 +305,11 @@ def _axes(eqn: Any, given: list[Origin], shape: tuple[int, ...]) -> tuple[_Axes,
         return tuple(stay.get(i, frozenset()) for i in range(len(shape)))
     elif name == "reshape":
         merged = [frozenset[tuple[int, int]]()] * len(shape)
-        for before, after in jaxprs.runs(eqn.invars[0].aval.shape, shape):
+        old = eqn.invars[0].aval.shape
+        order = params.get("dimensions") or range(len(old))  # Fortran's is the other way round
+        for before, after in jaxprs.runs([old[i] for i in order], shape):
             for i in after:
-                merged[i] = frozenset().union(*(axes[j] for j in before))
+                merged[i] = frozenset().union(*(axes[order[j]] for j in before))
         return tuple(merged)
     elif name == "squeeze" or name.startswith(("reduce_", "arg")):
         gone = params.get("dimensions", params.get("axes", ()))

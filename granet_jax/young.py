@@ -60,8 +60,8 @@ def correct_young(
       A transformation with two bytes of state for each weight.
 
     Raises:
-      ValueError: a decay outside [0, 1), or ``ramp < 1``; in ``update``, if there is no ``keep``,
-        because it stands outside ``sparsify``.
+      ValueError: a decay outside [0, 1), or ``ramp`` outside [1, 65535); in ``update``, if there is
+        no ``keep``, because it stands outside ``sparsify``.
 
     Differs from the paper's code in that: the ramp does not affect the moments; the first step of a
     weight has age 1, not 2; dense parameters have no ramp.
@@ -81,8 +81,8 @@ def correct_young(
     """
     if not (0.0 <= b1 < 1.0 and 0.0 <= b2 < 1.0):
         raise ValueError(f"b1 and b2 must be in [0, 1), as those of the optimizer; got {b1}, {b2}.")
-    if ramp < 1:
-        raise ValueError(f"ramp is a number of steps, at least 1 (no ramp); got {ramp}.")
+    if not 1 <= ramp < OLD:
+        raise ValueError(f"ramp is a number of steps, from 1 (no ramp) to {OLD - 1}; got {ramp}.")
 
     def init(params: PyTree) -> YoungState:
         age = jax.tree.map(lambda p: jnp.full_like(p, OLD, dtype=jnp.uint16), params)
@@ -121,7 +121,7 @@ def _factor(age: jax.Array, t: jax.Array, b1: float, b2: float, ramp: int) -> ja
     now = t.astype(jnp.float32)
     factor = gone(b1, now) / gone(b1, a) * jnp.sqrt(gone(b2, a) / gone(b2, now))
     factor *= jnp.minimum(a / ramp, 1.0)
-    return jnp.where(age.astype(jnp.int32) >= t, 1.0, factor)
+    return jnp.where(age.astype(jnp.int32) >= jnp.minimum(t, OLD), 1.0, factor)
 
 
 def scale_by_density(

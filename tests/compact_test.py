@@ -270,6 +270,11 @@ def odd_models():
     """Between ``h``, half of it 0, and the outputs; what the parameters are."""
     narrow, whole = {"b": jnp.ones(2, jnp.bfloat16)}, {"b": jnp.array([1, 2])}
     halves = (2, 1), (2, 1), "SAME"
+    spread, holes = {"window_dilation": (6, 1)}, {"base_dilation": (2, 1)}
+
+    def pool(h, window, **how):
+        return jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, window, (1, 1), **how)
+
     return {
         "a number added": (lambda h, p: jnp.exp(h) @ p["out"] + 1.0, {}),
         "itself added": (lambda h, p: (y := jnp.exp(h) @ p["out"]) + y, {}),
@@ -294,6 +299,14 @@ def odd_models():
         ),
         "windows of padding": (
             lambda h, p: jnp.tanh(nn.max_pool(h[None], (2,), (2,), ((2, 2),)))[0] @ p["out"],
+            {},
+        ),
+        "windows of padding, spread": (
+            lambda h, p: jnp.tanh(pool(h, (2, 1), padding=((1, 1), (0, 0)), **spread)) @ p["out"],
+            {},
+        ),
+        "windows of holes": (
+            lambda h, p: jnp.tanh(pool(h, (1, 1), padding="VALID", **holes)) @ p["out"],
             {},
         ),
         "no outputs": (

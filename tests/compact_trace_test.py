@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from granet_jax import trees
+import granet_jax as gj
+from granet_jax import compact, trees
 from granet_jax.compact import layouts, native
 from granet_jax.compact.layouts import Layout, Lists
 from granet_jax.compact.trace import sparse, table
@@ -625,3 +626,23 @@ def test_equinox():
     whole = eqx.combine(values, static)  # with functions among its leaves
     y = sparse(lambda net, x: jax.vmap(net)(x))(whole, found, X)
     chex.assert_trees_all_close(y, apply_fn(dense, X), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["native", "dense"])
+def test_reshapes_in_the_order_of_fortran(kernels):
+    draw = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(draw.normal(size=(2, 6, 4)), jnp.float32)}
+    x = jnp.asarray(draw.normal(size=(3, 12)), jnp.float32)
+    masks = jax.tree.map(lambda x: x > 0, params)
+    values, where = compact.pack(gj.apply_masks(params, masks), masks)
+
+    def flat(params, x):
+        return x @ jnp.reshape(params["kernel"], (12, 4), order="F")
+
+    def turned(params, x):
+        return x[:, :4] @ jax.lax.reshape(params["kernel"], (4, 12), dimensions=(2, 0, 1))
+
+    for function in (flat, turned):
+        got = compact.sparse(function, native=kernels)(values, where, x)
+        wanted = function(gj.apply_masks(params, masks), x)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)

@@ -166,6 +166,8 @@ def _matrices(params):
 
 
 SNFS = gj.snfs(sparsity=0.9, update_every=2, total_steps=8, key=KEY)
+AT_ONCE = gj.magnitude(sparsity=0.9, at=2, prunable=RULES)
+MEANS = optax.chain(optax.clip_by_block_rms(0.1), optax.sgd(0.1))
 TOO_SMALL = {"fc/kernel": 3, "heads/kernel": 300, "stack/kernel": 300}
 REFUSED = [
     (lambda: compact.sparsify(optax.sgd(0.1), SNFS), "snfs keeps an average of dense gradients"),
@@ -175,6 +177,9 @@ REFUSED = [
         "looks at their shapes",
     ),
     (lambda: compact.sparsify(optax.adafactor(0.1), rigl(), RULES), "looks at their shapes"),
+    # Slots of a dense start are as many as the weights, until they are shrunk.
+    (lambda: compact.sparsify(optax.adafactor(0.1), AT_ONCE, RULES), "looks at their shapes"),
+    (lambda: compact.sparsify(MEANS, AT_ONCE, RULES), "div 384.0"),
     (
         lambda: compact.sparsify(optax.sgd(0.1), rigl(), RULES, capacity=TOO_SMALL),
         "The capacity of fc/kernel is 3, but",
@@ -263,6 +268,22 @@ def test_what_went_wrong_is_told():
         compact.check(state)
 
 
+def test_rules_that_only_the_method_has_are_told():
+    params = {"kernel": jnp.ones((4, 4)), "embed": jnp.arange(1.0, 17).reshape(4, 4)}
+    method = gj.magnitude(sparsity=0.75, at=1, prunable=[("embed", True)])
+    for rules, told in ((), True), ([("embed", True)], False):
+        tx = compact.sparsify(optax.sgd(0.1), method, rules)
+        values, state = started(tx, params)
+        values, state = compact_step(tx, params, state, values)
+        if told:
+            with pytest.raises(ValueError, match="pruned in leaves that have no slots"):
+                compact.check(state)
+        else:
+            compact.check(state)
+            masks = compact.masks(values, compact.get_layouts(state))
+            assert sum(int(x.sum()) for x in masks.values()) == 8
+
+
 def test_shrinking_changes_nothing_but_memory():
     made, rules = methods(20)["granet"]
     tx = compact.sparsify(optax.adam(0.1), made, rules)
@@ -281,6 +302,51 @@ def test_shrinking_changes_nothing_but_memory():
     chex.assert_trees_all_equal(compact.masks(small, fewer), compact.masks(values, layouts))
     moments = (x.inner[0].nu for x in (state, small_state))
     chex.assert_trees_all_equal(*map(compact.unpack, moments, (layouts, fewer)))
+
+
+def test_shrinking_loses_no_weight():
+    params = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4), "other": jnp.ones((2, 2))}
+    tx = compact.sparsify(optax.sgd(0.1), gj.static(sparsity=0.5, start=gj.uniform, key=KEY))
+    values, state = started(tx, params)
+    with pytest.raises(ValueError, match=r"3 slots for a layer of kernel, in which 4 weights"):
+        compact.shrink((values, state), state, values, {"kernel": 3})
+    with pytest.raises(ValueError, match=r"'typo', which is no leaf with slots.*kernel, other"):
+        compact.shrink((values, state), state, values, {"typo": 9})
+    small, _ = compact.shrink((values, state), state, values, {"kernel": 4})
+    chex.assert_trees_all_equal(small, values)
+
+
+@pytest.mark.parametrize("kernels", [None, False], ids=str)
+def test_shrinking_seeds_side_by_side(kernels):
+    masks = gj.ones(params_of())
+    capacity = compact.capacities(masks, gj.trees.describe(params_of(), RULES))
+    tx = compact.sparsify(optax.adam(0.1), AT_ONCE, RULES, kernels=kernels, capacity=capacity)
+    trees = [params_of(seed) for seed in range(2)]
+
+    def train(params):
+        values, state = started(tx, params)
+        for _ in range(2):
+            updates, state = tx.update(jax.tree.map(jnp.cos, values), state, values)
+            values = optax.apply_updates(values, updates)
+        return values, state
+
+    together = jax.jit(jax.vmap(train))(jax.tree.map(lambda *x: jnp.stack(x), *trees))
+    before = together[0]["fc"]["kernel"].shape
+    together = compact.shrink(together, together[1], together[0])
+    assert together[0]["fc"]["kernel"].shape < before
+    for i, params in enumerate(trees):
+        mine = jax.tree.map(lambda x, i=i: x[i], together)
+        alone = jax.jit(train)(params)
+        for leaves in ("values", "nu"):
+            got, wanted = (
+                compact.unpack(v if leaves == "values" else s.inner[0].nu, s.layouts)
+                for v, s in (mine, alone)
+            )
+            chex.assert_trees_all_close(got, wanted, rtol=1e-6, atol=1e-7)
+        x = jnp.ones((3, 24))
+        product = compact.sparse(lambda values, x: x @ values["fc"]["kernel"])
+        got, wanted = (product(v, s.layouts, x) for v, s in (mine, alone))
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

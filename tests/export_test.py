@@ -95,6 +95,38 @@ def test_every_dtype_comes_back_or_is_refused(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_arrays_that_lie_in_other_orders(tmp_path):
+    """safetensors writes memory as it lies, whatever its strides."""
+    whole = np.arange(1, 13, dtype="f4").reshape(3, 4)
+    params = {"a": whole.T, "b": whole[::-1], "c": whole[:, ::2], "d": whole.T.astype(">f4")}
+    export.save(tmp_path / "file", params)
+    assert bits(export.load(tmp_path / "file").params) == bits(
+        {path: np.ascontiguousarray(x, "f4") for path, x in params.items()}
+    )
+    export.save_dense(tmp_path / "dense", params)
+    saved = export.load_dense(tmp_path / "dense", {**params, "d": whole.T})
+    for path, x in params.items():
+        np.testing.assert_array_equal(saved.params[path], x)
+    turned = export.load_dense(tmp_path / "dense", {"a": whole}, {"a": ("a", True)})
+    export.save(tmp_path / "file", *turned)
+    np.testing.assert_array_equal(export.load(tmp_path / "file").params["a"], whole)
+
+
+def test_one_array_and_scalars(tmp_path):
+    export.save(tmp_path / "file", jnp.arange(3.0))
+    assert export.load(tmp_path / "file").params.tolist() == [0, 1, 2]
+    params = {"kernel": jnp.ones((2, 2)), "scale": jnp.array(3.0), "wave": jnp.array([1j])}
+    export.save_dense(tmp_path / "file", params | {"f8": jnp.ones((2, 2), jnp.float8_e4m3fn)})
+    saved = export.load_dense(tmp_path / "file", params).params
+    assert (saved["scale"].shape, saved["scale"].item()) == ((), 3.0)
+    assert saved["wave"].tolist() == [1j]
+    f8 = export.load_dense(tmp_path / "file", {"f8": jnp.ones((2, 2))}).params["f8"]
+    assert f8.tolist() == [[1, 1], [1, 1]]
+    with pytest.raises(ValueError, match="a name that files use"):
+        export.save_dense(tmp_path / "file", {"__metadata__": jnp.ones(2)})
+    assert export.load_dense(tmp_path / "file", params).params["scale"].item() == 3.0
+
+
 def test_leaves_find_their_places_by_path(tmp_path):
     """Twelve equal layers: as strings, "10" comes before "2"."""
     params = [jnp.full(3, i, jnp.float32) for i in range(12)]
@@ -393,6 +425,10 @@ def test_inputs_of_other_shapes_and_unknown_ways_are_refused():
     )
     with pytest.raises(ValueError, match="compiled for inputs"):
         sparse_apply(jnp.ones((3, 4)))
+    pair = {"a": jnp.ones((2, 4)), "b": jnp.zeros((2, 4))}
+    of_pair = export.compile(lambda p, x: (x["a"] - x["b"]) @ p["kernel"], params, None, pair)
+    with pytest.raises(ValueError, match=r"compiled for inputs .*'a'.*; got .*'c'"):
+        of_pair({"b": pair["a"], "c": pair["b"]})
     with pytest.raises(ValueError, match="Unknown ways"):
         export.compile(lambda params, x: x, params, None, jnp.ones(3), ways=["magic"])
 

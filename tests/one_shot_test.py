@@ -347,3 +347,53 @@ def test_arrays_of_numpy_and_numbers_that_are_complex():
     assert int(found.masks["kernel"].sum()) == 16
     with pytest.raises(ValueError, match="dot_general, complex inputs"):
         one_shot.calibrate(product, {"kernel": jnp.ones((8, 4))}, [jnp.full((3, 8), 1j)])
+
+
+def test_layers_merged_with_outputs():
+    """Where all layers of a leaf have the same inputs they may be; beside batched ones not."""
+    w, x = jax.random.normal(tables.KEY, (2, 3, 4, 5)), jax.random.normal(tables.KEY, (2, 6, 4))
+    rules, x = [("", gj.Stacked(2))], x.at[1, :, 1].mul(100.0)
+
+    def merged(params, x):
+        return x[0] @ params["w"].transpose(2, 0, 1, 3).reshape(4, -1)
+
+    def half_merged(params, x):
+        return jnp.einsum("ebd,edk->ebk", x, params["w"].transpose(0, 2, 1, 3).reshape(2, 4, 15))
+
+    given = {"w": w}, [x]
+    at_once, one_by_one = (
+        one_shot.prune(one_shot.wanda(), merged, *given, sparsity=0.75, prunable=rules, **how)
+        for how in ({"sequential": False}, {"sequential": True})
+    )
+    alone = [
+        one_shot.prune(one_shot.wanda(), product, {"kernel": k}, [x[0]], sparsity=0.75)
+        for k in w.reshape(6, 4, 5)
+    ]
+    wanted = np.stack([one.masks["kernel"] for one in alone]).reshape(w.shape)
+    np.testing.assert_array_equal(at_once.masks["w"], wanted)
+    np.testing.assert_array_equal(one_by_one.masks["w"], wanted)
+    for sequential in (True, False):
+        with pytest.raises(ValueError, match="batched, and others merged with outputs"):
+            one_shot.prune(
+                *(one_shot.wanda(), half_merged, *given),
+                sparsity=0.75,
+                prunable=rules,
+                sequential=sequential,
+            )
+
+
+@pytest.mark.parametrize(
+    "method", [one_shot.magnitude(), one_shot.wanda(), one_shot.sparsegpt(), one_shot.alps()]
+)
+def test_layers_that_stay_dense(method):
+    w, x = layer(64, 16, 12)
+    found, mask = pruned(method, w, x, 0.0)
+    assert mask.all()
+    np.testing.assert_allclose(found, np.float32(w), rtol=1e-3, atol=1e-3)
+
+
+def test_half_weights_that_a_repair_makes_too_large():
+    x = jax.random.normal(tables.KEY, (64, 2)) @ jnp.array([[1.0, 1.0], [0.0, 0.01]])
+    params = {"kernel": jnp.array([[4e4], [5e4]], jnp.float16)}
+    with pytest.raises(ValueError, match="not finite"):
+        one_shot.prune(one_shot.sparsegpt(), product, params, [x], sparsity=0.5)

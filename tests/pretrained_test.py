@@ -166,6 +166,8 @@ def test_norms_are_made_anew():
     np.testing.assert_allclose(moved["mean"], 0.9 * (0.9 + 0.2) + 0.6, rtol=1e-6)
     with pytest.raises(ValueError, match="has to return statistics as it got"):
         gj.one_shot.recalibrate(lambda mean, x: x, jnp.ones(()), batches)
+    with pytest.raises(ValueError, match="There are no batches"):
+        gj.one_shot.recalibrate(update, {"mean": jnp.ones(())}, iter([]))
 
 
 def test_nearest_neighbours_and_batches_of_like_length():

@@ -285,3 +285,14 @@ def test_states_of_the_library_are_registered_on_their_own():
         exported(unknown)
     gj.register_for_jax_export(unknown)
     assert exported(unknown)
+
+
+def test_slots_of_layers_of_another_shape_are_told():
+    """Nothing but the text in a layout tells them apart."""
+    tx = gj.compact.sparsify(
+        optax.adam(0.1), gj.static(sparsity=0.5, start=gj.uniform, key=KEY), kernels=False
+    )
+    one, other = (tx.init({"kernel": jnp.ones(shape)}) for shape in ((4, 8), (8, 4)))
+    with pytest.raises(ValueError, match=r"layouts/kernel is of layers \|4\|8, expected \|8\|4"):
+        gj.check_restored(one, other)
+    chex.assert_trees_all_equal(gj.check_restored(one, one), one)

@@ -264,3 +264,15 @@ def test_results_of_double_precision(kernels):
     for one, right in zip((own, *slots), (wanted[0], *wanted), strict=True):
         assert one.dtype == np.float64
         np.testing.assert_allclose(one, right, rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["sparsegpt", "alps"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_repaired_weights_keep_their_type(name, dtype):
+    draw = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(draw.normal(size=(8, 6)), dtype)}
+    batch = jnp.asarray(draw.normal(size=(20, 8)), dtype)
+    method = getattr(gj.one_shot, name)()
+    found = gj.one_shot.prune(method, lambda p, x: x @ p["kernel"], params, [batch], sparsity=0.5)
+    assert found.params["kernel"].dtype == dtype
+    assert int(found.masks["kernel"].sum()) == 24

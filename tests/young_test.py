@@ -73,6 +73,17 @@ def test_the_first_step_of_a_grown_weight(t, without):
     np.testing.assert_array_equal(age, [[OLD, 1], [OLD, 1]])
 
 
+@pytest.mark.parametrize("t", [OLD - 1, OLD, OLD + 1, 300_000])
+def test_old_weights_stay_old_in_long_runs(t):
+    """Ages are counted to 65,535, steps further."""
+    tx = gj.correct_young(b2=0.99999, ramp=OLD - 1)
+    state = tx.init(PARAMS)._replace(young_step=jnp.int32(t - 1))
+    updates, _ = tx.update(GRADS, state, PARAMS, keep=jax.tree.map(jnp.ones_like, MASKS))
+    np.testing.assert_array_equal(updates["kernel"], GRADS["kernel"])
+    with pytest.raises(ValueError, match=r"from 1 \(no ramp\) to 65534; got 65535"):
+        gj.correct_young(ramp=OLD)
+
+
 def test_it_is_adam_restarted_for_the_weight():
     """Twenty steps of changing gradients after step 500, against an Adam that begins there."""
     tx, fresh = gj.sparsify(adam(gj.correct_young(ramp=1)), grown_at(500)), adam()
@@ -158,7 +169,7 @@ def test_signals_keep_their_size_through_sparse_layers():
 
 def test_what_is_wrong_is_told():
     for wrong in ({"b1": 1.0}, {"b2": -0.1}, {"ramp": 0}):
-        with pytest.raises(ValueError, match=r"must be in \[0, 1\)|at least 1"):
+        with pytest.raises(ValueError, match=r"must be in \[0, 1\)|from 1"):
             gj.correct_young(**wrong)
     for outside in (gj.correct_young(), gj.scale_by_density()):
         with pytest.raises(ValueError, match="put it inside"):

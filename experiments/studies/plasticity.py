@@ -209,7 +209,8 @@ def prune_and_train_on(
         grow = RULES[branch.rule]
         new, kept = pruned_masks(masks, state.params, num_keep, grow, grads, key, rules)
         start = under_masks(trainer, state, new, kept)
-        start = training.recalibrate(trainer, start, some[: plan.recalibrate])
+        if plan.recalibrate:
+            start = training.recalibrate(trainer, start, some[: plan.recalibrate])
         live.append(int(gj.metrics.num_live(new, state.params, rules).sum()))
         pruned.append(trainer.evaluate(start)[shown])
         starts.append(jax.tree.map(jnp.copy, start))  # some buffers are those of `state`

@@ -12,6 +12,7 @@ The files, in the order in which data flow::
     gradients     of all weights, computed with live ones
     elementwise   checks that an optimizer treats slots as it treats dense params
     transform     sparsify: any elementwise optimizer, training live weights by any method
+    repack        shrink: fewer slots for methods that prune
 """
 
 from granet_jax.compact.convolutions import conv_general_dilated as conv_general_dilated
@@ -24,6 +25,8 @@ from granet_jax.compact.packing import masks as masks
 from granet_jax.compact.packing import pack as pack
 from granet_jax.compact.packing import to_slots as to_slots
 from granet_jax.compact.packing import unpack as unpack
+from granet_jax.compact.repack import num_live as num_live
+from granet_jax.compact.repack import shrink as shrink
 from granet_jax.compact.trace import num_inputs as num_inputs
 from granet_jax.compact.trace import sparse as sparse
 from granet_jax.compact.trace import table as table
@@ -31,6 +34,4 @@ from granet_jax.compact.transform import CompactState as CompactState
 from granet_jax.compact.transform import check as check
 from granet_jax.compact.transform import get_layouts as get_layouts
 from granet_jax.compact.transform import get_state as get_state
-from granet_jax.compact.transform import num_live as num_live
-from granet_jax.compact.transform import shrink as shrink
 from granet_jax.compact.transform import sparsify as sparsify

@@ -137,7 +137,10 @@ def _transpose(walk: Walk, eqn: Any, given: list[Any]) -> Any:
 
 
 def _reshape(walk: Walk, eqn: Any, given: list[Any]) -> Any:
-    view = given[0].reshaped(eqn.outvars[0].aval.shape)
+    view, order = given[0], eqn.params.get("dimensions")
+    if order is not None:  # Fortran's
+        view = view.with_axes([view.axes[i] for i in order])
+    view = view.reshaped(eqn.outvars[0].aval.shape)
     return [view] if view else "other axes"
 
 

@@ -10,7 +10,7 @@ import optax
 from granet_jax import jaxprs, moments, trees
 from granet_jax import transform as masked
 from granet_jax.checkpoint import exportable
-from granet_jax.compact import elementwise, native, packing
+from granet_jax.compact import elementwise, packing
 from granet_jax.compact import layouts as _layouts
 from granet_jax.compact.layouts import Layout, Layouts, Lists
 from granet_jax.types import Event, Method, PyTree
@@ -127,7 +127,7 @@ def sparsify(
         )
         inner_state = inner.init(values)
         moments.check_maskable(inner_state, values)
-        elementwise.check(inner, params, values)
+        elementwise.check(inner, params, values, layouts)
         dense_state = jax.eval_shape(inner.init, params)
         masked.check_frozen(inner, dense_state, method, method_state, params)
         step, mistimed = (jnp.zeros([], jnp.int32) for _ in range(2))
@@ -208,7 +208,7 @@ def get_state(opt_state: Any) -> CompactState:
       >>> int(get_state(tx.init({"kernel": jnp.ones((2, 2))})).outgrown)
       0
     """
-    states = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_compact) if _is_compact(x)]
+    states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_compact) if is_compact(x)]
     if len(states) != 1:
         raise ValueError(
             f"Expected one state of compact.sparsify in the optimizer state, found {len(states)} "
@@ -247,7 +247,8 @@ def check(opt_state: Any) -> None:
 
     Raises:
       ValueError: grown weights got no slot (a method that moves weights between layers needs a
-        larger ``capacity``), or ``event=`` differed from the method's schedule at some steps.
+        larger ``capacity``), the method prunes leaves that have no slots (it has other ``prunable``
+        rules), or ``event=`` differed from the method's schedule at some steps.
 
     Example:
       >>> import granet_jax as gj, jax.numpy as jnp, optax
@@ -257,7 +258,8 @@ def check(opt_state: Any) -> None:
     if int(jnp.max(state.outgrown)):
         raise ValueError(
             f"{int(jnp.max(state.outgrown))} weights that were to grow found no slot and stayed "
-            "off. Give compact.sparsify a larger capacity."
+            "off, or were to be pruned in leaves that have no slots. Give compact.sparsify a "
+            "larger capacity, or the prunable rules of the method."
         )
     if int(jnp.max(state.mistimed)):
         raise ValueError(
@@ -266,89 +268,8 @@ def check(opt_state: Any) -> None:
         )
 
 
-def shrink(
-    tree: PyTree, opt_state: Any, values: PyTree, capacity: Mapping[str, int] | None = None
-) -> PyTree:
-    """Repacks to fewer slots: as many as the fullest layer of each leaf has live weights.
-
-    For methods that prune in training (GraNet, GMP). Live weights keep their order, values and
-    moments. Shapes change, so compiled steps are compiled again.
-
-    Args:
-      tree: what to repack: ``(values, opt_state)``, or the whole training state.
-      opt_state: its layouts say which slots are dead; concrete arrays.
-      values: the tree of slots.
-      capacity: ``{path: slots of a layer}``, at least :func:`num_live`; None = that.
-
-    Returns:
-      ``tree`` with fewer slots.
-
-    Example:
-      >>> import granet_jax as gj, jax, jax.numpy as jnp, optax
-      >>> params = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}
-      >>> tx = gj.compact.sparsify(optax.sgd(0.1), gj.magnitude(sparsity=0.75, at=1))
-      >>> state = tx.init(params)
-      >>> values = gj.compact.to_slots(params, gj.compact.get_layouts(state))
-      >>> updates, state = tx.update(jax.tree.map(jnp.zeros_like, values), state, values)
-      >>> values = optax.apply_updates(values, updates)
-      >>> values, state = gj.compact.shrink((values, state), state, values)
-      >>> values["kernel"].tolist()
-      [7.0, 8.0]
-    """
-    layouts = get_layouts(opt_state)
-    if capacity is None:
-        capacity = {path: num_live(x) for path, x in layouts.items()}
-    orders = {path: _order(x, capacity.get(path)) for path, x in layouts.items()}
-
-    def take(path: str, x: jax.Array) -> jax.Array:
-        """The slots that stay, unit by unit."""
-        unit = layouts[path].unit
-        units = x.reshape(*x.shape[:-1], x.shape[-1] // unit, unit)
-        taken = jnp.take_along_axis(units, orders[path][..., None], axis=-2)
-        return taken.reshape(*x.shape[:-1], orders[path].shape[-1] * unit)
-
-    def relay(node: Any) -> Any:
-        if not _is_compact(node):
-            return node
-        smaller = {}
-        for path, layout in node.layouts.items():
-            index = jnp.take_along_axis(layout.index, orders[path], axis=-1)
-            new = layout._replace(index=index)
-            smaller[path] = native.lists(new) if layout.by_output is not None else new
-        return node._replace(layouts=smaller)
-
-    tree = packing.map_mirrors(
-        lambda path, x: take(path, x) if path in orders else x, tree, values, lambda x: x
-    )
-    return jax.tree.map(relay, tree, is_leaf=_is_compact)
-
-
-def num_live(layout: Layout) -> int:
-    """The number of live weights in the fullest layer of a leaf, at least 1.
-
-    Args:
-      layout: of the leaf; concrete arrays.
-
-    Returns:
-      An int.
-
-    Example: one of two slots is dead.
-      >>> import jax.numpy as jnp
-      >>> from granet_jax.compact.layouts import written
-      >>> num_live(Layout(jnp.array([4, 6]), None, None, written((), (3,), (2,))))
-      1
-    """
-    return max(1, int(jnp.sum(_layouts.live(layout), axis=-1).max()))
-
-
-def _order(layout: Layout, capacity: int | None) -> jax.Array:
-    """Indices of the units that stay: the live ones in order, then dead ones."""
-    alive = _layouts.live(layout)[..., :: layout.unit]
-    most = None if capacity is None else -(-capacity // layout.unit)
-    return jnp.argsort(~alive, axis=-1, stable=True)[..., :most]
-
-
-def _is_compact(x: Any) -> bool:
+def is_compact(x: Any) -> bool:
+    """Whether it is a state of :func:`sparsify`."""
     return isinstance(x, CompactState)
 
 
@@ -390,11 +311,14 @@ def _apart(tree: PyTree, layouts: Layouts, step: jax.Array) -> PyTree:
 def _reslot(
     live: PyTree, layouts: Layouts, masks: PyTree, keep: PyTree
 ) -> tuple[dict[str, Layout], PyTree, jax.Array]:
-    """New layouts, which slots kept their weight, and how many weights got no slot."""
+    """New layouts, which slots kept their weight, and how many masks could not be followed."""
     masks, kept, new, outgrown = trees.paths(masks), trees.paths(keep), {}, jnp.zeros([], jnp.int32)
     stays = dict(trees.paths(live))
-    for path, layout in layouts.items():
-        new[path], stays[path], more = packing.reslot(layout, masks[path], kept[path])
+    for path, mask in masks.items():
+        if path in layouts:
+            new[path], stays[path], more = packing.reslot(layouts[path], mask, kept[path])
+        else:  # dense: a method with rules of its own may prune it
+            more = jnp.sum(~mask, dtype=jnp.int32)
         outgrown += more
     return new, packing.map_by_path(lambda path, _: stays[path], live), outgrown
 
@@ -465,7 +389,7 @@ def _check_update(grads: PyTree, state: Any, values: PyTree | None, method: Meth
     """Refuses arguments that do not belong together."""
     if values is None:
         raise ValueError("compact.sparsify needs the slots: call tx.update(grads, state, values).")
-    if not _is_compact(state):
+    if not is_compact(state):
         raise ValueError(
             f"compact.sparsify expects its own state, got a {type(state).__name__}. A state of "
             "granet_jax.sparsify does not become one; a file that is read without an example is "

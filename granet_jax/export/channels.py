@@ -225,8 +225,10 @@ def _window(channels: Channels, step: Step, given: list[Value]) -> list[Value]:
     of_windows = _same
     if step.eqn.primitive.name == "reduce_window_sum":
         of_windows = _zero_or_unknown  # at the edges there are fewer terms
-    elif any(max(padding) >= size for padding, size in edges):
-        of_windows = _unknown_result  # a window of padding alone is -inf
+    elif any(max(padding) >= size for padding, size in edges) or any(
+        n > 1 for n in (*params["base_dilation"], *params["window_dilation"])
+    ):
+        of_windows = _unknown_result  # a window of padding or holes alone is -inf
     out = opaque(channels, shape_of(step), "a place in space")
     ids, consts = list(out.ids), list(out.const)
     numbers = zip(

@@ -65,9 +65,11 @@ def save_dense(
         name, transposed = _name(leaf, names)
         if name in tensors:
             raise ValueError(f"Two leaves are called {name!r} in the file; the second is {leaf}.")
+        if name == "__metadata__":
+            raise ValueError(f"{leaf} is called {name!r} in the file, a name that files use.")
         array = native(leaf, jax.device_get(x))
         _check_transposed(leaf, array.shape, transposed)
-        tensors[name] = np.ascontiguousarray(array.T if transposed else array)
+        tensors[name] = np.array(array.T if transposed else array, order="C")
     data = serialize(tensors, {"format": "pt"})
     write_whole(pathlib.Path(path), data)
     return len(data)
@@ -129,7 +131,7 @@ def load_dense(
                 f"{path} holds {name!r} in shape {array.shape}, once transposed if so told; {leaf} "
                 f"has {tuple(wanted.shape)}."
             )
-        found.append(array.astype(wanted.dtype))
+        found.append(array.astype(wanted.dtype, order="C"))
         found_masks[leaf] = mask
     params = jax.tree.unflatten(jax.tree.structure(like), found)
     masks = masks_from_zeros(params, prunable)
@@ -218,6 +220,9 @@ _KINDS = {  # dtypes as safetensors calls them; its numpy reader lacks bfloat16
     **{f"{k}{8 * n}": np.dtype(f"{k.lower()}{n}") for k in "IU" for n in (1, 2, 4, 8)},
     **{f"F{8 * n}": np.dtype(f"f{n}") for n in (2, 4, 8)},
     "BF16": np.dtype(jnp.bfloat16),
+    "C64": np.dtype(np.complex64),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
 }
 
 

@@ -169,7 +169,7 @@ def native(name: str, leaf: Any) -> np.ndarray:
             f"{name} is {dtype}, which a file cannot hold: numbers have at most 8 bytes there. "
             "Cast it (complex128 to complex64), or save real and imaginary parts as two leaves."
         )
-    return array.astype(dtype, copy=False)
+    return array.astype(dtype, order="C", copy=False)  # safetensors writes memory as it lies
 
 
 class _Stored(NamedTuple):
@@ -222,7 +222,9 @@ def _digest(leaves: Any, tensors: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _nested(flat: dict[tuple[str, ...], np.ndarray]) -> dict[str, Any]:
+def _nested(flat: dict[tuple[str, ...], np.ndarray]) -> Any:
+    if () in flat:  # no tree, one array
+        return flat[()]
     tree: dict[str, Any] = {}
     for (*front, last), leaf in flat.items():
         branch = tree

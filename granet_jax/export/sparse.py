@@ -227,7 +227,7 @@ def _partially_evaluate(program: Program) -> Program:
 
 def _check_inputs(inputs: Any, example: Any) -> None:
     got, wanted = (
-        [(jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree)]
+        jax.tree.map(lambda x: f"{jnp.result_type(x)}{jnp.shape(x)}", tuple(tree))
         for tree in (inputs, example)
     )
     if got != wanted:

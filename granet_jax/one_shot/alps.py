@@ -10,6 +10,7 @@ from granet_jax.one_shot.methods import Keep, OneShot
 from granet_jax.one_shot.statistics import gram
 
 _STEPS = 10  # of conjugate gradients, at the end
+_LEAST_RHO = 1e-12  # it falls for as long as the mask stays, and at 0 nothing holds it
 
 
 def alps(*, damping: float = 0.01, rho: float = 0.1, iterations: int = 300) -> OneShot:
@@ -55,7 +56,7 @@ def _prune(
 ) -> tuple[jax.Array, jax.Array]:
     diagonal = jnp.diagonal(values)
     w = jnp.where((diagonal > 0)[:, None], w, 0.0)
-    g = values + damping * jnp.maximum(jnp.mean(diagonal), 1e-30) * jnp.eye(len(w))
+    g = values + damping * jnp.maximum(jnp.mean(diagonal), 1e-30) * jnp.eye(len(w), dtype=w.dtype)
     scale = jnp.sqrt(jnp.diagonal(g))
     g, b0 = g / scale[None] / scale[:, None], w * scale[:, None]
     roots, q = jnp.linalg.eigh(g)
@@ -73,7 +74,7 @@ def _prune(
         up = jnp.where(share > 0.1, 1.3, jnp.where(share > 0.005, 1.2, 1.1))
         factor = jnp.where((changed > 0) & ((share > 0.005) | has_grown), up, 0.2)
         done = checks & (changed == 0) & has_grown
-        rho = jnp.where(checks & ~done, rho * factor, rho)
+        rho = jnp.where(checks & ~done, jnp.maximum(rho * factor, _LEAST_RHO), rho)
         old = jnp.where(checks, mask, old)
         return i + 1, mask, d, v, rho, old, has_grown | (checks & (factor > 1)), done
 

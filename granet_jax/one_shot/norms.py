@@ -25,7 +25,7 @@ def recalibrate(
       The new statistics, a tree like ``statistics``.
 
     Raises:
-      ValueError: ``update`` returns another tree, or other shapes.
+      ValueError: there are no batches; ``update`` returns another tree, or other shapes.
 
     Example: with Flax::
 
@@ -43,10 +43,13 @@ def recalibrate(
       >>> float(recalibrate(update, jnp.zeros(()), [jnp.array([1.0, 3.0])] * 2))
       1.5
     """
+    batch = None
     for batch in batches:
         new = update(statistics, batch)
         shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (new, statistics)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"update has to return statistics as it got; got {shapes[0]}.")
         statistics = new
+    if batch is None:
+        raise ValueError("There are no batches. (A generator is empty after its first use.)")
     return statistics

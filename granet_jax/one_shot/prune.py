@@ -293,7 +293,8 @@ def _one(
     """The pruned layer, its mask, and whether everything is finite."""
     w = _matrix(layer, inputs).astype(scores.at_least_float32(layer.dtype))
     new, mask = method.prune(w, values, keep)
+    new = new.astype(layer.dtype)
     given = [w, new] if values is None else [w, new, values]
     is_finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in given]))
     new, mask = (_layer_of(x, layer.shape, inputs) for x in (new, mask))
-    return new.astype(layer.dtype), mask, is_finite
+    return new, mask, is_finite

@@ -84,9 +84,10 @@ def inverse_factor(values: jax.Array, damping: float) -> jax.Array:
     diagonal = jnp.diagonal(2 * values)
     diagonal = jnp.where(diagonal > 0, diagonal, 1.0)
     h = jnp.where(jnp.eye(len(values), dtype=bool), diagonal[None], 2 * values)
-    h += damping * jnp.mean(diagonal) * jnp.eye(len(values))
+    eye = jnp.eye(len(values), dtype=values.dtype)
+    h += damping * jnp.mean(diagonal) * eye
     r = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-    return jax.scipy.linalg.solve_triangular(r, jnp.eye(len(values)))
+    return jax.scipy.linalg.solve_triangular(r, eye)
 
 
 def _block(w: jax.Array, u: jax.Array, keep: Keep) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -349,9 +349,17 @@ def _dot_general(note: Note, walk: Walk, eqn: Any, given: list[Any]) -> Any:
         return axes
     if any(view.axes[i] and not view.stacks(i) for i in batch[side]):
         return "batched along a layer: stack it by a rule, gj.Stacked(1)"
+    if any(view.axes[i] for i in batch[side]) and _merges_layers(view, batch[side]):
+        return "some of its axes of layers are batched, and others merged with outputs"
     note(view, x, axes, _rows(view, x, side, sums, batch), walk.sums)
     operands = (view.unpacked(), x) if side == 0 else (x, view.unpacked())
     return [eqn.primitive.bind(*operands, **eqn.params)]
+
+
+def _merges_layers(view: View, batch: Sequence[int]) -> bool:
+    """Whether an axis that is not batched has both layers and a part of a layer."""
+    rest = [axis for i, axis in enumerate(view.axes) if i not in batch and not view.stacks(i)]
+    return any(stride >= view.layout.layer_size for axis in rest for stride, _ in axis)
 
 
 def _summed_axes(view: View, sums: Sequence[int], x: Any) -> tuple[int, ...] | str:
@@ -395,6 +403,8 @@ def _rows(view: View, x: Any, side: int, sums: Any, batch: Any) -> jax.Array:
     num_rows = math.prod(x.shape[len(lead) : len(lead) + len(rest)])
     x = views.to_leaf(x.reshape(*lead, num_rows, *(n for _, n in parts)), parts)
     x = x.reshape(*lead, num_rows, math.prod(n for _, n in parts))
+    if not stacked:
+        return x  # of all layers
     free = [i for i, axis in enumerate(view.axes) if view.stacks(i) and i not in batch[side]]
     strides = [view.axes[i][0][0] for i, _ in stacked]
     for i in free:  # layers that share an input, such as experts
