@@ -10,17 +10,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import xla_metadata
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.extend.core import Literal as Literal
 
 _is_read = contextvars.ContextVar("granet_jax_is_read", default=False)
+
+
+def _in_metadata(_: bool) -> Any:
+    from jax.experimental.xla_metadata import set_xla_metadata
+
+    return set_xla_metadata(granet_jax="read")
+
+
 # A context that JAX knows: in it nothing comes from its caches of traces made outside.
-_anew: Any = (
-    jax.make_user_context(False)
-    if hasattr(jax, "make_user_context")
-    else lambda _: xla_metadata.set_xla_metadata(granet_jax="read")
-)
+_anew: Any = jax.make_user_context(False) if hasattr(jax, "make_user_context") else _in_metadata
 
 
 def trace(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
@@ -44,6 +47,11 @@ def trace(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
 def is_read() -> bool:
     """Whether :func:`trace` is at work: functions with kernels of ours are then JAX's own."""
     return _is_read.get()
+
+
+def are_known(shape: Sequence[Any]) -> bool:
+    """Whether all sizes are numbers, not the symbols of ``jax.export``."""
+    return all(isinstance(n, int) for n in shape)
 
 
 class Scan(NamedTuple):

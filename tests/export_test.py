@@ -418,6 +418,21 @@ def test_dense_layers_and_loops_stay_as_they_are():
     chex.assert_trees_all_close(sparse_apply(x), apply_fn(params, x), **CLOSE)
 
 
+@jax.tree_util.register_pytree_node_class
+class Holder:
+    """A container of an array that does not compare itself."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def tree_flatten(self):
+        return (self.array,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
 def test_inputs_of_other_shapes_and_unknown_ways_are_refused():
     params = {"kernel": jnp.ones((4, 4))}
     sparse_apply = export.compile(
@@ -427,6 +442,8 @@ def test_inputs_of_other_shapes_and_unknown_ways_are_refused():
         sparse_apply(jnp.ones((3, 4)))
     pair = {"a": jnp.ones((2, 4)), "b": jnp.zeros((2, 4))}
     of_pair = export.compile(lambda p, x: (x["a"] - x["b"]) @ p["kernel"], params, None, pair)
+    of_holder = export.compile(lambda p, x: x.array @ p["kernel"], params, None, Holder(pair["a"]))
+    chex.assert_trees_all_close(of_holder(Holder(pair["a"])), pair["a"] @ params["kernel"], **CLOSE)
     with pytest.raises(ValueError, match=r"compiled for inputs .*'a'.*; got .*'c'"):
         of_pair({"b": pair["a"], "c": pair["b"]})
     with pytest.raises(ValueError, match="Unknown ways"):

@@ -114,7 +114,7 @@ def sample(how: How, x: jax.Array, y: jax.Array) -> jax.Array:
         how.kernels
         and _is_simple(window)
         and min(window.result) > 2
-        and are_known(x.shape)
+        and jaxprs.are_known(x.shape)
         and x.shape[0] * math.prod(window.result) >= _LEAST
         and _are_floats(x, y)
         and native.available()
@@ -157,11 +157,6 @@ def _of_one_dtype(*arrays: jax.Array) -> list[jax.Array]:
 
 def _are_floats(*arrays: Any) -> bool:
     return all(x.dtype == jnp.float32 for x in arrays)
-
-
-def are_known(shape: tuple[Any, ...]) -> bool:
-    """Whether all sizes are numbers, not the symbols of ``jax.export``."""
-    return all(isinstance(n, int) for n in shape)
 
 
 def _is_simple(window: Window) -> bool:
@@ -231,7 +226,7 @@ def window_of(params: Any, x: Any, w: Any, y: Any) -> Window | str:
         return f"{len(x) - 2} axes of places"
     if params["batch_group_count"] > 1:
         return "groups of images"
-    if not are_known((*(x[i] for i in numbers.lhs_spec[1:]), *w)):
+    if not jaxprs.are_known((*(x[i] for i in numbers.lhs_spec[1:]), *w)):
         return "sizes that are not known"
 
     def pair(sizes: Any, default: int = 1) -> tuple[int, int]:

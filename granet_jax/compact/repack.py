@@ -48,7 +48,8 @@ def shrink(
     layouts = get_layouts(opt_state)
     if capacity is None:
         capacity = {path: num_live(x) for path, x in layouts.items()}
-    _check_capacity(capacity, layouts)
+    else:
+        _check_capacity(capacity, layouts)
     orders = {path: _order(x, capacity.get(path)) for path, x in layouts.items()}
 
     def take(path: str, x: jax.Array) -> jax.Array:
@@ -89,11 +90,12 @@ def _check_capacity(capacity: Mapping[str, int], layouts: Layouts) -> None:
                 f"capacity has {path!r}, which is no leaf with slots; these are: "
                 f"{', '.join(layouts)}."
             )
-        is_known = not isinstance(layouts[path].index, jax.core.Tracer)
-        if is_known and slots < num_live(layouts[path]):
+        if isinstance(layouts[path].index, jax.core.Tracer):
+            continue  # only shapes are asked for
+        if slots < (num := num_live(layouts[path])):
             raise ValueError(
-                f"capacity has {slots} slots for a layer of {path}, in which "
-                f"{num_live(layouts[path])} weights are live; they would be lost."
+                f"capacity has {slots} slots for a layer of {path}, in which {num} weights are "
+                "live; they would be lost."
             )
 
 

@@ -86,7 +86,7 @@ def _way(
     """The kernels by which a product is done, or "dense" and the reason."""
     if walk.native is False:
         return "dense", "native=False"
-    if not convolutions.are_known(x.shape):
+    if not jaxprs.are_known(x.shape):
         return "dense", "sizes that are not known"
     way = "blocks" if view.layout.block else "native"
     if view.layout.block:

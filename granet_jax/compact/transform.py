@@ -23,7 +23,7 @@ class CompactState(NamedTuple):
     method: Any  # the method's state without its masks, which follow from the layouts
     inner: Any  # the wrapped optimizer's state, on slots
     layouts: dict[str, Layout]  # by path
-    outgrown: jax.Array  # int32 scalar, how many grown weights got no slot, so far
+    outgrown: jax.Array  # int32 scalar, weights whose mask could not be followed so far, see check
     mistimed: jax.Array  # int32 scalar, steps whose event= differed from the method's schedule
     written_by: dict[str, None]  # {name of the method: None}
 

@@ -230,7 +230,7 @@ def _check_inputs(inputs: Any, example: Any) -> None:
         jax.tree.map(lambda x: f"{jnp.result_type(x)}{jnp.shape(x)}", tuple(tree))
         for tree in (inputs, example)
     )
-    if got != wanted:
+    if jax.tree.flatten(got) != jax.tree.flatten(wanted):  # trees may not compare themselves
         raise ValueError(
             f"This model was compiled for inputs {wanted}; got {got}. Compile it for those."
         )

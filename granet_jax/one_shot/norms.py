@@ -43,13 +43,13 @@ def recalibrate(
       >>> float(recalibrate(update, jnp.zeros(()), [jnp.array([1.0, 3.0])] * 2))
       1.5
     """
-    batch = None
+    is_empty = True
     for batch in batches:
         new = update(statistics, batch)
         shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (new, statistics)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"update has to return statistics as it got; got {shapes[0]}.")
-        statistics = new
-    if batch is None:
+        statistics, is_empty = new, False
+    if is_empty:
         raise ValueError("There are no batches. (A generator is empty after its first use.)")
     return statistics
