@@ -19,7 +19,7 @@ from rich.console import Console
 
 import granet_jax as gj
 from experiments import tasks
-from experiments.engine import batches, checkpoints, files, memory, mesh, output, settings, training
+from experiments.engine import batches, files, memory, mesh, output, run, settings, training
 from experiments.engine.training import State, Trainer
 from experiments.studies import one_shot as pruning
 from granet_jax import one_shot
@@ -51,11 +51,7 @@ def load(run_dir: pathlib.Path, data_dir: str | None) -> tuple[Trainer, State]:
         raise ValueError(f"--run_dir={run_dir} is a run of {config.method}; give a dense one.")
     devices = mesh.make()
     trainer = training.make_trainer(config, kind.make(config, devices, data_dir), devices)
-    with checkpoints.open_manager(run_dir / "checkpoints") as manager:
-        if manager.latest_step() is None:
-            raise ValueError(f"--run_dir={run_dir} has no checkpoint.")
-        state, _ = checkpoints.restore(manager, manager.latest_step(), trainer.abstract_state)
-    return trainer, state
+    return trainer, run.newest(trainer, run_dir)
 
 
 def study(trainer: Trainer, state: State) -> list[dict[str, str]]:

@@ -1,5 +1,6 @@
 """States in files: checks of restored states, and registering states for ``jax.export``."""
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -67,10 +68,12 @@ def check_restored(restored: PyTree, example: PyTree) -> PyTree:
     for words, writer in _writers(restored).items():
         if writer != writers.get(words, writer):
             wrong.insert(0, f"it was written by the method {writer}, expected {writers[words]}")
-    shapes = _layer_shapes(example)
-    for words, shape in _layer_shapes(restored).items():
-        if shape != shapes.get(words, shape):
-            wrong.insert(0, f"{'/'.join(words)} is of layers {shape}, expected {shapes[words]}")
+    sizes = _layer_sizes(example)
+    for words, size in _layer_sizes(restored).items():
+        if size != sizes.get(words, size):
+            wrong.insert(0, f"{'/'.join(words)} is of {size}, expected {sizes[words]}")
+    if _has_lists(found) != _has_lists(expected):
+        wrong.insert(0, _LISTS)
     if wrong:
         others = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(
@@ -90,10 +93,25 @@ def _writers(tree: PyTree) -> dict[tuple[str, ...], str]:
     return {words[:-1]: words[-1] for words in _nones(tree) if words[-2:-1] == ("written_by",)}
 
 
-def _layer_shapes(tree: PyTree) -> dict[tuple[str, ...], str]:
-    """Stack, inputs and outputs in a tree's compact layouts, by path."""
-    found = (words for words in _nones(tree) if words[-2:-1] == ("sizes",))
-    return {words[:-2]: "|".join(words[-1].split("|")[:3]) for words in found}
+def _layer_sizes(tree: PyTree) -> dict[tuple[str, ...], str]:
+    """Stack, inputs, outputs and block in a tree's compact layouts, by path."""
+    told = {}
+    for words in _nones(tree):
+        if words[-2:-1] == ("sizes",):
+            sizes = words[-1].split("|")
+            block = f"blocks {sizes[3]}" if "".join(sizes[3:]) else "single weights"
+            told[words[:-2]] = f"layers {'|'.join(sizes[:3])} in {block}"
+    return told
+
+
+def _has_lists(paths: Iterable[str]) -> bool:
+    return any(path.split("/")[-2:-1] in (["by_output"], ["by_input"]) for path in paths)
+
+
+_LISTS = (
+    "only one of the two has lists for the native kernels of live weights, which run on some "
+    "machines: granet_jax.compact.relist(state, kernels=False) leaves them out for a file"
+)
 
 
 def _nones(tree: PyTree) -> list[tuple[str, ...]]:

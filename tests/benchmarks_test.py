@@ -111,7 +111,8 @@ def test_exported_models_give_the_outputs_of_dense_ones():
 
 
 @pytest.mark.full
-def test_a_trained_run_is_exported_with_the_same_guesses(tmp_path):
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_trained_run_is_exported_with_the_same_guesses(compact, tmp_path):
     config = Settings(
         dataset="digits",
         model="lenet_300_100",
@@ -120,6 +121,7 @@ def test_a_trained_run_is_exported_with_the_same_guesses(tmp_path):
         epochs=1,
         batch_size=128,
         update_every=2,
+        compact=compact,
     )
     result = train(tmp_path, config, images.load("digits"))
     (row,) = inference.trained(tmp_path, None, [100]).rows

@@ -13,18 +13,24 @@ import pytest
 import granet_jax as gj
 from experiments.engine import files, plan, run, weights
 from experiments.engine.files import digest
+from granet_jax.compact import native
 from tests import images, lm_test
 from tests.lm_test import _tiny, mesh_of, numbers, run_until  # noqa: F401
 from tests.run_test import OwnNet, own_data, own_settings
 
 
+@pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("method", [pytest.param("rigl", marks=pytest.mark.full), "granet"])
-def test_images_go_on_to_the_same_bits(method, tmp_path):
-    """GraNet starts dense: its slots are repacked on the way, and a checkpoint has fewer."""
+def test_images_go_on_to_the_same_bits(method, devices, tmp_path):
+    """GraNet starts dense: its slots are repacked on the way, and a checkpoint has fewer.
+
+    One device has the native kernels, and their lists, which no checkpoint has.
+    """
     config = own_settings(
         method=method, sparsity=0.75, chunk_steps=3, epochs=5, prune_until=0.4, compact=True
     )
-    trainer = images.make_trainer(config, own_data(80), OwnNet(8))  # 5 steps an epoch
+    mesh = mesh_of(devices, 1, 1)
+    trainer = images.make_trainer(config, own_data(80), OwnNet(8), mesh)  # 5 steps an epoch
     straight = run.run(trainer, tmp_path / "a", checkpoint_seconds=0)
     for epoch in (1, 3):
         run_until(epoch, trainer, tmp_path / "b")
@@ -38,9 +44,28 @@ def test_images_go_on_to_the_same_bits(method, tmp_path):
         kept[path] = layout.capacity
         live = int(gj.trees.paths(straight.masks)[path].sum())
         assert live <= layout.capacity <= live / 0.7 + 9
+        assert (layout.by_output is not None) == (devices == 1 and native.available())
     total = gj.trees.num_prunable(leaves)
     assert straight.history[-1]["live"] == round(total * 0.25)
     assert gj.check_sparse(straight.weights, _masked_state(straight)) == 0
+
+
+@pytest.mark.skipif(not native.available(), reason="there are no kernels to go without")
+@pytest.mark.parametrize("at_first", [True, False])
+def test_a_run_goes_on_where_there_are_no_kernels_and_back(at_first, tmp_path, monkeypatch):
+    config = own_settings(method="rigl", sparsity=0.75, compact=True)
+
+    def trainer(compact, has_kernels):
+        monkeypatch.setattr(native, "available", lambda: has_kernels)
+        chosen = dataclasses.replace(config, compact=compact)
+        return images.make_trainer(chosen, own_data(80), OwnNet(8), mesh_of(1, 1, 1))
+
+    run_until(1, trainer(True, at_first), tmp_path)
+    result = run.run(trainer(True, not at_first), tmp_path)
+    for layout in gj.compact.get_layouts(result.state.opt_state).values():
+        assert (layout.by_output is None) == at_first
+    masked = run.run(trainer(False, True), tmp_path / "masked")
+    chex.assert_trees_all_equal(result.masks, masked.masks)
 
 
 def _masked_state(result):

@@ -294,10 +294,29 @@ def test_states_of_the_library_are_registered_on_their_own():
 
 def test_slots_of_layers_of_another_shape_are_told():
     """Nothing but the text in a layout tells them apart."""
-    tx = gj.compact.sparsify(
-        optax.adam(0.1), gj.static(sparsity=0.5, start=gj.uniform, key=KEY), kernels=False
-    )
-    one, other = (tx.init({"kernel": jnp.ones(shape)}) for shape in ((4, 8), (8, 4)))
-    with pytest.raises(ValueError, match=r"layouts/kernel is of layers \|4\|8, expected \|8\|4"):
+    one, other = (_slots_of(shape) for shape in ((4, 8), (8, 4)))
+    message = r"layouts/kernel is of layers \|4\|8 in single weights, expected layers \|8\|4"
+    with pytest.raises(ValueError, match=message):
         gj.check_restored(one, other)
     chex.assert_trees_all_equal(gj.check_restored(one, one), one)
+
+
+def _slots_of(shape, **settings):
+    structure = [("", gj.structures.block((2, 2)))]
+    method = gj.static(sparsity=0.5, start=gj.uniform, key=KEY, prunable=structure)
+    tx = gj.compact.sparsify(optax.adam(0.1), method, structure, kernels=False, **settings)
+    return tx.init({"kernel": jnp.ones(shape)})
+
+
+def test_slots_that_another_machine_keeps_otherwise_are_told():
+    """Blocks are kept whole on GPUs, and lists where there are native kernels."""
+    plain, blocks = _slots_of((4, 8)), _slots_of((4, 8), block=(2, 2))
+    with pytest.raises(ValueError, match=r"\|4\|8 in blocks 2x2, expected layers \|4\|8 in single"):
+        gj.check_restored(blocks, plain)
+    lists = gj.compact.Lists(*[jnp.zeros(3, jnp.int32)] * 3)
+    layout = plain.layouts["kernel"]._replace(by_output=lists, by_input=lists)
+    listed = plain._replace(layouts={"kernel": layout})
+    for pair in ((listed, plain), (plain, listed)):
+        with pytest.raises(ValueError, match="only one of the two has lists for the native kern"):
+            gj.check_restored(*pair)
+    chex.assert_trees_all_equal(gj.compact.relist(listed, kernels=False), plain)

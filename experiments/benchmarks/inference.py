@@ -30,7 +30,7 @@ from experiments import models
 from experiments.benchmarks import network, tables, timing
 from experiments.benchmarks.tables import Table
 from experiments.data import images
-from experiments.engine import batches, checkpoints, files, output, settings, training
+from experiments.engine import batches, files, output, run, settings, training
 from experiments.tasks.images import Settings
 from experiments.tasks.images import task as image_task
 
@@ -273,10 +273,7 @@ def trained(run_dir: pathlib.Path, data_dir: str | None, batch_sizes: Sequence[i
     config = settings.from_json(Settings, files.read_json(run_dir, "settings.json"))
     dataset = images.load(config.dataset, data_dir, config.validation)
     trainer = training.make_trainer(config, image_task(config, dataset))
-    with checkpoints.open_manager(run_dir / "checkpoints") as manager:
-        if manager.latest_step() is None:
-            raise ValueError(f"--run_dir={run_dir} has no checkpoint.")
-        state, _ = checkpoints.restore(manager, manager.latest_step(), trainer.abstract_state)
+    state = run.newest(trainer, run_dir)
     masks = trainer.family.masks(state.params, state.opt_state)
     params = gj.apply_masks(trainer.family.weights(state.params, state.opt_state), masks)
     model = models.MODELS[config.model](num_classes=dataset.num_classes)

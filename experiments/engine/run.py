@@ -11,7 +11,7 @@ import importlib.util
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
+import granet_jax as gj
 from experiments.engine import checkpoints, distributed, files, page, records, settings, weights
 from experiments.engine.records import Epoch, masks_of
 from experiments.engine.training import State, Trainer
@@ -123,14 +124,43 @@ def _start(trainer: Trainer, manager: Any, stream: Any) -> tuple[State, Epoch]:
     needed: dict[str, Sequence[str]] = {"stream": ()} if stream else {}
     if step % trainer.length.epoch_steps:
         needed["epoch"] = Epoch._fields
-    example = trainer.abstract_state
-    if trainer.family.two_programs:
-        example = weights.with_capacity(example, checkpoints.shapes(manager, step))
-    state, notes = checkpoints.restore(manager, step, example, needed)
+    state, notes = _restore(trainer, manager, step, needed)
     if stream:
         stream.set_state(notes["stream"])
     summed = (notes["epoch"][name] for name in needed.get("epoch", ()))
     return state, Epoch(*summed)
+
+
+def newest(trainer: Trainer, run_dir: pathlib.Path) -> State:
+    """The newest state of a run.
+
+    Raises:
+      ValueError: the run has no checkpoint, or one of another model.
+    """
+    with checkpoints.open_manager(run_dir / "checkpoints") as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise ValueError(f"--run_dir={run_dir} has no checkpoint.")
+        state, _ = _restore(trainer, manager, step, {})
+    return state
+
+
+def _restore(
+    trainer: Trainer, manager: Any, step: int, needed: Mapping[str, Sequence[str]]
+) -> tuple[State, dict[str, Any]]:
+    """State and notes; the lists of live weights are made for the kernels of this machine."""
+    example = _portable(trainer.abstract_state)
+    slots = trainer.setup.slots
+    if slots is None:
+        return checkpoints.restore(manager, step, example, needed)
+    example = weights.with_capacity(example, checkpoints.shapes(manager, step))
+    state, notes = checkpoints.restore(manager, step, example, needed)
+    return gj.compact.relist(state, slots.kernels), notes
+
+
+def _portable(state: State) -> State:
+    """As it is written: without the lists of live weights, which differ from machine to machine."""
+    return gj.compact.relist(state, kernels=False)
 
 
 class _Going(NamedTuple):
@@ -164,13 +194,13 @@ def _train(going: _Going, state: State, epoch: Epoch) -> State:
             log(record)
         notes = {"epoch": epoch._asdict(), "stream": stream.get_state() if stream else None}
         if record and files.best(history, told) is record:
-            best_unsaved = (step, jax.tree.map(jnp.copy, state), notes, record)
+            best_unsaved = (step, jax.tree.map(jnp.copy, _portable(state)), notes, record)
         if step == total_steps or distributed.agree(
             time.monotonic() - saved_at >= checkpoint_seconds
         ):
             if best_unsaved:
                 checkpoints.save(manager, *best_unsaved, told)
-            checkpoints.save(manager, step, state, notes, record, told)
+            checkpoints.save(manager, step, _portable(state), notes, record, told)
             best_unsaved, saved_at = None, time.monotonic()
     return state
 

@@ -12,7 +12,7 @@ The files, in the order in which data flow::
     gradients     of all weights, computed with live ones
     elementwise   checks that an optimizer treats slots as it treats dense params
     transform     sparsify: any elementwise optimizer, training live weights by any method
-    repack        shrink: fewer slots for methods that prune
+    repack        shrink: fewer slots for methods that prune; relist: states for other machines
 """
 
 from granet_jax.compact.convolutions import conv_general_dilated as conv_general_dilated
@@ -26,6 +26,7 @@ from granet_jax.compact.packing import pack as pack
 from granet_jax.compact.packing import to_slots as to_slots
 from granet_jax.compact.packing import unpack as unpack
 from granet_jax.compact.repack import num_live as num_live
+from granet_jax.compact.repack import relist as relist
 from granet_jax.compact.repack import shrink as shrink
 from granet_jax.compact.trace import num_inputs as num_inputs
 from granet_jax.compact.trace import sparse as sparse

@@ -1,4 +1,4 @@
-"""Fewer slots, for methods that prune while they train."""
+"""Other layouts of the same weights: fewer slots for methods that prune, lists for this machine."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -66,7 +66,7 @@ def shrink(
         for path, layout in node.layouts.items():
             index = jnp.take_along_axis(layout.index, orders[path], axis=-1)
             new = layout._replace(index=index)
-            smaller[path] = _listed(new) if layout.by_output is not None else new
+            smaller[path] = relist(new) if layout.by_output is not None else new
         return node._replace(layouts=smaller)
 
     tree = packing.map_mirrors(
@@ -75,12 +75,45 @@ def shrink(
     return jax.tree.map(relay, tree, is_leaf=is_compact)
 
 
-def _listed(layout: Layout) -> Layout:
-    """A layout with its lists made again; axes before those of the stack are of vmapped states."""
-    lists = native.lists
-    for _ in range(layout.index.ndim - 1 - len(layout.stack)):
-        lists = jax.vmap(lists)
-    return lists(layout)
+def relist(tree: PyTree, kernels: bool | None = None) -> PyTree:
+    """Makes the lists for the native kernels anew, or leaves them out.
+
+    The lists follow from the places of the slots, so a file needs none. A state without them can be
+    restored on any machine; there, make them again.
+
+    Args:
+      tree: any tree with layouts inside, such as an optimizer state or a whole training state.
+        Without lists as the result, its arrays may be abstract.
+      kernels: False = no lists; None = lists if the kernels run here. Layouts of blocks never have
+        lists.
+
+    Returns:
+      The tree with other lists; all other arrays are those of ``tree``.
+
+    Example: to a file, and back.
+      >>> import granet_jax as gj, jax, jax.numpy as jnp, optax
+      >>> tx = gj.compact.sparsify(optax.sgd(0.1), gj.static(sparsity=0.5, key=jax.random.key(0)))
+      >>> state = tx.init({"kernel": jnp.ones((2, 4))})
+      >>> portable = gj.compact.relist(state, kernels=False)
+      >>> list(gj.trees.paths(portable.layouts["kernel"]))
+      ['index']
+      >>> again = gj.compact.relist(portable)
+      >>> jax.tree.structure(again) == jax.tree.structure(state)
+      True
+    """
+    has_lists = kernels is not False and native.available()
+
+    def listed(node: Any) -> Any:
+        if not isinstance(node, Layout):
+            return node
+        if not has_lists or node.block:
+            return node._replace(by_output=None, by_input=None)
+        lists = native.lists
+        for _ in range(node.index.ndim - 1 - len(node.stack)):  # axes of vmapped states
+            lists = jax.vmap(lists)
+        return lists(node)
+
+    return jax.tree.map(listed, tree, is_leaf=lambda x: isinstance(x, Layout))
 
 
 def _check_capacity(capacity: Mapping[str, int], layouts: Layouts) -> None:
