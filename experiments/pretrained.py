@@ -138,10 +138,12 @@ def fidelity(dense: np.ndarray, sparse: np.ndarray) -> tuple[float, float]:
     return float((dense * sparse).sum(1).mean()), same
 
 
-def distance(params: Any, batch: tuple[jax.Array, Batch], key: jax.Array) -> jax.Array:
+def distance(
+    params: Any, variables: None, batch: tuple[jax.Array, Batch], key: jax.Array
+) -> tuple[jax.Array, None]:
     """Mean squared distance to the embeddings that come with the tokens: the loss."""
     goal, tokens = batch
-    return jnp.mean(jnp.sum(jnp.square(embed(params, tokens) - goal), axis=1))
+    return jnp.mean(jnp.sum(jnp.square(embed(params, tokens) - goal), axis=1)), None
 
 
 def _drawn(batches: Sequence[Batch], steps: int) -> Iterator[Batch]:
@@ -180,7 +182,8 @@ def study(
                 if steps:
                     start = time.perf_counter()
                     drawn = _drawn(data.train, given.steps)
-                    params = train(pruned, ((apply(dense, batch), batch) for batch in drawn))
+                    some = ((apply(dense, batch), batch) for batch in drawn)
+                    params, _ = train(pruned, None, some)
                     seconds = time.perf_counter() - start
                 found = fidelity(goal, embeddings(apply, params, data.test))
                 show(Row(sparsity, name, steps, zeros, *found, seconds))

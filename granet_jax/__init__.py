@@ -13,6 +13,8 @@ updates``. A module imports only from modules before it::
     blocks         stacks of layers as few arrays, so that little is compiled
     selection      exact top-k masks without sorting
     structures     N:M, blocks, channels, constant fan-in: weights that are selected in groups
+    groups         the same number in each group
+    scoring        scores of units, stored or computed where they are needed
     masks          prune_to, regenerate: the two mask steps
     composition    compose: a start and mask steps make a method
     methods        granet, gmp, rigl, set_, snfs, rigl_itop, set_itop, ac_dc, chts, static,

@@ -5,10 +5,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from granet_jax import distributions, structures, trees
+from granet_jax import distributions, groups, selection, structures, trees
 from granet_jax.masks import check_dense, check_masks, is_known, ones, random_masks
-from granet_jax.types import Distribution, Event, MaskState, MaskStep, Method, PyTree
+from granet_jax.types import (
+    Counts,
+    Distribution,
+    Event,
+    MaskState,
+    MaskStep,
+    Method,
+    PyTree,
+    Shapes,
+    check_callable,
+)
 
 
 def start_from(
@@ -45,6 +56,7 @@ def start_from(
       >>> int(start({"kernel": jnp.ones((4, 4))})["kernel"].sum())
       8
     """
+    check_callable(distribution=distribution)
     distributions.check_sparsity("sparsity", sparsity)
     is_dense = not isinstance(sparsity, jax.core.Tracer) and float(sparsity) == 0.0
     if masks is None and not is_dense and key is None:
@@ -58,7 +70,11 @@ def start_from(
         if not leaves:
             return ones(params)
         if end is not None:
-            structures.check_counts(leaves, end[0](structures.shapes(leaves), end[1]), end[1])
+            shapes = structures.shapes(leaves)
+            last = end[0](shapes, end[1])
+            groups.check_counts(leaves, last, end[1])
+            if masks is None and not is_dense:
+                _check_falls(distribution(shapes, sparsity), last, shapes)
         if masks is not None:
             given = check_masks(masks, params)
             check_dense(given, leaves)
@@ -96,7 +112,7 @@ def compose(
       other way round.
 
     Raises:
-      TypeError: ``key`` is no key.
+      TypeError: ``key`` is no key, or a function is none.
 
     Example: a method in one line, with a rule of your own for growth.
       >>> import granet_jax as gj
@@ -111,6 +127,8 @@ def compose(
       >>> int(state.masks["kernel"].sum())
       16
     """
+    named = {f"step {i}": mask_step for i, mask_step in enumerate(steps)}
+    check_callable(start=start, is_update_step=is_update_step, **named)
     if key is not None and not hasattr(key, "dtype"):
         raise TypeError(f"key is a key of JAX, as jax.random.key(0) gives it; got {key!r}.")
 
@@ -152,13 +170,27 @@ def _event_key(data: jax.Array | None, key: jax.Array | None, step: jax.Array) -
     return jax.random.fold_in(jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)), step)
 
 
+def _check_falls(first: Counts, last: Counts, shapes: Shapes) -> None:
+    """Refuses a start that has fewer weights in a layer than the end: pruning adds none."""
+    if not (isinstance(first, tuple) and isinstance(last, tuple)):
+        return
+    for shape, start, end in zip(shapes, first, last, strict=True):
+        if start + 1 < end:  # each is rounded
+            raise ValueError(
+                f"The start gives {start} weights to {getattr(shape, 'path', '')} {tuple(shape)}, "
+                f"and the end {end}: pruning adds none, so the final sparsity would be missed. "
+                "Spread both alike (start=scope), or let them differ more."
+            )
+
+
 def _check_asked(masks: PyTree, sparsity: Any, leaves: tuple[trees.Leaf, ...]) -> None:
     """Refuses masks of another sparsity than the one asked for."""
     stacks = structures.live_units(trees.split(masks, leaves), leaves)
     if not all(map(is_known, stacks)) or isinstance(sparsity, jax.core.Tracer):
         return
     total = sum(x.size for x in stacks)
-    live, asked = int(sum(jnp.sum(x) for x in stacks)), round(total * (1 - float(sparsity)))
+    counts = np.asarray(selection.count(stacks))  # of layers
+    live, asked = int(counts.sum(dtype=np.int64)), round(total * (1 - float(sparsity)))
     # Masks drawn at random, or with rounded counts, differ a little.
     if abs(live - asked) > max(len(stacks), min(0.01 * total, 0.05 * asked)):
         raise ValueError(

@@ -145,9 +145,9 @@ def by_path(rules: Sequence[tuple[str, float]], otherwise: Distribution = erk) -
       otherwise: distribution of the other layers; it has to give one count for each layer.
 
     Returns:
-      A distribution. It raises a ValueError if a pattern matches no layer, if the other layers
-      cannot make up for the total, if all layers are named and their total differs from the one
-      asked for, or if the sparsity is traced.
+      A distribution. It raises a ValueError if a pattern matches no layer, if a named layer would
+      lose all its weights, if the other layers cannot make up for the total, if all layers are
+      named and their total differs from the one asked for, or if the sparsity is traced.
 
     Raises:
       ValueError: a sparsity outside [0, 1).
@@ -170,6 +170,12 @@ def by_path(rules: Sequence[tuple[str, float]], otherwise: Distribution = erk) -
             return tuple(sizes)
         named = _named(rules, shapes)
         kept = {i: round(sizes[i] * (1.0 - own)) for i, own in named.items()}
+        if empty := [i for i, count in kept.items() if count == 0 < sizes[i]]:
+            path = getattr(shapes[empty[0]], "path", "")
+            raise ValueError(
+                f"by_path leaves none of the {sizes[empty[0]]} weights of {path} at a sparsity of "
+                f"{named[empty[0]]}. Give it a lower one."
+            )
         rest = [i for i in range(len(shapes)) if i not in named]
         asked, size = round(sum(sizes) * (1.0 - float(sparsity))), sum(sizes[i] for i in rest)
         left = asked - sum(kept.values())

@@ -142,14 +142,17 @@ def ratio(costs: Costs, densities: Mapping[str, Any], *, per_output: int = 0) ->
       A float, or a float32 array if densities are arrays.
 
     Raises:
-      ValueError: as :func:`forward`.
+      ValueError: as :func:`forward`; or nothing was counted.
 
     Example: three quarters of the MACs are in a layer that keeps a tenth of its weights.
       >>> costs = Costs((LeafCost("a", (6, 5), 30, 5), LeafCost("b", (5, 2), 10, 2)), other=0)
       >>> round(ratio(costs, {"a": 0.1}), 4)
       0.325
     """
-    return forward(costs, densities, per_output=per_output) / forward(costs, per_output=per_output)
+    dense = forward(costs, per_output=per_output)
+    if not dense:
+        raise ValueError("No FLOPs were counted, so there is no ratio: see granet_jax.flops.count.")
+    return forward(costs, densities, per_output=per_output) / dense
 
 
 def training_ratio(forward_ratio: Any, dense_gradients: float = 0.0) -> Any:

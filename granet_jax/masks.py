@@ -5,7 +5,6 @@
 """
 
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from granet_jax import blocks, distributions, jaxprs, scores, selection, structures, trees
+from granet_jax import blocks, distributions, groups, scores, scoring, selection, structures, trees
 from granet_jax.types import (
     Counts,
     Distribution,
@@ -23,6 +22,7 @@ from granet_jax.types import (
     PyTree,
     Redistribution,
     ScoreFn,
+    check_callable,
 )
 
 
@@ -76,9 +76,9 @@ def random_masks(
     """
     leaves = trees.describe(params, prunable)
     num_keep = distribution(structures.shapes(leaves), sparsity)
-    structures.check_counts(leaves, num_keep, sparsity)
+    groups.check_counts(leaves, num_keep, sparsity)
     dense = ones(params)  # has the sharding of params, which the draws have not
-    draws = _scores(scores.random, Event(params, key=key), leaves, lambda: dense)
+    draws = scoring.of_units(scores.random, Event(params, key=key), leaves, lambda: dense)
     layout = structures.lay_out(leaves)
     best = _best(draws, None, num_keep, layout, leaves)
     return _and(dense, _join(best, dense, layout, leaves))
@@ -149,12 +149,13 @@ def prune_to(
       >>> masks["kernel"].tolist()
       [[True, False], [True, False]]
     """
+    check_callable(num_keep=num_keep, score=score)
 
     def mask_step(masks: PyTree, keep: PyTree, event: Event) -> tuple[PyTree, PyTree]:
         leaves = trees.describe(event.params, prunable)
         layout = structures.lay_out(leaves)
         live = _live(masks, layout, leaves)
-        ranked = _scores(score, event, leaves, lambda: masks)
+        ranked = scoring.of_units(score, event, leaves, lambda: masks)
         counts = num_keep(structures.shapes(leaves), event.step)
         fewer = _join(_best(ranked, live, counts, layout, leaves), masks, layout, leaves)
         if any(x.structure is not None for x in leaves):
@@ -229,6 +230,7 @@ def regenerate(
       >>> masks["kernel"].tolist(), keep["kernel"].tolist()
       ([[True, False], [False, True]], [[True, False], [False, False]])
     """
+    check_callable(fraction=fraction, drop=drop, grow=grow)
 
     def mask_step(masks: PyTree, keep: PyTree, event: Event) -> tuple[PyTree, PyTree]:
         leaves = trees.describe(event.params, prunable)
@@ -241,7 +243,7 @@ def regenerate(
         num_dropped = [ceil_of_share(fraction(event.step), num) for num in num_live]
         # Growth has the event's own key, and the drop another, where both of them draw.
         seen = event._replace(key=None if event.key is None else jax.random.fold_in(event.key, 1))
-        drop_scores = _scores(drop, seen, leaves, lambda: masks)
+        drop_scores = scoring.of_units(drop, seen, leaves, lambda: masks)
         kept = [
             selection.top_k_of(drop_scores, num - dropped, layout, part)
             for part, num, dropped in zip(parts, num_live, num_dropped, strict=True)
@@ -250,7 +252,9 @@ def regenerate(
         num_grown = sum(num_dropped, start=jnp.int32(0))
 
         def growth_of(survivors: list[jax.Array]) -> list[selection.Scores]:
-            return _scores(grow, event, leaves, lambda: _join(survivors, masks, layout, leaves))
+            return scoring.of_units(
+                grow, event, leaves, lambda: _join(survivors, masks, layout, leaves)
+            )
 
         if redistribute is not None:
             growth = [x.computed() for x in growth_of(survivors)]
@@ -264,7 +268,7 @@ def regenerate(
                 return regrown
             after, stay, before = (blocks.to_stacks(x, layout) for x in (regrown, survivors, live))
             drops, grows = ([x.computed() for x in each] for each in (drop_scores, growth))
-            fitted = structures.fit_groups(after, stay, before, drops, grows, leaves)
+            fitted = groups.fit_groups(after, stay, before, drops, grows, leaves)
             return blocks.to_blocks(fitted, layout)
 
         # Not begun before the weights have been ranked, so that memory is needed for one at a time.
@@ -280,75 +284,10 @@ def _by_sign(
 ) -> list[list[jax.Array]]:
     """Blocks of live weights: first the negative ones, then the others."""
     weights = trees.split(params, leaves)
-    _refuse_complex("What by_sign splits", weights, leaves)
+    scoring.refuse_complex("What by_sign splits", weights, leaves)
     negative = blocks.to_blocks([w < 0 for w in weights], layout)
     pairs = list(zip(live, negative, strict=True))
     return [[x & y for x, y in pairs], [x & ~y for x, y in pairs]]
-
-
-# Operations that give the same bits in every kernel. (Not so a product and a sum, which may be
-# fused; complex arithmetic has both.)
-_ARITHMETIC = frozenset({"abs", "convert_element_type", "mul", "neg"})
-
-
-def _scores(
-    score: ScoreFn, event: Event, leaves: tuple[trees.Leaf, ...], masks: Callable[[], PyTree]
-) -> list[selection.Scores]:
-    """Scores, computed later where they are needed if they are plain arithmetic on entries.
-
-    Storing them would take 4 bytes for each weight. Other scores (random ones, those of structures)
-    are computed here. ``masks`` makes the current masks, for scores that read them.
-    """
-    given = event.params, event.grads
-
-    def scored(params: PyTree, grads: PyTree, masks: PyTree) -> list[jax.Array]:
-        seen = event._replace(params=params, grads=grads, masks=masks)
-        return trees.pick(score(seen), leaves)
-
-    abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, bool), event.params)
-    closed = jax.make_jaxpr(scored)(*given, abstract)
-    looks = any(jaxprs.reads(closed)[-len(jax.tree.leaves(abstract)) :])
-    event = event._replace(masks=masks() if looks else None)
-    _refuse_complex("A score", closed.out_avals, leaves)
-    is_arithmetic = all(x.primitive.name in _ARITHMETIC for x in closed.eqns) and not any(
-        jnp.issubdtype(x.dtype, jnp.complexfloating) for x in closed.in_avals
-    )
-    is_lazy = is_arithmetic and not looks and not any(jnp.ndim(x) for x in closed.consts)
-    if not is_lazy or any(x.structure is not None for x in leaves):
-        stored = structures.gather(trees.split(score(event), leaves), leaves)
-        return [selection.Scores(lambda inputs: inputs[0], [x]) for x in stored]
-    found = [pair for tree in given for pair in trees.paths(tree).items()]
-    prunable = {x.path: x for x in leaves if x.prunable}
-    stacks = {
-        var: array.reshape(prunable[path].num_layers, *prunable[path].layer_shape)
-        for var, (path, array) in zip(closed.jaxpr.invars, found, strict=False)
-        if path in prunable
-    }
-    constants = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    made_by = {x.outvars[0]: x for x in closed.eqns}
-
-    def compute(x: Any, known: dict[Any, jax.Array]) -> jax.Array:
-        if isinstance(x, jaxprs.Literal):
-            return x.val
-        if x not in known:
-            operands = [compute(y, known) for y in made_by[x].invars]
-            known[x] = made_by[x].primitive.bind(*operands, **made_by[x].params)
-        return known[x]
-
-    def needed(x: Any) -> dict[Any, jax.Array]:
-        if x in made_by:
-            variables = (y for y in made_by[x].invars if not isinstance(y, jaxprs.Literal))
-            return dict(pair for y in variables for pair in needed(y).items())
-        return {x: stacks[x]} if x in stacks else {}
-
-    def scores_of(x: Any) -> selection.Scores:
-        names = list(needed(x))
-        return selection.Scores(
-            lambda inputs: compute(x, constants | dict(zip(names, inputs, strict=True))),
-            [stacks[name] for name in names],
-        )
-
-    return [scores_of(x) for x in closed.jaxpr.outvars]
 
 
 def _live(masks: PyTree, layout: blocks.Layout, leaves: tuple[trees.Leaf, ...]) -> list[jax.Array]:
@@ -381,7 +320,7 @@ def _best(
     if num_keep.ndim == 0:
         raise ValueError(
             "Groups (N:M, constant fan-in) need a count for each layer, and global_ranking gives "
-            "one for all: pass scope=granet_jax.uniform or erk."
+            "one for all: pass scope=granet_jax.uniform or erk (lottery.prune: by_layer=True)."
         )
     stacks = [x.computed() for x in scores]
     on = [jnp.ones_like(x, bool) for x in stacks]
@@ -395,7 +334,7 @@ def _best(
         best = dict(zip(alone, ranked, strict=True))
     for i, x in enumerate(stacks):
         if grouped[i]:
-            best[i] = structures.best_in_groups(x, counts[i], on[i], structures.is_fixed(first[i]))
+            best[i] = groups.best_in_groups(x, counts[i], on[i], groups.is_fixed(first[i]))
     return blocks.to_blocks([best[i] for i in range(len(stacks))], layout)
 
 
@@ -403,15 +342,6 @@ def _refuse_structures(what: str, leaves: tuple[trees.Leaf, ...]) -> None:
     if structured := [x.path for x in leaves if x.structure is not None]:
         raise ValueError(
             f"{what} are for single weights; a rule gives {', '.join(structured)} a structure."
-        )
-
-
-def _refuse_complex(what: str, values: Sequence[Any], leaves: tuple[trees.Leaf, ...]) -> None:
-    pairs = zip(values, [x for x in leaves if x.prunable], strict=True)
-    if odd := [x.path for value, x in pairs if jnp.issubdtype(value.dtype, jnp.complexfloating)]:
-        raise ValueError(
-            f"{what} has to be real, and that of {', '.join(odd)} is complex: complex numbers have "
-            "neither sign nor order. Rank their size, as granet_jax.scores does."
         )
 
 
@@ -448,6 +378,35 @@ def masks_from_zeros(params: PyTree, prunable: trees.Rules = ()) -> PyTree:
     """
     leaves = trees.describe(params, prunable)
     return trees.join([x != 0 for x in trees.split(params, leaves)], ones(params), leaves)
+
+
+def collapsed(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> list[str]:
+    """The paths of prunable leaves, or of layers stacked in them, that have no weight left.
+
+    Args:
+      masks: bool tree of params, not traced.
+      params: tree of arrays or ``ShapeDtypeStruct``.
+      prunable: path rules, see :func:`granet_jax.trees.describe`.
+
+    Returns:
+      A list of paths; layers of a stack have their index, ``"path[0]"``.
+
+    Example: the first of two stacked layers is empty.
+      >>> import granet_jax as gj, jax.numpy as jnp
+      >>> masks = {"kernel": jnp.array([[[False, False]], [[True, False]]])}
+      >>> rules = [("kernel", gj.Stacked(1))]
+      >>> gj.at_init.collapsed(masks, {"kernel": jnp.ones((2, 1, 2))}, rules)
+      ['kernel[0]']
+    """
+    leaves = trees.describe(params, prunable)
+    layers = [
+        f"{leaf.path}{list(index) or ''}"
+        for leaf in leaves
+        if leaf.prunable
+        for index in np.ndindex(leaf.shape[: leaf.stack_axes])
+    ]
+    num_live = np.asarray(selection.count(trees.split(masks, leaves)))
+    return [layer for layer, num in zip(layers, num_live, strict=True) if num == 0]
 
 
 def check_dense(masks: PyTree, leaves: tuple[trees.Leaf, ...]) -> None:

@@ -91,7 +91,7 @@ def densities(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> dict
 
 
 def num_grown(old: PyTree, new: PyTree) -> jax.Array:
-    """How many weights are on in ``new`` that were off in ``old``.
+    """How many weights are on in ``new`` that were off in ``old``, at most 2^31 - 1.
 
     Args:
       old: masks, bool tree of params.
@@ -113,11 +113,11 @@ def num_grown(old: PyTree, new: PyTree) -> jax.Array:
     if before.keys() != after.keys():
         odd = sorted("/".join(path) for path in before.keys() ^ after.keys())
         raise ValueError(f"Masks of two models: only one of them has {', '.join(odd)}.")
-    return _total({k: jnp.sum(after[k] & ~before[k], dtype=jnp.int32) for k in before})
+    return selection.total([after[path] & ~before[path] for path in before])
 
 
 def num_nonfinite(tree: PyTree) -> jax.Array:
-    """How many entries of a tree are NaN or infinite.
+    """How many entries of a tree are NaN or infinite, at most 2^31 - 1.
 
     Args:
       tree: tree of arrays of any dtype; integers are always finite.
@@ -130,8 +130,4 @@ def num_nonfinite(tree: PyTree) -> jax.Array:
       >>> int(num_nonfinite({"w": jnp.array([1.0, jnp.nan, -jnp.inf])}))
       2
     """
-    return _total(jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x), dtype=jnp.int32), tree))
-
-
-def _total(counts: PyTree) -> jax.Array:
-    return sum(jax.tree.leaves(counts), start=jnp.zeros([], jnp.int32))
+    return selection.total([~jnp.isfinite(x) for x in jax.tree.leaves(tree)])

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from granet_jax import trees
+from granet_jax.masks import collapsed
 from granet_jax.types import PyTree
 
 
@@ -37,7 +38,6 @@ def table(params: PyTree, masks: PyTree | None = None, prunable: trees.Rules = (
     leaves = trees.describe(params, prunable)
     rows = [("parameter", "shape", "weights", "kept", "sparsity", "why")]
     total = live = 0
-    empty = []
     prunable_masks = iter(trees.pick(params if masks is None else masks, leaves))
     for leaf in leaves:
         if not leaf.prunable:
@@ -48,10 +48,9 @@ def table(params: PyTree, masks: PyTree | None = None, prunable: trees.Rules = (
         kept = leaf.size if masks is None else int(np.sum(np.asarray(mask)))
         rows.append((leaf.path, str(leaf.shape), *_numbers(leaf.size, kept), leaf.why))
         total, live = total + leaf.size, live + kept
-        empty += [leaf.path] if kept == 0 else []
     rows.append(("prunable", "", *_numbers(total, live), ""))
     lines = [aligned(rows, left=(0, 1, 5))]
-    if empty:
+    if empty := [] if masks is None else collapsed(masks, params, prunable):
         lines.append(f"Layer collapse: no weight is left in {', '.join(empty)}.")
     return "\n".join(lines)
 

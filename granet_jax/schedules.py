@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from granet_jax.distributions import check_sparsity
-from granet_jax.types import Counts, Distribution, NumKeep, Shapes
+from granet_jax.types import Counts, Distribution, NumKeep, Shapes, check_callable
 
 
 def cubic(initial: Any, final: Any, begin_step: int, end_step: int) -> optax.Schedule:
@@ -68,9 +69,7 @@ def cosine(initial: Any, final: Any, end_step: int) -> optax.Schedule:
       >>> [round(float(fraction(t)), 4) for t in (0, 50, 100, 200)]
       [0.5, 0.2525, 0.005, 0.005]
     """
-    for value in (initial, final):
-        if _known(value) and not 0.0 <= value <= 1.0:
-            raise ValueError(f"A regeneration fraction must be in [0, 1]; got {value}.")
+    check_fractions(initial, final)
     check_steps(end_step=end_step)
     if end_step < 1:
         raise ValueError(f"The cosine needs end_step >= 1 update; got {end_step}.")
@@ -143,14 +142,15 @@ def stairs(num_stairs: int) -> Callable[[Any, Any, int, int], optax.Schedule]:
     def curve(initial: Any, final: Any, begin_step: int, end_step: int) -> optax.Schedule:
         _check_order(begin_step, end_step)
         first, last = _number(initial), _number(final)
-        length = end_step - begin_step
+        length, rises = end_step - begin_step, max(num_stairs - 1, 1)
+        starts = [begin_step - (-i * length // rises) for i in range(num_stairs - 1)]  # Python ints
+        edges = np.array([*starts, end_step], np.int32)
 
         def schedule(step: Any) -> jax.Array:
-            elapsed = jnp.clip(step, begin_step, end_step) - begin_step
-            taken = elapsed * (num_stairs - 1) // length + (jnp.asarray(step) >= begin_step)
-            taken = jnp.minimum(taken, num_stairs - 1)
-            taken = jnp.where(jnp.asarray(step) >= end_step, num_stairs, taken)
-            return first + (last - first) * (taken.astype(jnp.float32) / num_stairs)
+            taken = jnp.sum(edges <= jnp.asarray(step), dtype=jnp.int32)
+            share = taken.astype(jnp.float32) / num_stairs
+            value = first + (last - first) * share
+            return jnp.where(taken == num_stairs, last, value)  # exactly
 
         return schedule
 
@@ -236,6 +236,7 @@ def gradual_num_keep(
       >>> [int(num_keep([(10, 100)], t)) for t in (0, 5, 10)]
       [1000, 212, 100]
     """
+    check_callable(distribution=distribution, curve=curve)
     check_sparsity("initial_sparsity", initial_sparsity)
     check_sparsity("final_sparsity", final_sparsity)
     if _known(initial_sparsity, final_sparsity) and initial_sparsity > final_sparsity:
@@ -276,6 +277,23 @@ def check_end(update_every: int, end_step: int, total_steps: int) -> None:
             f"{update_every=} the last event within {total_steps=} is step {last_event}. "
             f"Use end_step <= {last_event}."
         )
+
+
+def check_fractions(*fractions: Any) -> None:
+    """Checks that fractions of live weights are in [0, 1]; traced ones are not checked.
+
+    Args:
+      *fractions: numbers.
+
+    Raises:
+      ValueError: one is not.
+
+    Example:
+      >>> check_fractions(0.3, 0.0)
+    """
+    for value in fractions:
+        if _known(value) and not 0.0 <= value <= 1.0:
+            raise ValueError(f"A regeneration fraction must be in [0, 1]; got {value}.")
 
 
 def _check_order(begin_step: int, end_step: int) -> None:

@@ -343,7 +343,7 @@ def cannistraci_hebb(prunable: Rules = ()) -> ScoreFn:
         return jnp.matmul(alike, a, precision="highest")
 
     def of_layer(mask: jax.Array) -> jax.Array:
-        a = mask.reshape(-1, mask.shape[-1]).astype(jnp.float32)
+        a = mask.reshape(-1, *(mask.shape[-1:] or (1,))).astype(jnp.float32)
         return (paths(a) + paths(a.T).T).reshape(mask.shape)
 
     def score(event: Event) -> PyTree:
@@ -397,10 +397,17 @@ def sampled(score: ScoreFn, temperature: Any) -> ScoreFn:
     return drawn
 
 
+def _is_field(path: Any, _: Any) -> bool:
+    """Whether a path ends in a field of a state, and not in a layer that is called like one."""
+    return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
+
+
 def _moment(event: Event, *names: str) -> PyTree:
     """The optimizer's moments that have one of these names, a tree of params."""
     found = [
-        x for name in names for _, x in optax.tree_utils.tree_get_all_with_path(event.inner, name)
+        x
+        for name in names
+        for _, x in optax.tree_utils.tree_get_all_with_path(event.inner, name, _is_field)
     ]
     if len(found) != 1:
         raise ValueError(

@@ -22,6 +22,7 @@ import numpy as np
 
 from granet_jax import blocks, sortable
 
+MOST = 2**31 - 1  # an int32 counts so far
 _SHORT_ROW = 32  # rows up to this length are ranked by comparing all pairs
 _SAMPLE = 8192  # scores sampled from all layers for one ranking
 _SAMPLE_OF_LAYER = 1024  # scores sampled from each layer for a ranking within each
@@ -235,6 +236,16 @@ def count(stacks: Sequence[jax.Array]) -> jax.Array:
     return blocks.count(blocks.to_blocks(stacks, layout), layout)
 
 
+def total(flags: Sequence[jax.Array]) -> jax.Array:
+    """How many entries are True in all arrays, an int32 scalar; ``MOST`` stands for more."""
+    exact = sum((jnp.sum(x, dtype=jnp.int32) for x in flags), start=jnp.zeros([], jnp.int32))
+    if sum(x.size for x in flags) <= MOST:
+        return exact
+    rows = (jnp.sum(x, axis=-1, dtype=jnp.int32).astype(jnp.float32) for x in flags if x.ndim)
+    rough = sum((jnp.sum(x) for x in rows), start=jnp.zeros([]))
+    return jnp.where(rough > MOST * (1 - 2.0**-10), MOST, exact)  # the exact sum may have overflown
+
+
 def _of_stored(f: Callable[[Any], Any], unused: Callable[[Any], Any], args: Any) -> Any:
     """``f(args)`` of exactly the bits that the counts read.
 
@@ -423,11 +434,10 @@ def _where(condition: jax.Array, a: _Bracket, b: _Bracket) -> _Bracket:
 
 def _counts(num_keep: Any) -> jax.Array:
     """Ints of any width as int32, clipped to its range."""
-    limit = 2**31 - 1
     if isinstance(num_keep, int):
-        num_keep = min(max(num_keep, 0), limit)
+        num_keep = min(max(num_keep, 0), MOST)
     elif getattr(num_keep, "dtype", None) in ("uint32", "int64", "uint64"):
-        num_keep = num_keep.clip(0, limit)
+        num_keep = num_keep.clip(0, MOST)
     return jnp.asarray(num_keep, jnp.int32)
 
 

@@ -8,8 +8,9 @@ every method works with it, for all layers or some::
 There are two kinds:
 
 * *Units*, weights that are kept or pruned together: :func:`block`, :func:`channel`. A unit's score
-  is the mean of its weights' scores. Counts and sparsity are of units: distributions see the shape
-  of the grid of units, and a global ranking treats all units alike, whatever their size.
+  is the mean of its weights' scores; where all are random, it is drawn for the unit. Counts and
+  sparsity are of units: distributions see the shape of the grid of units, and a global ranking
+  treats all units alike, whatever their size.
 * *Groups*, each of which keeps the same number of weights: :func:`n_of_m`, :func:`fan_in`. A
   layer's count is divided by its live groups and rounded (halves up), but a group keeps at least
   one; 2:4 keeps half of the weights in groups of 4. Pruning keeps the best of each group.
@@ -29,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from granet_jax import blocks, selection, sortable
+from granet_jax import blocks, sortable
 from granet_jax.scores import at_least_float32
 from granet_jax.trees import Leaf, Rules, Structure, describe, join, split
 from granet_jax.types import LayerShape, PyTree, Shapes
@@ -93,8 +94,9 @@ def fan_in(*, axis: int = -1, ablation: float = 0.0, spare: str | None = None) -
 
     With ``ablation``, as in SRigL, regeneration also prunes whole outputs. Salient weights are
     those that would be live after dropping and growing by the layer's ranking. An output with fewer
-    salient weights than ``ablation`` times the fan-in is ablated. Each of the remaining outputs
-    then has ``live // outputs`` weights, so the layer may lose a few weights to rounding.
+    salient weights than ``ablation`` times the fan-in is ablated, unless the others have too few
+    inputs for all live weights. Each of the remaining outputs then has ``live // outputs``
+    weights, so the layer may lose a few weights to rounding.
 
     Args:
       axis: of the outputs; the fan-in is all other axes. -1 for kernels ``(..., in, out)``.
@@ -338,6 +340,23 @@ def gather(stacks: Sequence[jax.Array], leaves: Sequence[Leaf]) -> list[jax.Arra
     return [of_layer(members) for members in layers(leaves)]
 
 
+def drawn(stacks: Sequence[jax.Array], key: jax.Array, leaves: Sequence[Leaf]) -> list[jax.Array]:
+    """Random stacks of units, each with a draw of its own instead of a mean of several.
+
+    Args:
+      stacks: of units, from draws for weights; those of groups stay as they are.
+      key: from which the draws for weights were made.
+      leaves: of the whole tree.
+    """
+    places = {leaf.path: i for i, leaf in enumerate(leaves)}
+    return [
+        x
+        if leaf.structure is None or leaf.structure.grouped
+        else jax.random.uniform(jax.random.fold_in(key, places[leaf.path]), x.shape, x.dtype)
+        for x, leaf in zip(stacks, first_leaves(leaves), strict=True)
+    ]
+
+
 def live_units(stacks: Sequence[jax.Array], leaves: Sequence[Leaf]) -> list[jax.Array]:
     """Turns stacks of masks into bool stacks of units, True if a weight of the unit is on."""
     return [x > 0 if x.dtype != bool else x for x in gather(stacks, leaves)]
@@ -359,119 +378,9 @@ def first_leaves(leaves: Sequence[Leaf]) -> list[Leaf]:
     return [prunable[members[0]] for members in layers(leaves)]
 
 
-def best_in_groups(
-    scores: jax.Array, num_keep: jax.Array, live: jax.Array, fixed: bool = False
-) -> jax.Array:
-    """Divides a layer's count among its live groups and keeps the best live units of each.
-
-    Args:
-      scores: of units, ``(layers, *groups, units)``.
-      num_keep: int32 ``(layers,)``; each live group keeps ``num_keep / live groups``, rounded
-        (halves up), but at least 1.
-      live: bool, shape of ``scores``.
-      fixed: divide the count among all groups, live or not.
-    """
-    is_live = jnp.any(live, axis=-1) | fixed
-    num_live = jnp.sum(is_live, axis=tuple(range(1, is_live.ndim)), dtype=jnp.int32)
-    each = jnp.maximum((num_keep + num_live // 2) // jnp.maximum(num_live, 1), 1)
-    each = jnp.broadcast_to(each.reshape(-1, *[1] * (is_live.ndim - 1)), is_live.shape)
-    return selection.top_k_of_rows(scores, each, live)
-
-
-def fit_groups(
-    regrown: Sequence[jax.Array],
-    survivors: Sequence[jax.Array],
-    live: Sequence[jax.Array],
-    drop_scores: Sequence[jax.Array],
-    growth: Sequence[jax.Array],
-    leaves: Sequence[Leaf],
-) -> list[jax.Array]:
-    """Grows in each group as many units as it lost, instead of the best of the layer.
-
-    Args:
-      regrown: bool units after regeneration by the layer's ranking; these are salient.
-      survivors: bool units that were not dropped.
-      live: bool units before the event.
-      drop_scores: if an output gets fewer units than it has, those that score highest stay.
-      growth: the units that score highest are grown.
-      leaves: of the whole tree.
-
-    Returns:
-      bool stacks of units; ``regrown`` itself for leaves without groups.
-    """
-    fitted = list(regrown)
-    for i, leaf in enumerate(first_leaves(leaves)):
-        if leaf.structure is None or not leaf.structure.grouped:
-            continue
-        full = _shares(jnp.sum(live[i], axis=-1, dtype=jnp.int32), leaf.structure.fixed)
-        least = leaf.structure.ablation(leaf)
-        if least > 0:
-            full = _after_ablation(full, jnp.sum(regrown[i], axis=-1, dtype=jnp.int32), least)
-        stay = selection.top_k_of_rows(drop_scores[i], full, survivors[i])
-        missing = full - jnp.sum(stay, axis=-1, dtype=jnp.int32)
-        fitted[i] = stay | selection.top_k_of_rows(growth[i], missing, ~stay)
-    return fitted
-
-
-def _shares(full: jax.Array, fixed: bool) -> jax.Array:
-    """How many units each group gets, if it has ``full``, int32 ``(layers, *groups)``: as many.
-
-    If one has more than an equal share of the layer, as given masks may, all get that share.
-    """
-    axes = tuple(range(1, full.ndim))
-    takes_part = (full > 0) | fixed
-    num = jnp.maximum(jnp.sum(takes_part, axis=axes, keepdims=True, dtype=jnp.int32), 1)
-    share = -(-jnp.sum(full, axis=axes, keepdims=True, dtype=jnp.int32) // num)
-    is_odd = jnp.max(full, axis=axes, keepdims=True) > share
-    return jnp.where(is_odd & takes_part, share, full)
-
-
-def check_counts(leaves: Sequence[Leaf], counts: Any, sparsity: Any) -> None:
-    """Refuses a sparsity for which the N of N:M is no whole number.
-
-    Args:
-      leaves: of the whole tree.
-      counts: the distribution's counts for this sparsity, in layer order.
-      sparsity: requested; only layers to which the distribution gives it are checked.
-
-    Raises:
-      ValueError: the message names the two nearest. A traced sparsity is not checked.
-    """
-    if isinstance(sparsity, jax.core.Tracer) or np.ndim(counts) == 0:
-        return
-    groups = [x for x in first_leaves(leaves) for _ in range(x.num_layers)]
-    for leaf, count in zip(groups, np.asarray(counts).tolist(), strict=True):
-        if leaf.structure is None or not leaf.structure.fixed:
-            continue
-        size, m = math.prod(leaf.layer_shape), leaf.structure.grid(leaf)[-1]
-        n = m * (1 - float(sparsity))
-        if abs(count - size * (1 - sparsity)) <= 1 and abs(n - round(n)) > max(1e-6, m / size):
-            near = sorted(sorted(range(1, m + 1), key=lambda k: abs(k - n))[:2])
-            told = " and ".join(f"{1 - k / m:g} ({k}:{m})" for k in near)
-            raise ValueError(
-                f"{leaf.path} is pruned in groups of {m}, which have no sparsity of {sparsity:g}: "
-                f"that is {n:g} of {m}. The two nearest are {told}."
-            )
-
-
-def _after_ablation(full: jax.Array, salient: jax.Array, least: float) -> jax.Array:
-    """How many weights each output gets, ``(layers, outputs)``; 0 with too few salient ones."""
-    fan_in = jnp.max(full, axis=-1, keepdims=True)
-    stays = salient.astype(jnp.float32) >= least * fan_in.astype(jnp.float32)
-    stays |= salient == jnp.max(salient, axis=-1, keepdims=True)  # never all
-    budget = jnp.sum(full, axis=-1, keepdims=True, dtype=jnp.int32)
-    each = budget // jnp.sum(stays, axis=-1, keepdims=True, dtype=jnp.int32)
-    return jnp.where(stays, each, 0)
-
-
 def is_grouped(leaf: Leaf) -> bool:
     """Whether the leaf's units form groups that each keep the same number."""
     return leaf.structure is not None and leaf.structure.grouped
-
-
-def is_fixed(leaf: Leaf) -> bool:
-    """Whether a count is divided among all groups of the leaf, empty ones too."""
-    return leaf.structure is not None and leaf.structure.fixed
 
 
 def _units(leaf: Leaf) -> tuple[int, ...]:

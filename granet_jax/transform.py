@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from granet_jax import jaxprs, moments, trees
+from granet_jax import jaxprs, moments, selection, trees
 from granet_jax.masks import apply_masks, check_dense, check_masks
 from granet_jax.types import Event, Method, PyTree, SparseState
 
@@ -105,7 +105,8 @@ def sparsify(
         check_frozen(inner, inner_state, method, method_state, params)
         keep = jax.tree.map(jnp.copy, masks)
         step = jnp.zeros([], jnp.int32)
-        return SparseState(step, method_state, inner_state, keep, {method.name: None})
+        grew = jnp.zeros([], bool)
+        return SparseState(step, method_state, inner_state, keep, {method.name: None}, grew)
 
     def update(
         grads: PyTree, state: SparseState, params: PyTree | None = None, **extra_args: Any
@@ -133,8 +134,9 @@ def sparsify(
             return method_state, jax.tree.map(jnp.copy, method_state[0])
 
         # Weights that the last event grew are not in its keep; from the next step on they are.
-        operands = do_if(method.is_update_step(step - 1), catch_up, (method_state, state.keep))
-        method_state, keep = do_if(method.is_update_step(step), event, operands)
+        operands = do_if(state.grew, catch_up, (method_state, state.keep))
+        is_event = jnp.asarray(method.is_update_step(step))
+        method_state, keep = do_if(is_event, event, operands)
         updates, inner_state = inner.update(
             where(keep, grads),
             moments.reset(state.inner, initial, mirrored, keep),
@@ -143,7 +145,9 @@ def sparsify(
             **extra_args,
         )
         updates = jax.tree.map(to_zero, keep, updates, params)
-        return updates, SparseState(step, method_state, inner_state, keep, state.written_by)
+        return updates, SparseState(
+            step, method_state, inner_state, keep, state.written_by, is_event
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -199,7 +203,7 @@ def get_method_state(opt_state: Any) -> Any:
 
 
 def check_sparse(params: PyTree, opt_state: Any) -> jax.Array:
-    """How many masked weights are not exactly 0, an int32 scalar.
+    """How many masked weights are not exactly 0, an int32 scalar, at most 2^31 - 1.
 
     The count is 0 as long as only ``sparsify`` changes weights. It finds mistakes that optax cannot
     refuse: transformations after ``sparsify`` in a chain that change updates (``scale``, ``ema``,
@@ -236,7 +240,7 @@ def check_sparse(params: PyTree, opt_state: Any) -> jax.Array:
     states = _sparse_states(opt_state)
     if not states:
         get_masks(opt_state)  # raises
-    counts: dict[str, jax.Array] = {}
+    odd: dict[str, jax.Array] = {}
     leaves: dict[str, Any] = {}
     for state in states:
         masks = trees.by_path(state.method[0])
@@ -249,12 +253,13 @@ def check_sparse(params: PyTree, opt_state: Any) -> jax.Array:
             )
         for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
             if keys in matched:
-                odd = jnp.sum(~masks[matched[keys]] & (leaf != 0), dtype=jnp.int32)
-                counts[path := "/".join(trees.names(keys))] = odd
+                path = "/".join(trees.names(keys))
+                odd[path] = ~masks[matched[keys]] & (leaf != 0)
                 leaves[path] = leaf
-    total = sum(counts.values(), start=jnp.zeros([], jnp.int32))
+    total = selection.total(list(odd.values()))
     if not isinstance(total, jax.core.Tracer) and total > 0:
-        first = next(path for path, x in counts.items() if x > 0)
+        counts = {path: int(selection.total([x])) for path, x in odd.items()}
+        first = next(path for path, count in counts.items() if count)
         cause = (
             "Mask the parameters once after tx.init, params = granet_jax.apply_masks(params, "
             "granet_jax.get_masks(opt_state)), and let nothing after sparsify touch updates or "
@@ -266,8 +271,8 @@ def check_sparse(params: PyTree, opt_state: Any) -> jax.Array:
                 "optax.apply_if_finite(sparsify(...), n) keeps such gradients out."
             )
         raise ValueError(
-            f"{int(counts[first])} weights of {first} are not 0 though they are pruned, "
-            f"{int(total)} in all. {cause}"
+            f"{counts[first]} weights of {first} are not 0 though they are pruned, "
+            f"{sum(counts.values())} in all. {cause}"
         )
     return total
 
@@ -355,8 +360,10 @@ def do_if(
 
     A conditional copies operands that it only passes on; a loop of no iterations does not. But XLA
     moves constant work out of a loop, where every step would pay for it; a conditional inside the
-    loop prevents that.
+    loop prevents that. Outside of jit a loop would be compiled anew for each call of ``f``.
     """
+    if not isinstance(predicate, jax.core.Tracer) and not bool(predicate):
+        return operands
 
     def once(carry: Any) -> Any:
         pending, operands = carry
@@ -425,7 +432,7 @@ def _check_update(grads: PyTree, state: Any, params: PyTree | None, method: Meth
             f"sparsify expects its own state, got a {type(state).__name__}. A file that is read "
             "without an example gives dicts; granet_jax.check_restored(restored, example) tells."
         )
-    if not state.written_by:
+    if not state.written_by or state.grew is None:
         raise ValueError(
             "The state is of an earlier version. Bring it up to date: "
             "granet_jax.check_restored(state, jax.eval_shape(tx.init, params))."

@@ -256,9 +256,8 @@ def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
       optimizers.
 
     Raises:
-      ValueError: a rule is no pair, matches no leaf or decides something else, a leaf has fewer
-        axes than its rule stacks, a structure does not fit a leaf, two leaves have the same path,
-        or nothing is prunable.
+      ValueError: a leaf is no array, has fewer axes than its rule stacks, its structure does not fit
+        or its path is not its own; a rule is no pair or matches no leaf; or nothing is prunable.
 
     Example:
       >>> import jax.numpy as jnp
@@ -286,6 +285,11 @@ def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
             raise ValueError(
                 f"The rule {pattern!r} matches no parameter; the paths are: {', '.join(named)}."
             )
+    if odd := next((x for x in named.items() if not hasattr(x[1], "dtype")), None):
+        raise ValueError(
+            f"{odd[0]} is no array but {odd[1]!r:.60}. Give parameters alone: flax.nnx.state and "
+            "equinox.filter find them."
+        )
     holders = [_holder(params, path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     leaves = tuple(
         _decide(name, leaf, holder, rules)
@@ -307,11 +311,8 @@ def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
 def _decide(name: str, leaf: Any, holder: str, rules: Rules) -> Leaf:
     pattern, decision = next((r for r in rules if re.search(r[0], name)), ("", Stacked(0)))
     shape = tuple(leaf.shape)
-    dense = None
-    if 0 in shape:
-        dense = "no elements"
-    elif not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        dense = "no floats"
+    is_float = jnp.issubdtype(leaf.dtype, jnp.inexact)
+    dense = "no elements" if 0 in shape else None if is_float else "no floats"
     if isinstance(decision, bool):
         why = f"rule {pattern!r}"
         return Leaf(name, shape, decision and not dense, 0, why=(decision and dense) or why)

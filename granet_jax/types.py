@@ -148,3 +148,26 @@ class SparseState(NamedTuple):
     keep: PyTree
     # {name of the method: None}, a part of the tree's structure; empty in states of old versions.
     written_by: dict[str, None] = {}  # noqa: RUF012
+    # bool scalar, whether the last update was an event, whose grown weights ``keep`` lacks. It is
+    # stored because another schedule may go on from this state. None in states of old versions.
+    grew: jax.Array | None = None
+
+
+def check_callable(**functions: Any) -> None:
+    """Checks that what was given as a function is one.
+
+    Args:
+      **functions: by the name that the message gives.
+
+    Raises:
+      TypeError: one cannot be called.
+
+    Example:
+      >>> check_callable(score=abs)
+    """
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(
+                f"{name} has to be a function, such as granet_jax.erk, granet_jax.scores.magnitude "
+                f"or a schedule; got {function!r}."
+            )

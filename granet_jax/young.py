@@ -97,7 +97,12 @@ def correct_young(
                 "inside, sparsify(optax.chain(..., correct_young()), method)."
             )
         t = optax.safe_increment(state.young_step)
-        age = jax.tree.map(_older, state.age, extra_args["keep"])
+        keep = trees.by_path(
+            extra_args["keep"]
+        )  # of all parameters, also those of other optimizers
+        age = jax.tree_util.tree_map_with_path(
+            lambda path, age: _older(age, keep[trees.names(path)]), state.age
+        )
 
         def scaled(u: jax.Array, age: jax.Array) -> jax.Array:
             return (u * _factor(age, t, b1, b2, ramp)).astype(u.dtype) if is_trained(u) else u

@@ -410,3 +410,15 @@ def test_structures_hold_before_training_too():
     groups = np.asarray(jnp.abs(params["kernel"])).reshape(2, 4, 6)
     best = np.argsort(np.argsort(-groups, axis=1), axis=1) < 2
     np.testing.assert_array_equal(masks["kernel"].reshape(2, 4, 6), best)
+
+
+def test_what_is_prunable_follows_from_the_parameters_not_from_their_scores():
+    """Scores are floats where parameters are integers. Rules may be lists, as a file gives them."""
+    params = {"kernel": jnp.arange(8.0).reshape(2, 4), "table": jnp.ones((2, 4), jnp.int32)}
+    scores = jax.tree.map(lambda p: 9 * p.astype(jnp.float32), params)
+    for made in (at_init.masks_from, jax.jit(at_init.masks_from, static_argnames="sparsity")):
+        masks = made(scores, params, sparsity=0.5)
+        assert masks["table"].all()
+        assert masks["kernel"].tolist() == [[False] * 4, [True] * 4]
+    listed = at_init.masks_from(scores, params, sparsity=0.5, prunable=[["kernel", True]])
+    chex.assert_trees_all_equal(listed, masks)

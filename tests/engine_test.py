@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 from absl import flags
 
 import granet_jax as gj
+from experiments.engine import batches, optimizers, page, run, settings, training
 from experiments.engine import mesh as meshes
-from experiments.engine import page, settings, training
-from experiments.engine.task import ACCURACY, Told
+from experiments.engine.task import ACCURACY, Memory, Told
 from experiments.tasks import images
+from tests import images as runs
 from tests.images import make_trainer
 from tests.run_test import OwnNet, own_data, own_settings
 
@@ -112,3 +114,59 @@ def test_a_record_without_the_metric_has_the_last_place():
     rows = page.summary(histories, told)
     assert [row["rank"] for row in rows] == ["2.0 (1-3)", "1.5 (1-2)", "2.0 (2-2)"]
     assert rows[0]["test accuracy, last epoch (%)"] == "-"
+
+
+def test_first_batches_have_no_padding():
+    source = Memory(np.arange(10.0))
+    assert [x.tolist() for x in batches.first(source, 9, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(ValueError, match="--batch_size=11 is more than the 10 examples"):
+        batches.first(source, 1, 11)
+
+
+@pytest.mark.parametrize("method", ["ste", "dst"])
+def test_flops_of_masks_that_change_at_every_step_are_those_of_the_masks(method, tmp_path):
+    """However seldom the masks of other methods change."""
+    found = []
+    for every in (1000, 3):
+        config = own_settings(
+            method=method, sparsity=0.75, epochs=6, update_every=every, prune_until=0.5
+        )
+        result = runs.train(tmp_path / str(every), config, own_data(80), OwnNet(8))
+        densities = gj.metrics.densities(result.masks, result.weights)
+        costs = make_trainer(config, own_data(80), OwnNet(8)).setup.costs
+        record = result.history[-1]
+        assert record["inference_flops"] == pytest.approx(float(gj.flops.ratio(costs, densities)))
+        found.append((record["inference_flops"], record["training_flops"]))
+    assert found[0] == found[1]
+    assert found[0][1] > 1 / 3  # the gradients of the weights are dense
+
+
+def test_a_reader_of_checkpoints_removes_none_that_is_being_written(tmp_path):
+    config = own_settings(method="static", epochs=1)
+    trainer = make_trainer(config, own_data(), OwnNet(8))
+    result = run.run(trainer, tmp_path)
+    unfinished = tmp_path / "checkpoints/999.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    state = run.newest(trainer, tmp_path)
+    chex.assert_trees_all_equal(state.params, result.state.params)
+    assert unfinished.exists()
+    with pytest.raises(ValueError, match="has no checkpoint"):
+        run.newest(trainer, tmp_path / "nowhere")
+
+
+def test_dense_layers_of_a_run_stay_dense_under_any_structure():
+    config = own_settings(dense_layers=("^first/",))
+    trainer = make_trainer(own_settings(), own_data(), OwnNet(8))
+    rules = training.rules_of(config, trainer.setup.task, gj.structures.n_of_m(4))
+    assert rules[0] == ("^first/", False)
+
+
+def test_learning_rates_of_odd_flags():
+    length = optimizers.Length(1, 100)
+    config = own_settings(schedule="steps", drop_at=(0.5, 0.5), warmup_epochs=0.0)
+    rate = optimizers.learning_rate(config, length)
+    assert float(rate(60)) == pytest.approx(config.learning_rate * config.drop_factor**2)
+    with pytest.raises(ValueError, match=r"--warmup_epochs=-0\.5: at least 0, or -1"):
+        optimizers.learning_rate(dataclasses.replace(config, warmup_epochs=-0.5), length)
+    with pytest.raises(ValueError, match=r"--penalty=-0\.3: at least 0, or -1"):
+        optimizers.coefficient(dataclasses.replace(config, penalty=-0.3), length)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import granet_jax as gj
+from granet_jax import selection
 
 KEY = jax.random.key(0)
 PARAMS = {"fc": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}}
@@ -27,6 +28,54 @@ WRONG_CALLS = {
     "sparsity in words": (
         lambda: gj.rigl(**changed(RIGL, sparsity="0.9")),
         "sparsity must be a number; got '0.9'",
+    ),
+    "a score in words": (
+        lambda: gj.gmp(**GMP, score="magnitude"),
+        "score has to be a function, such as .*; got 'magnitude'",
+    ),
+    "a distribution in words": (
+        lambda: gj.rigl(**RIGL, start="erk"),
+        "distribution has to be a function, such as .*; got 'erk'",
+    ),
+    "a fraction instead of a schedule": (
+        lambda: gj.regenerate(0.3),
+        "fraction has to be a function, .*; got 0.3",
+    ),
+    "a step instead of a schedule": (
+        lambda: gj.compose(gj.ones, is_update_step=2),
+        "is_update_step has to be a function, .*; got 2",
+    ),
+    "a fraction in percent": (
+        lambda: gj.chts(**RIGL, fraction=30),
+        r"fraction must be in \[0, 1\]; got 30",
+    ),
+    "a model instead of its parameters": (
+        lambda: start(gj.gmp(**GMP), {"fc": {"kernel": jnp.ones((8, 6)), "activation": jnp.tanh}}),
+        "fc/activation is no array but .*tanh.* Give parameters alone: flax.nnx.state",
+    ),
+    "a layer that loses all": (
+        lambda: start(gj.static(sparsity=0.5, start=gj.by_path([("fc", 0.99)]), key=KEY)),
+        "by_path leaves none of the 48 weights of fc/kernel at a sparsity of 0.99",
+    ),
+    "a start that is sparser than the end in a layer": (
+        lambda: start(
+            gj.granet(
+                **changed(GRANET, final_sparsity=0.55),
+                initial_sparsity=0.5,
+                scope=gj.uniform,
+                key=KEY,
+            ),
+            {"a": jnp.ones((64, 512)), "b": jnp.ones((512, 512)), "c": jnp.ones((16, 32))},
+        ),
+        "The start gives .* weights to b .512, 512., and the end .*: pruning adds none",
+    ),
+    "SynFlow with a tuple of inputs": (
+        lambda: gj.at_init.synflow(lambda p, x: x, PARAMS, (jnp.ones(3),), sparsity=0.5),
+        "The example is one array of inputs; got tuple",
+    ),
+    "a penalty without the pair": (
+        lambda: gj.reparam.penalise(optax.sgd(0.1), gj.reparam.dst(), 1.0).init(PARAMS),
+        r"penalise needs parameters as a pair: .*; got dict",
     ),
     "a seed instead of a key": (
         lambda: gj.rigl(**changed(RIGL, key=0)),
@@ -219,3 +268,28 @@ def test_apply_if_finite_outside_skips_the_step_whole():
         updates, state = jax.jit(tx.update)(nan, state, PARAMS)
     assert state.inner_state.mask_step == 0
     assert gj.metrics.num_nonfinite(updates) == 0
+
+
+def test_counts_beyond_int32_are_told(monkeypatch):
+    """Wrapped sums would be negative, or 0."""
+    monkeypatch.setattr(selection, "MOST", 100)
+    flags = [jnp.ones((40, 5), bool), jnp.zeros((2, 3), bool), jnp.array(True)]
+    assert selection.total(flags) == jax.jit(selection.total)(flags) == 100
+    assert selection.total([x & (jnp.arange(x.size) < 7).reshape(x.shape) for x in flags]) == 8
+
+
+def test_gradients_and_thresholds_that_do_not_fit_the_pair_are_told():
+    method = gj.reparam.dst()
+    pair = (PARAMS, method.init(PARAMS))
+    tx = gj.reparam.penalise(optax.sgd(0.1), method, 1.0)
+    with pytest.raises(ValueError, match="penalise needs gradients as a pair"):
+        tx.update(PARAMS, tx.init(pair), pair)
+    with pytest.raises(ValueError, match=r"thresholds of fc/kernel have shape \(4,\), expected \("):
+        method.masks(PARAMS, {"fc/kernel": jnp.zeros(4)})
+
+
+def test_a_single_event_is_enough_for_chts():
+    method = gj.chts(
+        sparsity=0.5, update_every=10, begin_step=10, last_step=10, total_steps=20, key=KEY
+    )
+    assert int(method.init(PARAMS).masks["fc"]["kernel"].sum()) == 24

@@ -482,3 +482,45 @@ def test_convolutions_by_the_kernel_for_live_weights(stride):
     sparse_apply = export.compile(apply_fn, params, None, x, ways=["convolve"])
     assert sparse_apply.choices[0].milliseconds.keys() == {"dense", "convolve"}
     chex.assert_trees_all_close(sparse_apply(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_compact_refuses_inputs_of_other_shapes():
+    """It replays a trace, in which the length is a number."""
+    params = {"in": jax.random.normal(KEY, (4, 8)).at[:, 3].set(0.0), "out": jnp.ones((8, 5))}
+
+    def apply_fn(params, x):
+        return (jnp.maximum(x @ params["in"], 0) @ params["out"])[:, -1]
+
+    x = jax.random.normal(KEY, (2, 9, 4))
+    small = export.compact(apply_fn, params, None, x[:, :6])
+    chex.assert_trees_all_close(
+        small.apply(small.params, x[:, :6]), apply_fn(params, x[:, :6]), **CLOSE
+    )
+    for inputs in ((x,), (x[:, :6], x[:, :6]), ()):
+        with pytest.raises(ValueError, match=r"was traced for inputs .*float32\(2, 6, 4\).*; got"):
+            jax.jit(small.apply)(small.params, *inputs)
+
+
+def test_short_floats_are_gathered_in_float32():
+    weights = np.zeros((4096, 8), np.float16)
+    weights[:300] = np.where(np.arange(300) % 2, 300, -300)[:, None]
+    x = jnp.full((1, 4096), 300, jnp.float16)
+    program = flatten(jax.make_jaxpr(lambda x: x @ jnp.asarray(weights))(x))
+    (step,) = sparse._partially_evaluate(program).steps
+    ready = sparse._gather(products.Product.of(step))
+    (y,) = ready.run(ready.arrays, x)
+    assert y.dtype == jnp.float16
+    assert not y.any()
+
+
+def test_convolutions_without_outputs_stay_dense():
+    params = {"kernel": jnp.ones((5, 5, 3, 16))}
+
+    def apply_fn(params, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, params["kernel"], (1, 1), "VALID", dimension_numbers=numbers
+        )
+
+    x = jnp.ones((2, 3, 3, 3))
+    assert export.compile(apply_fn, params, None, x)(x).shape == (2, 0, 0, 16)

@@ -759,3 +759,9 @@ def test_program_ends_in_one_line(papers, flag, message):
     assert done.returncode != 0
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
+
+
+def test_no_ratio_where_nothing_was_counted():
+    costs = flops.Costs((flops.LeafCost("a", (6, 5), 0, 0),), other=0)
+    with pytest.raises(ValueError, match="No FLOPs were counted"):
+        flops.ratio(costs, {"a": 0.1})

@@ -12,7 +12,7 @@ import granet_jax as gj
 ROOT = pathlib.Path(gj.__file__).parent
 ORDER = [
     *("types", "trees", "jaxprs", "scores", "distributions", "schedules"),
-    *("sortable", "blocks", "selection", "structures", "masks", "composition"),
+    *("sortable", "blocks", "selection", "structures", "groups", "scoring", "masks", "composition"),
     *(
         "methods",
         "moments",

@@ -460,3 +460,15 @@ def test_the_program(tmp_path):
     assert "weight_rewinding" not in table
     assert (tmp_path / "lottery.png").stat().st_size > 10_000
     assert (tmp_path / "seed-1" / "reinit" / "level-02.msgpack").exists()
+
+
+def test_levels_of_groups_remove_some_until_each_has_one():
+    params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}
+    rules = [("", gj.structures.fan_in())]
+    masks, counts = gj.ones(params), []
+    for _ in range(5):
+        masks = prune(params, masks, by_layer=True, prunable=rules)
+        counts.append(int(masks["kernel"].sum()))
+    assert counts == [24, 16, 12, 8, 4]
+    with pytest.raises(ValueError, match=r"each group .* keeps one weight at least"):
+        prune(params, masks, by_layer=True, prunable=rules)

@@ -346,3 +346,39 @@ def test_a_wrapper_that_passes_all_arguments_on_is_not_given_one_more():
     tx = gj.sparsify(optax.GradientTransformationExtraArgs(plain.init, fails), method)
     with pytest.raises(TypeError, match="of its own"):
         tx.update(params, tx.init(params), params)
+
+
+def test_another_schedule_goes_on_where_an_event_was_the_last_step():
+    """What the last event grew is in keep from the next step on, whatever that is."""
+    params = layers()
+    changes = {"sparsity": 0.5, "total_steps": 100, "key": KEY}
+    first, other = (
+        gj.sparsify(optax.adam(1e-2), gj.rigl(**changes, update_every=every)) for every in (3, 50)
+    )
+    state = first.init(params)
+    params = gj.apply_masks(params, gj.get_masks(state))
+    for tx in (first, first, first, other, other):
+        grads = jax.tree.map(jnp.cos, params)
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    chex.assert_trees_all_equal(state.keep, gj.get_masks(state))
+    alive = jax.tree.map(lambda x, m: bool((x != 0)[m].all()), params, gj.get_masks(state))
+    assert all(jax.tree.leaves(alive))
+
+
+def test_outside_jit_a_step_without_event_does_not_trace_one():
+    traced = 0
+
+    def counted(event):
+        nonlocal traced
+        traced += 1
+        return gj.scores.gradient(event)
+
+    method = gj.rigl(sparsity=0.5, update_every=3, total_steps=100, key=KEY, grow=counted)
+    tx, params = gj.sparsify(optax.sgd(0.1), method), layers()
+    state, counts = tx.init(params), []
+    traced = 0
+    for _ in range(4):
+        _, state = tx.update(params, state, params)
+        counts.append(traced)
+    assert counts[1] == 0 < counts[2] == counts[3]

@@ -13,6 +13,8 @@ from safetensors import numpy as safetensors
 import granet_jax as gj
 from experiments import pretrained
 from experiments.models import transformer
+from experiments.studies import one_shot as studies
+from granet_jax import one_shot
 from tests import tables
 
 PARAMS = {
@@ -211,9 +213,27 @@ def test_a_run_is_pruned_as_a_person_does_it(tmp_path):
     for wrong, message in (
         ("--methods=obs", "--methods: some of"),
         ("--sparsities=2:", "fractions such as 0.5"),
+        ("--sparsities=0.5,1.5", "fractions such as 0.5, or 2:4; got 1.5"),
+        ("--sparsities=0.5,2:7", "n_of_m(7) needs an axis that 7 divides"),
+        ("--batches=46", "--batches=46: the training data have"),
         (f"--run_dir={tmp_path}", "holds no run"),
     ):
         refused = run("experiments.one_shot", *flags, wrong)
         assert refused.returncode == 1
         assert message in refused.stderr
         assert "Traceback" not in refused.stderr
+
+
+def test_what_is_not_trained_follows_training_under_masks():
+    """The statistics of batch norm are those of the network as trained."""
+
+    def loss(params, variables, batch, key):
+        return jnp.sum(params["kernel"] * batch), {"seen": variables["seen"] + batch}
+
+    params = {"kernel": jnp.ones((2, 2))}
+    masks = {"kernel": jnp.array([[True, False]] * 2)}
+    train = studies.train_under_masks(loss, 3, 0.1)
+    pruned = one_shot.Pruned(gj.apply_masks(params, masks), masks)
+    trained, variables = train(pruned, {"seen": jnp.float32(0)}, jnp.arange(1.0, 4.0))
+    assert variables["seen"] == 6
+    assert (trained["kernel"] != 0).tolist() == masks["kernel"].tolist()

@@ -109,3 +109,16 @@ def test_stairs_are_equal_and_meet_both_ends(num_stairs):
     for wrong in (0, 1.5):
         with pytest.raises(ValueError, match="num_stairs"):
             gj.schedules.stairs(wrong)
+
+
+@pytest.mark.parametrize("num_stairs", [1, 3, 10, 20, 41, 1000])
+def test_stairs_end_exactly_under_jit_and_do_not_overflow(num_stairs):
+    end = 3_000_000
+    curve = gj.schedules.stairs(num_stairs)(1.0, 0.0, 0, end)
+    steps = jnp.array([end - 1, end, end + 1])
+    below, *last = jax.jit(jax.vmap(curve))(steps).tolist()
+    assert last == [0.0, 0.0]
+    assert below == pytest.approx(1 / num_stairs, rel=1e-3)
+    late = round(0.83 * end)
+    expected = 1 - (late * (num_stairs - 1) // end + (num_stairs > 1)) / num_stairs
+    assert float(curve(late)) == pytest.approx(expected, abs=1e-6)

@@ -208,3 +208,32 @@ def test_a_method_of_ten_lines_that_looks_at_all_there_is():
     assert int(gj.get_masks(state)["kernel"].sum()) == 6
     assert not start[2].all()
     assert grown[2].any()
+
+
+def test_moments_are_found_beside_layers_that_are_called_like_them():
+    """Variational autoencoders have layers called mu and nu."""
+    params = {"mu": {"kernel": jnp.ones((2, 2))}, "nu": {"kernel": jnp.ones((2, 2))}}
+    grads = jax.tree.map(lambda p: 2 * p, params)
+    _, inner = optax.adam(0.1).update(grads, optax.adam(0.1).init(params))
+    found = gj.scores.momentum(gj.Event(params, inner=inner))
+    np.testing.assert_allclose(found["mu"]["kernel"], 0.2, rtol=1e-5)
+    assert gj.scores.adam_fisher(gj.Event(params, inner=inner)).keys() == params.keys()
+
+
+def test_a_score_of_one_leaf_may_read_another_that_is_dense():
+    params = {"gate": jnp.array([[1.0, -3.0]]), "kernel": jnp.array([[2.0, 1.0]])}
+
+    def score(event):
+        return {**event.params, "kernel": jnp.abs(event.params["kernel"] * event.params["gate"])}
+
+    step = gj.prune_to(lambda shapes, step: 1, score=score, prunable=[("gate", False)])
+    masks, _ = step(gj.ones(params), gj.ones(params), gj.Event(params))
+    assert masks["kernel"].tolist() == [[False, True]]
+
+
+def test_a_prunable_scalar_has_no_paths():
+    params = {"kernel": jnp.ones((3, 3)), "scalar": jnp.ones(())}
+    masks = {"kernel": jnp.ones((3, 3), bool), "scalar": jnp.array(False)}
+    event = gj.Event(params, masks=masks, key=jax.random.key(0))
+    scores = gj.scores.cannistraci_hebb([("scalar", True)])(event)
+    assert scores["scalar"] < 0 < scores["kernel"].min()

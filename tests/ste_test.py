@@ -133,3 +133,15 @@ def test_groups_lose_one_weight_at_a_time():
 def test_what_cannot_be_is_told(given, message):
     with pytest.raises(ValueError, match=message):
         gj.reparam.ste(**given).init(params_of(8, 6))
+
+
+def test_complex_weights_that_are_off_decay():
+    """JAX's gradient of ``decay / 2 |w|^2`` is ``decay conj(w)``."""
+    method = gj.reparam.ste(sparsity=0.5, end_step=1, decay=0.5)
+    w = {"kernel": jnp.array([[3 + 1j, 0.5 + 0.25j], [-2.0, 0.25 - 1j]], jnp.complex64)}
+    extra = method.advance(method.advance(method.init(w)))
+    off = ~method.masks(w, extra)["kernel"]
+    got = jax.grad(lambda w: 0.0 * jnp.abs(jnp.sum(method.effective(w, extra)["kernel"])))(w)
+    expected = jax.grad(lambda w: 0.25 * jnp.sum(jnp.abs(jnp.where(off, w["kernel"], 0)) ** 2))(w)
+    assert off.sum() == 2
+    np.testing.assert_allclose(got["kernel"], expected["kernel"], rtol=1e-6)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import granet_jax as gj
-from granet_jax import selection, structures, trees
+from granet_jax import groups, selection, structures, trees
 from tests.selection_test import by_argsort
 
 STEPS = 24
@@ -264,3 +264,30 @@ def test_shapes_and_units_are_those_of_trees_without_structures():
     assert structures.shapes(leaves) == trees.layer_shapes(leaves)
     stacks = trees.split(params, leaves)
     assert all(a is b for a, b in zip(structures.gather(stacks, leaves), stacks, strict=True))
+
+
+def test_ablation_leaves_outputs_enough_for_the_weights():
+    """Four outputs of 8 inputs with 4 weights each: 16 weights need two outputs.
+
+    By salience alone the first would stay with 8 weights, and as many would be lost.
+    """
+    full, salient = jnp.array([[4, 4, 4, 4]]), jnp.array([[3, 1, 2, 0]])
+    assert groups._after_ablation(full, salient, 0.95, inputs=8).tolist() == [[8, 0, 8, 0]]
+    assert groups._after_ablation(full, salient, 0.5, inputs=8).tolist() == [[8, 0, 8, 0]]
+    assert groups._after_ablation(full, salient, 0.25, inputs=8).tolist() == [[5, 5, 5, 0]]
+
+
+def test_units_are_drawn_each_for_itself():
+    """Means of draws would favour small units, and units at an edge would never be drawn."""
+    edge = {"kernel": jnp.ones((5, 4))}
+    rules = [(ALL, structures.block((4, 4)))]
+    masks = jax.vmap(lambda key: gj.random_masks(key, edge, 0.5, gj.uniform, rules)["kernel"])(
+        jax.random.split(KEY, 200)
+    )
+    assert 70 < int(masks[:, 4, 0].sum()) < 130
+    assert (masks[:, 4, 0] != masks[:, 0, 0]).all()
+    params = {"few": jnp.ones((3, 64)), "many": jnp.ones((3, 3, 64, 512))}
+    rules = [(ALL, structures.channel())]
+    masks = gj.random_masks(KEY, params, 0.5, gj.global_ranking, rules)
+    densities = gj.metrics.densities(masks, params, rules)
+    assert all(0.35 < float(x) < 0.65 for x in densities.values()), densities

@@ -174,3 +174,22 @@ def test_what_is_wrong_is_told():
     for outside in (gj.correct_young(), gj.scale_by_density()):
         with pytest.raises(ValueError, match="put it inside"):
             outside.update(PARAMS, outside.init(PARAMS), PARAMS)
+
+
+def test_it_knows_its_own_part_of_the_parameters():
+    """Under ``partition`` it sees a part, and ``keep`` is of all."""
+    params = {"head": {"kernel": jnp.ones((2, 2))}, "body": {"kernel": jnp.ones((4, 4))}}
+    labels = {"head": "plain", "body": "young"}
+    young = optax.chain(optax.scale_by_adam(), gj.correct_young(), optax.scale(-LR))
+    inner = optax.partition({"plain": optax.sgd(LR), "young": young}, labels)
+    method = gj.set_(sparsity=0.5, update_every=1, total_steps=9, key=jax.random.key(0))
+    tx = gj.sparsify(inner, method)
+    state = tx.init(params)
+    for _ in range(3):
+        _, state = tx.update(params, state, params)
+    (age,) = (
+        x for path, x in gj.trees.paths(state.inner).items() if path.endswith("age/body/kernel")
+    )
+    masks = gj.get_masks(state)["body"]["kernel"]
+    assert set(age[masks].tolist()) >= {0, OLD}
+    assert not age[~masks].any()

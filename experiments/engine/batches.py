@@ -85,15 +85,16 @@ def sample(source: Memory | Drawn, num: int, seed: int, batch_size: int) -> list
 
 
 def first(source: Source, num: int, batch_size: int) -> list[Any]:
-    """Some batches of the training data, the same ones each time.
+    """Some batches of the training data, the same ones each time; fewer where there are fewer.
 
     Raises:
-      ValueError: they are streamed.
+      ValueError: they are streamed, or there is not one whole batch.
     """
     if isinstance(source, Streamed):
         raise ValueError("training data in memory are needed; these are streamed.")
     if isinstance(source, Drawn):
         return sample(source, num * batch_size, 0, batch_size)
+    num = min(num, epoch_steps(source, batch_size))  # the last one may hold padding
     return [batch for batch, _ in itertools.islice(in_order(source, batch_size), num)]
 
 

@@ -359,6 +359,10 @@ METHODS: dict[str, Entry] = {
     "sr_ste": Entry(_sr_ste, dense_gradients=lambda update_every: 1.0),
     "mask_decay": Entry(_mask_decay, dense_gradients=lambda update_every: 1.0),
     "structure_decay": Entry(_structure_decay, dense_gradients=lambda update_every: 1.0),
-    "dst": Entry(lambda plan: gj.reparam.dst(prunable=plan.prunable), has_penalty=True),
+    "dst": Entry(
+        lambda plan: gj.reparam.dst(prunable=plan.prunable),
+        dense_gradients=lambda update_every: 1.0,  # reach weights that are off
+        has_penalty=True,
+    ),
     "str": Entry(_str, has_penalty=True),
 }

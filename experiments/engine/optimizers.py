@@ -29,7 +29,7 @@ class Length(NamedTuple):
 def family_of(method: methods.SparseMethod, config: Settings, slots: Slots | None) -> Family:
     """How the weights are held that the method trains."""
     if not isinstance(method, gj.Method):
-        return weights.thresholds(method, config.update_every)
+        return weights.thresholds(method)
     return weights.masked(method) if slots is None else weights.live(method)
 
 
@@ -109,6 +109,8 @@ def inner(
 
 def coefficient(config: Settings, length: Length) -> float | gj.reparam.Controller:
     """Of the penalty of dst and str."""
+    if config.penalty < 0 and config.penalty != -1:
+        raise ValueError(f"--penalty={config.penalty:g}: at least 0, or -1 to steer it.")
     if config.penalty >= 0 or not methods.METHODS[config.method].has_penalty:
         return max(config.penalty, 0.0)
     return gj.reparam.steer(config.sparsity, round(config.prune_until * length.steps))
@@ -118,6 +120,10 @@ def learning_rate(config: Settings, length: Length) -> optax.Schedule:
     """The learning rate at a step: a linear rise, then steps down or a cosine."""
     peak, warmup_steps = config.learning_rate, round(config.warmup_epochs * length.epoch_steps)
     if config.warmup_epochs < 0:
+        if config.warmup_epochs != -1:
+            raise ValueError(
+                f"--warmup_epochs={config.warmup_epochs:g}: at least 0, or -1 for 5 % of the run."
+            )
         warmup_steps = min(math.ceil(length.steps / 20), length.steps - 1)
     if warmup_steps >= length.steps:
         raise ValueError(
@@ -130,9 +136,8 @@ def learning_rate(config: Settings, length: Length) -> optax.Schedule:
             raise ValueError(f"--drop_at: fractions between 0 and 1, got {config.drop_at}.")
         # Counted from the end of the warm-up, as optax does, though said from the beginning.
         drops = [round(fraction * length.steps) - warmup_steps for fraction in config.drop_at]
-        after = optax.piecewise_constant_schedule(
-            peak, {drop: config.drop_factor for drop in drops}
-        )
+        factors = {drop: config.drop_factor ** drops.count(drop) for drop in drops}
+        after = optax.piecewise_constant_schedule(peak, factors)
     if warmup_steps == 0:
         return after
     rise = optax.linear_schedule(0.0, peak, warmup_steps)

@@ -48,6 +48,11 @@ def record(trainer: Trainer, state: State, epoch: Epoch, measured: dict[str, Any
     schedule = optimizers.learning_rate(config, trainer.length)
     unit = setup.task.unit
     in_step = config.batch_size * unit.in_example
+    densities = {
+        name.removeprefix("density/"): value
+        for name, value in measured.items()
+        if name.startswith("density/")
+    }
     return {
         "epoch": step // trainer.length.epoch_steps,
         "step": step,
@@ -59,7 +64,7 @@ def record(trainer: Trainer, state: State, epoch: Epoch, measured: dict[str, Any
         "live": live,
         "regeneration_fraction": entry.regeneration.at(step, trainer.length.steps),
         "churn": epoch.grown / max(live, 1),
-        "inference_flops": float(state.effort.ratio),
+        "inference_flops": float(training.ratio(setup, densities)),
         "training_flops": gj.flops.training_ratio(
             training.mean_forward_ratio(state), entry.dense_gradients(config.update_every)
         ),

@@ -137,7 +137,9 @@ def newest(trainer: Trainer, run_dir: pathlib.Path) -> State:
     Raises:
       ValueError: the run has no checkpoint, or one of another model.
     """
-    with checkpoints.open_manager(run_dir / "checkpoints") as manager:
+    if not (run_dir / "checkpoints").exists():
+        raise ValueError(f"--run_dir={run_dir} has no checkpoint.")
+    with checkpoints.open_manager(run_dir / "checkpoints", is_read=True) as manager:
         step = manager.latest_step()
         if step is None:
             raise ValueError(f"--run_dir={run_dir} has no checkpoint.")

@@ -138,8 +138,7 @@ def set_up(config: Settings, task: Task, mesh: Mesh) -> Setup:
     params, variables = jax.eval_shape(task.init, jax.random.key(0))
     _check_metrics(task, params, variables)
     _check_at_init(task, config.method)
-    dense = tuple((pattern, False) for pattern in config.dense_layers)
-    rules = (*dense, *task.prunable(config.parsed_structure))
+    rules = rules_of(config, task, config.parsed_structure)
     forward, example = _counted(task)
     costs = gj.flops.count(forward, params, variables, example)
     # The methods' keys are in the state; the one given here is not used again.
@@ -148,6 +147,12 @@ def set_up(config: Settings, task: Task, mesh: Mesh) -> Setup:
     family = optimizers.family_of(method, config, slots)
     update = optimizers.make_optimizer(config, length, method, slots).update
     return Setup(config, task, mesh, length, rules, params, variables, costs, slots, family, update)
+
+
+def rules_of(config: Settings, task: Task, structure: gj.trees.Structure | None) -> gj.trees.Rules:
+    """The path rules of a run whose layers are pruned in a structure."""
+    dense = tuple((pattern, False) for pattern in config.dense_layers)
+    return (*dense, *task.prunable(structure))
 
 
 def init(setup: Setup, seed: Any) -> State:
@@ -243,10 +248,14 @@ def step(
 
 def forward_ratio(setup: Setup, params: Any, opt_state: Any) -> jax.Array:
     """Forward FLOPs under the masks over those of the dense network; NaN where there are none."""
+    masks = setup.family.masks(params, opt_state)
+    return ratio(setup, gj.metrics.densities(masks, setup.abstract_params, setup.rules))
+
+
+def ratio(setup: Setup, densities: dict[str, Any]) -> jax.Array:
+    """The same, given the density of each prunable leaf by path."""
     if not any(cost.macs for cost in setup.costs.leaves):
         return jnp.float32(jnp.nan)
-    masks = setup.family.masks(params, opt_state)
-    densities = gj.metrics.densities(masks, setup.abstract_params, setup.rules)
     return jnp.asarray(gj.flops.ratio(setup.costs, densities), jnp.float32)
 
 

@@ -48,8 +48,11 @@ def masked(method: gj.Method) -> Family:
     )
 
 
-def thresholds(method: gj.reparam.Reparameterisation, update_every: int) -> Family:
-    """Pairs of dense weights and extra parameters."""
+_MEASURE_EVERY = 10  # steps
+
+
+def thresholds(method: gj.reparam.Reparameterisation) -> Family:
+    """Pairs of dense weights and extra parameters; masks change at every step."""
 
     def start(params: Any, tx: optax.GradientTransformation) -> tuple[Any, Any]:
         pair = (params, method.init(params))
@@ -60,7 +63,7 @@ def thresholds(method: gj.reparam.Reparameterisation, update_every: int) -> Fami
         lambda pair: method.effective(*pair),
         lambda pair, _: method.masks(*pair),
         lambda opt_state: None,
-        gj.every(update_every),
+        gj.every(_MEASURE_EVERY),
     )
 
 

@@ -48,19 +48,28 @@ def parse(sparsity: str) -> tuple[float, gj.trees.Structure | None]:
     try:
         if ":" in sparsity:
             n, m = map(int, sparsity.split(":"))
-            return 1 - n / m, gj.structures.n_of_m(m)
-        return float(sparsity), None
+            fraction, structure = 1 - n / m, gj.structures.n_of_m(m)
+        else:
+            fraction, structure = float(sparsity), None
+        if not 0 <= fraction < 1:
+            raise ValueError("outside [0, 1)")
+        return fraction, structure
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"--sparsities: fractions such as 0.5, or 2:4; got {sparsity}.") from error
 
 
 def train_under_masks(
-    loss: Callable[[Any, Any, jax.Array], jax.Array], steps: int, learning_rate: float
-) -> Callable[[one_shot.Pruned, Iterable[Any]], Any]:
-    """Makes ``(pruned, batches) -> parameters``: Adam on a cosine, compiled once.
+    loss: Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, Any]],
+    steps: int,
+    learning_rate: float,
+) -> Callable[[one_shot.Pruned, Any, Iterable[Any]], tuple[Any, Any]]:
+    """Makes ``(pruned, variables, batches) -> (parameters, variables)``: Adam on a cosine.
+
+    It is compiled once.
 
     Args:
-      loss: ``(params, batch, key) -> scalar``.
+      loss: ``(params, variables, batch, key) -> (scalar, variables)``; variables are what is not
+        trained, such as the statistics of batch norm.
       steps: of the cosine; there are as many batches.
       learning_rate: at the start.
     """
@@ -68,14 +77,16 @@ def train_under_masks(
     tx = gj.sparsify(optax.adam(schedule), gj.static())
 
     @jax.jit
-    def step(params: Any, state: Any, batch: Any, key: jax.Array) -> Any:
-        updates, state = tx.update(jax.grad(loss)(params, batch, key), state, params)
-        return optax.apply_updates(params, updates), state
+    def step(params: Any, variables: Any, state: Any, batch: Any, key: jax.Array) -> Any:
+        grads, variables = jax.grad(loss, has_aux=True)(params, variables, batch, key)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), variables, state
 
-    def train(pruned: one_shot.Pruned, batches: Iterable[Any]) -> Any:
+    def train(pruned: one_shot.Pruned, variables: Any, batches: Iterable[Any]) -> tuple[Any, Any]:
         params, state = pruned.params, gj.set_masks(tx.init(pruned.params), pruned.masks)
         for i, batch in enumerate(batches):
-            params, state = step(params, state, batch, jax.random.fold_in(jax.random.key(1), i))
-        return params
+            key = jax.random.fold_in(jax.random.key(1), i)
+            params, variables, state = step(params, variables, state, batch, key)
+        return params, variables
 
     return train

@@ -13,7 +13,7 @@ import numpy as np
 from granet_jax import jaxprs, report, structures, trees
 from granet_jax.export import fold
 from granet_jax.export.channels import is_depthwise, of_array, of_input, trace
-from granet_jax.export.graph import Program, Step, flatten
+from granet_jax.export.graph import Program, Step, check_inputs, flatten, kinds
 from granet_jax.export.ids import Channels, Value
 from granet_jax.masks import apply_masks
 from granet_jax.types import PyTree
@@ -52,7 +52,8 @@ def compact(
     as well if the constant can be added to later biases: all its readers are products with kernels
     of two axes, or convolutions without padding and groups, and each is followed at once by a bias
     of its own. Otherwise it stays, and :func:`cuts_table` says why. :func:`channel_rules` avoids
-    this: it ties biases and norms to the filter in training.
+    this: it ties biases and norms to the filter in training, but not the norms over concatenated
+    channels (DenseNet), which have no filter of their own.
 
     Args:
       apply_fn: ``(params, *inputs) -> outputs``. Arrays that it closes over are cut, too.
@@ -63,13 +64,14 @@ def compact(
 
     Returns:
       A :class:`Compact`. Outputs are those of ``apply_fn``, except that sums are added up in
-      another order. ``apply`` replays the trace and works for any model. If the model takes its
+      another order. ``apply`` replays the trace and works for any model, on inputs of the example's
+      shapes and dtypes; it raises a ValueError for others. If the model takes its
       widths from its parameters (Flax NNX, Equinox, bare functions) and does not divide by a width
       or the batch size, it also works with the new ``params`` itself, at any batch size. At least
       one element of each axis stays.
 
     Raises:
-      ValueError: a parameter that is not masked holds NaN, or masks of another tree.
+      ValueError: a parameter that is not masked holds NaN, or a mask has no parameter of its shape.
 
     Example: a hidden layer with two dead neurons, which are cut. A third has zero weights and a
     bias; it stays, because no later bias can take its constant.
@@ -109,7 +111,10 @@ def compact(
     consts = {slot: keep.cut(x, traced.values[slot]) for slot, x in traced.program.consts.items()}
     steps = [(step, _adapted(step, traced, keep)) for step in traced.program.steps]
 
+    wanted = kinds(example)
+
     def apply(params: PyTree, *inputs: Any) -> Any:
+        check_inputs(inputs, wanted, "traced")
         slots = dict(enumerate([*jax.tree.leaves(params), *jax.tree.leaves(inputs)])) | consts
         for step, function in steps:
             outs = function(*(slots[x] if isinstance(x, int) else x.value for x in step.inputs))
@@ -147,7 +152,9 @@ def channel_rules(
     """Path rules that prune channels in such a way that :func:`compact` can cut them out.
 
     Kernels whose outputs are added (in a residual stream) are tied, and so are the biases and norms
-    after them. Leaves whose channels cannot be cut (the last layer) stay dense.
+    after them. Leaves whose channels cannot be cut (the last layer) stay dense. A norm over
+    concatenated channels (DenseNet) is ranked alone: where one of its channels lives on and the
+    kernel's does not, less can be cut.
 
     Args:
       apply_fn: ``(params, *inputs) -> outputs``.

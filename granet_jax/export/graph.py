@@ -3,6 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from granet_jax import jaxprs
 
 
@@ -82,3 +85,23 @@ def flatten(closed: Any) -> Program:
 
     outputs = walk(closed.jaxpr, list(consts), list(range(num_inputs)))
     return Program(num_inputs, steps, consts, outputs)
+
+
+def kinds(inputs: Any) -> Any:
+    """Dtypes and shapes of a model's inputs, a tree of text."""
+    return jax.tree.map(lambda x: f"{jnp.result_type(x)}{jnp.shape(x)}", tuple(inputs))
+
+
+def check_inputs(inputs: Any, wanted: Any, how: str) -> None:
+    """Refuses inputs of other shapes than those for which a model was traced.
+
+    Args:
+      inputs: of a call.
+      wanted: the :func:`kinds` of the example.
+      how: for the message: the model was ``how`` for the example.
+    """
+    got = kinds(inputs)
+    if jax.tree.flatten(got) != jax.tree.flatten(wanted):  # trees may not compare themselves
+        raise ValueError(
+            f"This model was {how} for inputs {wanted}; got {got}. Let it be {how} for those."
+        )

@@ -73,7 +73,8 @@ def _of_convolution(step: Step) -> Product | None:
     params = step.eqn.params
     numbers = params["dimension_numbers"]
     if (
-        params["feature_group_count"] * params["batch_group_count"] > 1
+        0 in step.eqn.outvars[0].aval.shape
+        or params["feature_group_count"] * params["batch_group_count"] > 1
         or math.prod(params["lhs_dilation"]) > 1
     ):
         return None

@@ -19,7 +19,7 @@ import numpy as np
 
 from granet_jax import report
 from granet_jax.compact import layouts, native
-from granet_jax.export.graph import Known, Program, Step, flatten
+from granet_jax.export.graph import Known, Program, Step, check_inputs, flatten, kinds
 from granet_jax.export.products import Product
 from granet_jax.masks import apply_masks
 from granet_jax.types import PyTree
@@ -79,7 +79,8 @@ def compile(
       whole is not faster than the dense model, it is the dense model.
 
     Raises:
-      ValueError: an unknown way, or masks of another tree; when called, other shapes or dtypes.
+      ValueError: an unknown way, or a mask without a parameter of its shape; when called, other
+        shapes or dtypes.
 
     Example:
       >>> import granet_jax as gj, jax, jax.numpy as jnp
@@ -128,9 +129,11 @@ def _assemble(
         ready[i].arrays if i in ready else step.known() for i, step in enumerate(program.steps)
     ]
 
+    wanted = kinds(example)
+
     @jax.jit
     def run(weights: list[Any], *inputs: Any) -> Any:
-        _check_inputs(inputs, example)
+        check_inputs(inputs, wanted, "compiled")
         slots = dict(enumerate(jax.tree.leaves(inputs)))
         for i, (step, arrays) in enumerate(zip(program.steps, weights, strict=True)):
             if i in ready:
@@ -223,17 +226,6 @@ def _partially_evaluate(program: Program) -> Program:
             known |= {slot: Known(x) for slot, x in outs}
     outputs = [look_up(x) for x in program.outputs]
     return Program(program.num_inputs, steps, {}, outputs)
-
-
-def _check_inputs(inputs: Any, example: Any) -> None:
-    got, wanted = (
-        jax.tree.map(lambda x: f"{jnp.result_type(x)}{jnp.shape(x)}", tuple(tree))
-        for tree in (inputs, example)
-    )
-    if jax.tree.flatten(got) != jax.tree.flatten(wanted):  # trees may not compare themselves
-        raise ValueError(
-            f"This model was compiled for inputs {wanted}; got {got}. Compile it for those."
-        )
 
 
 # --- Ways ---
@@ -350,14 +342,17 @@ def _gather(product: Product) -> _Ready | None:
     values = np.take_along_axis(product.weights, order, axis=0)
     narrow = jnp.uint16 if len(product.weights) < 2**16 else jnp.int32  # less to read
     parts = jnp.asarray(order.T.copy(), narrow), jnp.asarray(values.T.copy())
+    dtype = product.dtype  # of terms and sums; short floats would be rounded, and overflow
+    if jnp.issubdtype(dtype, jnp.inexact):
+        dtype = jnp.promote_types(dtype, jnp.float32)
 
     def run(parts: Any, x: jax.Array) -> list[jax.Array]:
         index, values = parts
         rows = product.to_rows(x)
         gathered = rows.at[:, index.astype(jnp.int32)].get(mode="promise_in_bounds")
-        each = gathered.astype(product.dtype) * values[None].astype(product.dtype)
+        each = gathered.astype(dtype) * values[None].astype(dtype)
         # A product with ones adds up faster than a sum on CPU.
-        return [product.from_rows(each @ jnp.ones(values.shape[1], product.dtype))]
+        return [product.from_rows(each @ jnp.ones(values.shape[1], dtype))]
 
     return _Ready(parts, run)
 

@@ -33,9 +33,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from granet_jax import distributions, selection, structures, trees
+from granet_jax import distributions, groups, structures, trees
 from granet_jax import scores as score_functions
 from granet_jax.masks import apply_masks, ones, prune_to
+from granet_jax.masks import collapsed as collapsed
 from granet_jax.types import Distribution, Event, PyTree
 
 LossFn: TypeAlias = Callable[[PyTree, Any], jax.Array]  # (params, batch) -> scalar
@@ -233,7 +234,7 @@ def synflow(
       Masks, as :func:`snip`.
 
     Raises:
-      ValueError: as :func:`snip`; or ``rounds < 1``.
+      ValueError: as :func:`snip`; or ``rounds < 1``, or the example is no array.
 
     Note:
       Each layer multiplies the flow. float32 is enough for VGG-19; in deeper networks the flow may
@@ -254,9 +255,11 @@ def synflow(
     """
     if operator.index(rounds) < 1:
         raise ValueError(f"SynFlow takes at least one round, 100 in the paper; got {rounds=}.")
+    if not (hasattr(example, "shape") and hasattr(example, "dtype")):
+        raise ValueError(f"The example is one array of inputs; got {type(example).__name__}.")
     leaves = trees.describe(params, prunable)
     shapes = structures.shapes(leaves)
-    structures.check_counts(leaves, scope(shapes, sparsity), sparsity)
+    groups.check_counts(leaves, scope(shapes, sparsity), sparsity)
     last = jnp.asarray(scope(shapes, sparsity), jnp.int32)
     masks = ones(params)
     for i in range(1, rounds + 1):
@@ -264,7 +267,7 @@ def synflow(
         num_keep = scope(shapes, 1 - (1 - sparsity) ** (i / rounds)) if i < rounds else last
         # Counts of layers are rounded; none may fall below the final count.
         num_keep = jnp.maximum(jnp.asarray(num_keep, jnp.int32), last)
-        masks, largest = _select(scores, masks, num_keep, tuple(prunable))
+        masks, largest = _select(scores, params, masks, num_keep, _hashable(prunable))
         if i > 1 and _known(largest) and not np.any(largest):
             warnings.warn(
                 f"SynFlow: after round {i - 1} of {rounds} no path leads from inputs to outputs; "
@@ -373,41 +376,12 @@ def masks_from(
     """
     leaves = trees.describe(params, prunable)
     counts = scope(structures.shapes(leaves), sparsity)
-    structures.check_counts(leaves, counts, sparsity)
+    groups.check_counts(leaves, counts, sparsity)
     num_keep = jnp.asarray(counts, jnp.int32)
-    masks, largest = _select(scores, ones(params), num_keep, tuple(prunable))
+    masks, largest = _select(scores, params, ones(params), num_keep, _hashable(prunable))
     _check(largest, leaves)
     warn_of_collapse(masks, params, prunable)
     return masks
-
-
-def collapsed(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> list[str]:
-    """The paths of prunable leaves, or of layers stacked in them, that have no weight left.
-
-    Args:
-      masks: bool tree of params, not traced.
-      params: tree of arrays or ``ShapeDtypeStruct``.
-      prunable: path rules, see :func:`granet_jax.trees.describe`.
-
-    Returns:
-      A list of paths; layers of a stack have their index, ``"path[0]"``.
-
-    Example: the first of two stacked layers is empty.
-      >>> import granet_jax as gj, jax.numpy as jnp
-      >>> masks = {"kernel": jnp.array([[[False, False]], [[True, False]]])}
-      >>> rules = [("kernel", gj.Stacked(1))]
-      >>> gj.at_init.collapsed(masks, {"kernel": jnp.ones((2, 1, 2))}, rules)
-      ['kernel[0]']
-    """
-    leaves = trees.describe(params, prunable)
-    layers = [
-        f"{leaf.path}{list(index) or ''}"
-        for leaf in leaves
-        if leaf.prunable
-        for index in np.ndindex(leaf.shape[: leaf.stack_axes])
-    ]
-    num_live = np.asarray(selection.count(trees.split(masks, leaves)))
-    return [layer for layer, num in zip(layers, num_live, strict=True) if num == 0]
 
 
 def _sum(f: Callable[[PyTree, Any], PyTree], params: PyTree, batches: Iterable[Any]) -> PyTree:
@@ -432,16 +406,21 @@ def _flow(params: PyTree, apply_fn: ApplyFn, shape: tuple[int, ...], dtype: Any)
     return score_functions.saliency(Event(sizes, jax.grad(total)(sizes)))
 
 
+def _hashable(prunable: trees.Rules) -> trees.Rules:
+    """The same rules as tuples, for a file may have given lists."""
+    return tuple((pattern, decision) for pattern, decision in prunable)
+
+
 @functools.partial(jax.jit, static_argnames="prunable")
 def _select(
-    scores: PyTree, masks: PyTree, num_keep: jax.Array, prunable: trees.Rules
+    scores: PyTree, params: PyTree, masks: PyTree, num_keep: jax.Array, prunable: trees.Rules
 ) -> tuple[PyTree, list[jax.Array]]:
     """The masks of the best live weights, and the largest ``|score|`` of live weights by leaf."""
-    leaves = trees.describe(scores, prunable)
+    leaves = trees.describe(params, prunable)  # not of the scores, which are floats everywhere
     pairs = zip(trees.pick(scores, leaves), trees.pick(masks, leaves), strict=True)
     largest = [jnp.max(jnp.where(mask, jnp.abs(x), 0.0)) for x, mask in pairs]
     prune = prune_to(lambda *_: num_keep, score=lambda *_: scores, prunable=prunable)
-    kept, _ = prune(masks, masks, Event(scores))
+    kept, _ = prune(masks, masks, Event(params))
     return kept, largest
 
 

@@ -59,8 +59,8 @@ def chts(
       A method for :func:`granet_jax.sparsify`.
 
     Raises:
-      ValueError: a sparsity outside [0, 1) or falling; no event between ``begin_step`` and
-        ``last_step``, or only one with ``initial_sparsity``.
+      ValueError: a sparsity outside [0, 1) or falling, or a fraction outside [0, 1]; no event
+        between ``begin_step`` and ``last_step``, or only one with ``initial_sparsity``.
 
     Differs from the paper's code in that: a neuron that has lost all its incoming or all its
     outgoing links keeps the others (a layer does not know the next one); starts are random, not by
@@ -77,6 +77,7 @@ def chts(
       >>> tx = gj.sparsify(optax.sgd(0.1), method)
     """
     schedules.check_steps(total_steps=total_steps)
+    schedules.check_fractions(fraction)
     last = 3 * total_steps // 4 if last_step is None else last_step
     is_update_step = schedules.every(update_every, begin_step, last)
     last = last // update_every * update_every  # the last event itself
@@ -90,14 +91,14 @@ def chts(
         grow=scores.cannistraci_hebb(prunable),
         prunable=prunable,
     )
-    thin = prune_to(
-        schedules.gradual_num_keep(scope, initial, sparsity, begin_step, last, schedules.sigmoid),
-        score=stay,
-        prunable=prunable,
-    )
+    steps = [regrow]
+    if initial_sparsity is not None:
+        curve = schedules.sigmoid
+        num_keep = schedules.gradual_num_keep(scope, initial, sparsity, begin_step, last, curve)
+        steps = [prune_to(num_keep, score=stay, prunable=prunable), regrow]
     return compose(
         start_from(masks, initial, scope, prunable, key, (scope, sparsity)),
-        *([regrow] if initial_sparsity is None else [thin, regrow]),
+        *steps,
         is_update_step=is_update_step,
         key=key,
         name="chts",

@@ -45,8 +45,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from granet_jax import scores, selection, structures, trees
-from granet_jax.masks import ceil_of_share, check_dense, check_masks, prune_to
+from granet_jax import groups, scores, selection, structures, trees
+from granet_jax.masks import ceil_of_share, check_dense, check_masks, is_known, prune_to
 from granet_jax.methods.at_init import warn_of_collapse
 from granet_jax.types import Event, PyTree, ScoreFn
 
@@ -62,6 +62,7 @@ def prune(
 ) -> PyTree:
     """Removes ``ceil(fraction * live)`` of the live prunable weights, those that score lowest.
 
+    Groups (N:M, constant fan-in) need ``by_layer``; they lose more, for each keeps the same number.
     After j levels of 20 % about ``.8^j`` of the weights are left. A layer may lose its last weight;
     a warning names such layers.
 
@@ -86,7 +87,7 @@ def prune(
 
     Raises:
       ValueError: a fraction outside [0, 1), or masks that are of another tree or switch off weights
-        of a leaf that is not prunable.
+        of a leaf that is not prunable; groups that have a single weight left each.
 
     Differs from open_lth in that counts are exact: open_lth removes one weight more, by a strict
     comparison with the threshold, and counts the weights of ignored layers as live.
@@ -106,12 +107,30 @@ def prune(
     # A layer that a rule keeps dense may be sparse already.
     check_dense(masks, trees.describe(params, [x for x in prunable if x[1] is not False]))
     leaves = trees.describe(params, prunable)
-    num_live = selection.count(structures.live_units(trees.split(masks, leaves), leaves))
+    units = structures.live_units(trees.split(masks, leaves), leaves)
+    num_live = selection.count(units)
     if not by_layer:
         num_live = jnp.sum(num_live, dtype=jnp.int32)
     num_keep = num_live - ceil_of_share(fraction, num_live)
+    if by_layer:
+        num_keep = groups.rounded_down(num_keep, units, leaves)
     step = prune_to(lambda shapes, step: num_keep, score=score, prunable=prunable)
     fewer, _ = step(masks, masks, Event(params))
     instead = "Take a smaller fraction, or by_layer=True"
     warn_of_collapse(fewer, params, prunable, before=masks, instead=instead)
+    _check_progress(fewer, masks, fraction, leaves)
     return fewer
+
+
+def _check_progress(
+    fewer: PyTree, masks: PyTree, fraction: Any, leaves: tuple[trees.Leaf, ...]
+) -> None:
+    """Refuses a level that cannot remove a weight, for each group keeps one."""
+    if not any(map(structures.is_grouped, leaves)) or isinstance(fraction, jax.core.Tracer):
+        return
+    pairs = list(zip(trees.pick(fewer, leaves), trees.pick(masks, leaves), strict=True))
+    if float(fraction) > 0 and all(is_known(x) and jnp.array_equal(x, y) for x, y in pairs):
+        raise ValueError(
+            "Nothing can be removed: each group (N:M, constant fan-in) keeps one weight at least, "
+            "and has no more."
+        )

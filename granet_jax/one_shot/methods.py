@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from granet_jax import selection, structures
+from granet_jax import groups, selection
 from granet_jax.one_shot.statistics import StatisticFn, squares
 
 
@@ -33,7 +33,7 @@ class Keep(NamedTuple):
             return selection.top_k([scores[None]], jnp.array([self.num_keep]))[0][0]
         rows = scores.T.reshape(1, scores.shape[1], -1, self.group)
         live = jnp.ones_like(rows, dtype=bool)
-        best = structures.best_in_groups(rows, jnp.array([self.num_keep]), live, fixed=True)
+        best = groups.best_in_groups(rows, jnp.array([self.num_keep]), live, fixed=True)
         return best.reshape(scores.shape[1], -1).T
 
 

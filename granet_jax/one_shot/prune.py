@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from granet_jax import distributions, scores, structures, trees
+from granet_jax import distributions, groups, scores, structures, trees
 from granet_jax.masks import ones
 from granet_jax.one_shot import statistics as calibration
 from granet_jax.one_shot.methods import Keep, OneShot
@@ -172,7 +172,7 @@ def _layers(
     """The layers to prune, with their counts, checked."""
     distributions.check_sparsity("sparsity", sparsity)
     counts = scope(structures.shapes(leaves), sparsity)
-    structures.check_counts(leaves, counts, sparsity)
+    groups.check_counts(leaves, counts, sparsity)
     if np.ndim(counts) == 0:
         raise ValueError(
             "One-shot methods prune layer by layer, and global_ranking gives one count for all: "

@@ -1,5 +1,6 @@
 """The contract of reparameterisations, and the common part of those with thresholds."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -118,6 +119,13 @@ def from_thresholds(
                 f"No thresholds for {', '.join(missing)}; there are some for {list(extra)}. "
                 "Make them for these parameters: extra = method.init(params)."
             )
+        for x in pruned:
+            shape = jax.eval_shape(functools.partial(initial, x)).shape
+            if (got := jnp.shape(extra[x.path])) != shape:
+                raise ValueError(
+                    f"The thresholds of {x.path} have shape {got}, expected {shape}. "
+                    "Make them for these parameters: extra = method.init(params)."
+                )
         weights = trees.split(params, leaves)
         thresholds = [threshold(extra[x.path], x) for x in pruned]
         over = [scores.size(w) - t for w, t in zip(weights, thresholds, strict=True)]

@@ -78,7 +78,7 @@ def penalise(
 
     Raises:
       TypeError: ``inner`` is no optax transformation, or ``method`` no reparameterisation.
-      ValueError: a negative coefficient; in ``update``, parameters that are not a pair.
+      ValueError: a negative coefficient; parameters or gradients that are not a pair.
 
     Example:
       >>> import granet_jax as gj, jax, jax.numpy as jnp, optax
@@ -109,6 +109,8 @@ def penalise(
     control = coefficient if isinstance(coefficient, Controller) else _constant(coefficient)
 
     def init(params: PyTree) -> PenaltyState:
+        if jax.tree.leaves(params):  # optax probes with an empty tree
+            _check_pair("parameters", params)
         return PenaltyState(
             jnp.zeros([], jnp.int32),
             jnp.asarray(control.initial, jnp.float32),
@@ -119,11 +121,9 @@ def penalise(
     def update(
         grads: PyTree, state: PenaltyState, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, PenaltyState]:
-        if not isinstance(params, tuple) or len(params) != 2:
-            raise ValueError(
-                "penalise needs the pair of parameters, tx.update(grads, opt_state, (params, "
-                f"extra)) with extra = method.init(params); got {type(params).__name__}."
-            )
+        _check_pair("parameters", params)
+        _check_pair("gradients", grads)
+        assert params is not None
         weights, extra = params
         step = optax.safe_increment(state.penalty_step)
         sparsity = metrics.sparsity(method.masks(weights, extra), weights, method.prunable)
@@ -314,6 +314,15 @@ def _penalty_state(opt_state: Any) -> PenaltyState:
             f"{type(opt_state).__name__}. Pass the state that tx.init returned."
         )
     return found[0]
+
+
+def _check_pair(what: str, tree: Any) -> None:
+    if not isinstance(tree, tuple) or len(tree) != 2:
+        raise ValueError(
+            f"penalise needs {what} as a pair: pair = (params, method.init(params)), tx.init(pair) "
+            "and tx.update(jax.grad(loss)(pair), opt_state, pair), where the loss is that of "
+            f"method.effective(*pair); got {type(tree).__name__}."
+        )
 
 
 def _constant(coefficient: Any) -> Controller:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from granet_jax import distributions, schedules, scores, structures, trees
+from granet_jax import distributions, groups, schedules, scores, structures, trees
 from granet_jax.masks import ones, prune_to
 from granet_jax.reparam.base import Reparameterisation
 from granet_jax.types import Distribution, Event, NumKeep, PyTree, ScoreFn
@@ -247,7 +247,7 @@ def _masks_of_each_step(
         if leaves:
             scope, sparsity = end
             counts = scope(structures.shapes(leaves), sparsity)
-            structures.check_counts(leaves, counts, sparsity)
+            groups.check_counts(leaves, counts, sparsity)
         return {"step": jnp.zeros([], jnp.float32)}  # exact up to 2^24
 
     def this_step(extra: dict[str, jax.Array]) -> jax.Array:
@@ -297,7 +297,7 @@ def _forward(decay: float, w: jax.Array, mask: jax.Array) -> tuple[jax.Array, An
 
 def _backward(kept: Any, g: jax.Array) -> tuple[Any, ...]:
     decay, w, mask = kept
-    return None, g + (decay * jnp.where(mask, jnp.zeros_like(w), w)).astype(g.dtype), None
+    return None, g + (decay * jnp.where(mask, jnp.zeros_like(w), jnp.conj(w))).astype(g.dtype), None
 
 
 _masked.defvjp(_forward, _backward)
