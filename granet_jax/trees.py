@@ -256,8 +256,8 @@ def describe(params: PyTree, rules: Rules = ()) -> tuple[Leaf, ...]:
       optimizers.
 
     Raises:
-      ValueError: a leaf is no array, has fewer axes than its rule stacks, its structure does not fit
-        or its path is not its own; a rule is no pair or matches no leaf; or nothing is prunable.
+      ValueError: a leaf is no array, has fewer axes than its rule stacks, or a structure that does
+        not fit, or the path of another; a rule is no pair or matches no leaf; nothing is prunable.
 
     Example:
       >>> import jax.numpy as jnp

@@ -180,7 +180,7 @@ def test_vmap_over_seeds_keeps_the_conditional():
     keys = jax.random.split(jax.random.key(5), 3)
     one = jax.eval_shape(start)
     axes = jax.tree.map(lambda _: 0, one)
-    axes = (axes[0], axes[1]._replace(mask_step=None))
+    axes = (axes[0], axes[1]._replace(mask_step=None, grew=None))
     carry = jax.vmap(start, out_axes=axes)(keys)
     step = jax.vmap(step_fn, in_axes=(axes,), out_axes=(axes, 0))
     assert " cond[" in str(jax.make_jaxpr(step)(carry))

@@ -225,6 +225,9 @@ def test_typed_keys_and_raw_ones_stand_for_each_other():
     other = saved._replace(method=saved.method._replace(key=jax.random.key(0, impl="rbg")))
     with pytest.raises(ValueError, match=r"method/key is uint32 \(4,\), expected uint32 \(2,\)"):
         gj.check_restored(other, saved)
+    raw = jax.random.key_data(other.method.key)
+    again = gj.check_restored(other._replace(method=other.method._replace(key=raw)), other)
+    assert again.method.key == other.method.key
 
 
 def test_what_does_not_fit_is_refused():

@@ -161,7 +161,7 @@ def train_on(
         return
     # Steps and keys are common to all, so that batches are, and mask updates stay conditional.
     axes = jax.tree.map(lambda _: 0, states[0])._replace(step=None, key=None)
-    axes = axes._replace(opt_state=axes.opt_state._replace(mask_step=None))
+    axes = axes._replace(opt_state=axes.opt_state._replace(mask_step=None, grew=None))
     map_by_axis = functools.partial(jax.tree.map, is_leaf=lambda x: x is None)
 
     def one_epoch(state: State) -> State:
