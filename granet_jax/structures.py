@@ -231,9 +231,9 @@ def channel(*, axis: int = -1, tie: str | None = None) -> Structure:
       >>> method = gj.static(sparsity=0.5, start=gj.uniform, key=jax.random.key(0), prunable=rules)
       >>> masks = method.init({"kernel": jnp.ones((2, 4)), "bias": jnp.ones(4)}).masks
       >>> masks["bias"].astype(int).tolist()
-      [0, 0, 1, 1]
+      [1, 0, 1, 0]
       >>> masks["kernel"].astype(int).tolist()
-      [[0, 0, 1, 1], [0, 0, 1, 1]]
+      [[1, 0, 1, 0], [1, 0, 1, 0]]
     """
 
     def grid(leaf: Leaf) -> tuple[int, ...]:
