@@ -185,7 +185,7 @@ def climb(find: Pruner, params: Any, show: Callable[[float], None] = lambda c: N
             masks = find(1 - 10 ** (-STEP * i))
         smallest.append(int(gj.metrics.num_live(masks, params).min()))
         if smallest[-1] == 0:
-            return Climb(smallest, at_init.collapsed(masks, params))
+            return Climb(smallest, gj.collapsed(masks, params))
     return Climb(smallest, [])
 
 

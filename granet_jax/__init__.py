@@ -62,6 +62,7 @@ from granet_jax.distributions import erk as erk
 from granet_jax.distributions import global_ranking as global_ranking
 from granet_jax.distributions import uniform as uniform
 from granet_jax.masks import apply_masks as apply_masks
+from granet_jax.masks import collapsed as collapsed
 from granet_jax.masks import masks_from_zeros as masks_from_zeros
 from granet_jax.masks import ones as ones
 from granet_jax.masks import prune_to as prune_to

@@ -395,7 +395,7 @@ def collapsed(masks: PyTree, params: PyTree, prunable: trees.Rules = ()) -> list
       >>> import granet_jax as gj, jax.numpy as jnp
       >>> masks = {"kernel": jnp.array([[[False, False]], [[True, False]]])}
       >>> rules = [("kernel", gj.Stacked(1))]
-      >>> gj.at_init.collapsed(masks, {"kernel": jnp.ones((2, 1, 2))}, rules)
+      >>> gj.collapsed(masks, {"kernel": jnp.ones((2, 1, 2))}, rules)
       ['kernel[0]']
     """
     leaves = trees.describe(params, prunable)

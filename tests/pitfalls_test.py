@@ -35,7 +35,7 @@ def test_masks_in_another_order_find_their_layers():
     assert gj.metrics.sparsity(read, params) == gj.metrics.sparsity(masks, params)
     assert gj.metrics.num_grown(masks, read) == 0
     assert gj.report.table(params, read) == gj.report.table(params, masks)
-    assert gj.at_init.collapsed(read, params) == []
+    assert gj.collapsed(read, params) == []
     chex.assert_trees_all_equal(gj.apply_masks(params, read), gj.apply_masks(params, masks))
     chex.assert_trees_all_equal(gj.static(masks=read).init(params).masks, masks)
     chex.assert_trees_all_equal(

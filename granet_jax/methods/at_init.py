@@ -35,8 +35,7 @@ import numpy as np
 
 from granet_jax import distributions, groups, structures, trees
 from granet_jax import scores as score_functions
-from granet_jax.masks import apply_masks, ones, prune_to
-from granet_jax.masks import collapsed as collapsed
+from granet_jax.masks import apply_masks, collapsed, ones, prune_to
 from granet_jax.types import Distribution, Event, PyTree
 
 LossFn: TypeAlias = Callable[[PyTree, Any], jax.Array]  # (params, batch) -> scalar
