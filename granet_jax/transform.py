@@ -134,9 +134,9 @@ def sparsify(
             return method_state, jax.tree.map(jnp.copy, method_state[0])
 
         # Weights that the last event grew are not in its keep; from the next step on they are.
-        operands = do_if(state.grew, catch_up, (method_state, state.keep))
+        operands = do_if(state.grew, catch_up, (method_state, state.keep), step)
         is_event = jnp.asarray(method.is_update_step(step))
-        method_state, keep = do_if(is_event, event, operands)
+        method_state, keep = do_if(is_event, event, operands, step)
         updates, inner_state = inner.update(
             where(keep, grads),
             moments.reset(state.inner, initial, mirrored, keep),
@@ -354,15 +354,16 @@ def to_zero(keep: jax.Array, update: jax.Array, param: jax.Array) -> jax.Array:
 
 
 def do_if(
-    predicate: Any, f: Callable[..., tuple[Any, PyTree]], operands: tuple[Any, PyTree]
+    predicate: Any, f: Callable[..., tuple[Any, PyTree]], operands: tuple[Any, PyTree], step: Any
 ) -> tuple[Any, PyTree]:
     """``f(*operands)`` if the predicate holds; else the operands, without a copy.
 
     A conditional copies operands that it only passes on; a loop of no iterations does not. But XLA
     moves constant work out of a loop, where every step would pay for it; a conditional inside the
-    loop prevents that. Outside of jit a loop would be compiled anew for each call of ``f``.
+    loop prevents that. Outside of jit it would be compiled anew at each step; there only the first
+    step traces ``f`` for nothing, so that errors come early.
     """
-    if not isinstance(predicate, jax.core.Tracer) and not bool(predicate):
+    if not isinstance(predicate, jax.core.Tracer) and not predicate and step > 1:
         return operands
 
     def once(carry: Any) -> Any:

@@ -625,7 +625,7 @@ def test_errors():
     tx = gj.reparam.penalise(optax.sgd(0.1), dst, 0.1)
     pair = (p, dst.init(p))
     for wrong in (None, p):
-        with pytest.raises(ValueError, match="needs the pair of parameters"):
+        with pytest.raises(ValueError, match="needs parameters as a pair"):
             tx.update(pair, tx.init(pair), wrong)
     for sparsity in (1.0, -0.1, 95):
         with pytest.raises(ValueError, match=r"in \[0, 1\)"):

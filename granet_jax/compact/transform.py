@@ -174,7 +174,7 @@ def sparsify(
 
         carry = state.method, state.layouts, state.inner, state.outgrown
         if event is None:
-            carry, stays = masked.do_if(is_event, change, (carry, live))
+            carry, stays = masked.do_if(is_event, change, (carry, live), step)
         else:
             carry, stays = change(carry, live) if event else (carry, live)
         method_state, layouts, inner_state, outgrown = carry
