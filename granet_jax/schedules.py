@@ -145,12 +145,13 @@ def stairs(num_stairs: int) -> Callable[[Any, Any, int, int], optax.Schedule]:
         length, rises = end_step - begin_step, max(num_stairs - 1, 1)
         starts = [begin_step - (-i * length // rises) for i in range(num_stairs - 1)]  # Python ints
         edges = np.array([*starts, end_step], np.int32)
+        # From a table, for compilers multiply by 1 / n, which need not give 1 at the end.
+        shares = np.arange(num_stairs + 1) / np.float32(num_stairs)
 
         def schedule(step: Any) -> jax.Array:
             taken = jnp.sum(edges <= jnp.asarray(step), dtype=jnp.int32)
-            share = taken.astype(jnp.float32) / num_stairs
-            value = first + (last - first) * share
-            return jnp.where(taken == num_stairs, last, value)  # exactly
+            value = first + (last - first) * jnp.asarray(shares, jnp.float32)[taken]
+            return jnp.where(jnp.asarray(step) >= end_step, last, value)
 
         return schedule
 
