@@ -65,7 +65,7 @@ def load(run_dir: pathlib.Path, task: str | None, data_dir: str | None) -> tuple
     return trainer, run.newest(trainer, run_dir)
 
 
-class Cut(NamedTuple):
+class Target(NamedTuple):
     """A sparsity to prune to."""
 
     told: str  # as the flag has it
@@ -73,7 +73,7 @@ class Cut(NamedTuple):
     rules: gj.trees.Rules
 
 
-def cuts(trainer: Trainer) -> list[Cut]:
+def targets(trainer: Trainer) -> list[Target]:
     """The sparsities of the flag.
 
     Raises:
@@ -85,15 +85,15 @@ def cuts(trainer: Trainer) -> list[Cut]:
         fraction, structure = pruning.parse(sparsity)
         rules = training.rules_of(config, task, structure)
         gj.trees.describe(trainer.setup.abstract_params, rules)  # raises before anything is done
-        found.append(Cut(sparsity, fraction, rules))
+        found.append(Target(sparsity, fraction, rules))
     return found
 
 
-def study(trainer: Trainer, state: State) -> Iterator[dict[str, str]]:
+def study(trainer: Trainer, state: State, wanted: list[Target]) -> Iterator[dict[str, str]]:
     """The rows of the table, one by one."""
     given, task, told = flags.FLAGS, trainer.setup.task, trainer.told
-    batch_size, wanted = trainer.settings.batch_size, max(given.batches, given.steps)
-    some = batches.first(task.train, wanted, batch_size)
+    num_batches = max(given.batches, given.steps)
+    some = batches.first(task.train, num_batches, trainer.settings.batch_size)
     if len(some) < given.batches:
         raise ValueError(f"--batches={given.batches}: the training data have {len(some)}.")
     train = pruning.train_under_masks(task.loss, given.steps, given.learning_rate)
@@ -105,18 +105,18 @@ def study(trainer: Trainer, state: State) -> Iterator[dict[str, str]]:
 
     right = measured(state.params, state.model_state)
     yield {"sparsity": "0", "method": "dense", "zeros": "0", column: right, after: "-"}
-    for cut, name in itertools.product(cuts(trainer), given.methods):
+    for target, name in itertools.product(wanted, given.methods):
         pruned = one_shot.prune(
             pruning.METHODS[name](),
             lambda params, batch: task.evaluate(params, state.model_state, batch),
             state.params,
             some[: given.batches],
-            sparsity=cut.fraction,
-            prunable=cut.rules,
+            sparsity=target.fraction,
+            prunable=target.rules,
             sequential=given.sequential,
         )
-        zeros = float(gj.metrics.sparsity(pruned.masks, state.params, cut.rules))
-        row = {"sparsity": cut.told, "method": name, "zeros": f"{zeros:.4f}"}
+        zeros = float(gj.metrics.sparsity(pruned.masks, state.params, target.rules))
+        row = {"sparsity": target.told, "method": name, "zeros": f"{zeros:.4f}"}
         row |= {column: measured(pruned.params, state.model_state), after: "-"}
         if given.steps:
             again = itertools.islice(itertools.cycle(some), given.steps)
@@ -136,13 +136,13 @@ def main(argv: list[str]) -> None:
             raise ValueError("--run_dir: give the folder of a dense run.")
         run_dir = pathlib.Path(given.run_dir)
         trainer, state = load(run_dir, given.task, given.data_dir)
-        cuts(trainer)
+        wanted = targets(trainer)
         out_dir = pathlib.Path(given.out_dir or run_dir / "one_shot")
         out_dir.mkdir(parents=True, exist_ok=True)
         caption = f"{trainer.told.title}; pruned in one shot, calibrated on {given.batches} batches"
         table: list[dict[str, str]] = []
         try:
-            for row in study(trainer, state):
+            for row in study(trainer, state, wanted):
                 print("  ".join(row.values()), flush=True)
                 table.append(row)
         finally:  # also of a study that was stopped

@@ -24,7 +24,8 @@ def check_restored(restored: PyTree, example: PyTree) -> PyTree:
     Leaves are matched by path. So ``restored`` may hold dicts and lists instead of NamedTuples and
     tuples (Orbax without an abstract tree, ``flax.serialization.to_state_dict``), or be a flat dict
     by whole paths, as .npz and safetensors files are (``granet_jax.trees.paths(state)``; such a
-    file cannot hold the name of the method). A typed key matches its raw data, and the other way
+    file cannot hold the name of the method). ``grew``, which earlier versions lack, is filled in. A
+    typed key matches its raw data, and the other way
     round, so that checkpoints of earlier versions can be read by Orbax without an abstract tree.
 
     Args:
@@ -57,7 +58,7 @@ def check_restored(restored: PyTree, example: PyTree) -> PyTree:
     """
     found, expected = trees.paths(restored), trees.paths(example)
     leaves = {path: _as_example(x, expected.get(path)) for path, x in found.items()}
-    for path, x in expected.items():  # states of before lack it, and True is right for all
+    for path, x in expected.items():  # True is right for any state
         if path.endswith("grew") and f"{path[:-4]}mask_step" in expected and path not in found:
             leaves[path] = jnp.ones(x.shape, bool)
     kinds = {path: _kind(x) for path, x in leaves.items()}

@@ -1,6 +1,7 @@
 """Scores of units, stored or computed where they are needed."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,25 +37,7 @@ def of_units(
 
     abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, bool), event.params)
     closed = jax.make_jaxpr(scored)(*given, abstract)
-    looks = any(jaxprs.reads(closed)[-len(jax.tree.leaves(abstract)) :])
-    event = event._replace(masks=masks() if looks else None)
     refuse_complex("A score", closed.out_avals, leaves)
-    is_arithmetic = all(x.primitive.name in _ARITHMETIC for x in closed.eqns) and not any(
-        jnp.issubdtype(x.dtype, jnp.complexfloating) for x in closed.in_avals
-    )
-    is_lazy = is_arithmetic and not looks and not any(jnp.ndim(x) for x in closed.consts)
-    if is_lazy:  # a score of one leaf may read another, which is in no stack
-        in_stacks = {x.path for x in leaves if x.prunable}
-        read = zip(
-            (path for x in given for path in trees.paths(x)), jaxprs.reads(closed), strict=False
-        )
-        is_lazy = all(path in in_stacks for path, is_read in read if is_read)
-    if not is_lazy or any(x.structure is not None for x in leaves):
-        stored = structures.gather(trees.split(score(event), leaves), leaves)
-        if score is scores.random:
-            assert event.key is not None  # the score has read it
-            stored = structures.drawn(stored, event.key, leaves)
-        return [selection.Scores(lambda inputs: inputs[0], [x]) for x in stored]
     found = [pair for tree in given for pair in trees.paths(tree).items()]
     prunable = {x.path: x for x in leaves if x.prunable}
     stacks = {
@@ -62,6 +45,27 @@ def of_units(
         for var, (path, array) in zip(closed.jaxpr.invars, found, strict=False)
         if path in prunable
     }
+    read = list(itertools.compress(closed.jaxpr.invars, jaxprs.reads(closed)))
+    in_stacks = all(var in stacks for var in read)  # no masks, and no leaf that is dense
+    if in_stacks and _is_arithmetic(closed) and all(x.structure is None for x in leaves):
+        return _later(closed, stacks)
+    looks = not set(closed.jaxpr.invars[len(found) :]).isdisjoint(read)
+    event = event._replace(masks=masks() if looks else None)
+    stored = structures.gather(trees.split(score(event), leaves), leaves)
+    if score is scores.random:
+        assert event.key is not None  # the score has read it
+        stored = structures.drawn(stored, event.key, leaves)
+    return [selection.Scores(lambda inputs: inputs[0], [x]) for x in stored]
+
+
+def _is_arithmetic(closed: Any) -> bool:
+    is_complex = any(jnp.issubdtype(x.dtype, jnp.complexfloating) for x in closed.in_avals)
+    names = {x.primitive.name for x in closed.eqns}
+    return names <= _ARITHMETIC and not is_complex and not any(jnp.ndim(x) for x in closed.consts)
+
+
+def _later(closed: Any, stacks: Mapping[Any, jax.Array]) -> list[selection.Scores]:
+    """The outputs of a trace, each as a function of the stacks that it reads."""
     constants = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     made_by = {x.outvars[0]: x for x in closed.eqns}
 

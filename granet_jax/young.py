@@ -97,9 +97,7 @@ def correct_young(
                 "inside, sparsify(optax.chain(..., correct_young()), method)."
             )
         t = optax.safe_increment(state.young_step)
-        keep = trees.by_path(
-            extra_args["keep"]
-        )  # of all parameters, also those of other optimizers
+        keep = trees.by_path(extra_args["keep"])  # of all, and not of this optimizer's alone
         age = jax.tree_util.tree_map_with_path(
             lambda path, age: _older(age, keep[trees.names(path)]), state.age
         )

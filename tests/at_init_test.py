@@ -295,6 +295,7 @@ def test_stacked_layers_are_layers():
     with pytest.warns(UserWarning, match=r"no weight is left in scan/kernel\[1, 2\]\."):
         masks = at_init.magnitude(stacked, sparsity=0.5, prunable=rules)
     assert gj.collapsed(masks, stacked, rules) == ["scan/kernel[1, 2]"]
+    assert gj.report.table(stacked, masks, rules).endswith("is left in scan/kernel[1, 2].")
 
 
 def test_jit_changes_nothing():

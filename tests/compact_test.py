@@ -415,3 +415,20 @@ def test_trained_by_channel_then_cut():
     chex.assert_trees_all_close(small.apply(small.params, x), wanted, rtol=1e-5, atol=1e-6)
     # The parameters alone serve a function that takes its widths from them, with any batch.
     chex.assert_trees_all_close(apply_fn(small.params, x[:5]), wanted[:5], rtol=1e-5, atol=1e-6)
+
+
+def test_compact_refuses_inputs_of_other_shapes():
+    """It replays a trace, in which the length is a number."""
+    params = {"in": jax.random.normal(KEY, (4, 8)).at[:, 3].set(0.0), "out": jnp.ones((8, 5))}
+
+    def apply_fn(params, x):
+        return (jnp.maximum(x @ params["in"], 0) @ params["out"])[:, -1]
+
+    x = jax.random.normal(KEY, (2, 9, 4))
+    small = export.compact(apply_fn, params, None, x[:, :6])
+    chex.assert_trees_all_close(
+        small.apply(small.params, x[:, :6]), apply_fn(params, x[:, :6]), rtol=1e-5, atol=1e-5
+    )
+    for inputs in ((x,), (x[:, :6], x[:, :6]), ()):
+        with pytest.raises(ValueError, match=r"was traced for inputs .*float32\(2, 6, 4\).*; got"):
+            jax.jit(small.apply)(small.params, *inputs)

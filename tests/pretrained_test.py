@@ -222,6 +222,10 @@ def test_a_run_is_pruned_as_a_person_does_it(tmp_path):
         assert refused.returncode == 1
         assert message in refused.stderr
         assert "Traceback" not in refused.stderr
+    about = tmp_path / "run/about.json"
+    about.write_text(about.read_text().replace('"test_images": 360', '"test_images": 361'))
+    refused = run("experiments.one_shot", *flags)
+    assert "holds a run on other data (test_images 361 -> 360" in refused.stderr
 
 
 def test_what_is_not_trained_follows_training_under_masks():

@@ -15,12 +15,12 @@ from experiments.engine.task import Told
 KEEP = 2  # newest, beside the best
 
 
-def open_manager(folder: pathlib.Path, is_read: bool = False) -> ocp.CheckpointManager:
+def open_manager(folder: pathlib.Path, read_only: bool = False) -> ocp.CheckpointManager:
     """Opens or makes a folder of checkpoints; what a killed run left half-written is ignored.
 
     Args:
       folder: of the checkpoints.
-      is_read: only; another process may write to it.
+      read_only: another process may write to it.
     """
 
     def rank(metrics: dict[str, float]) -> Any:
@@ -38,9 +38,9 @@ def open_manager(folder: pathlib.Path, is_read: bool = False) -> ocp.CheckpointM
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policy,
         best_fn=rank,  # without it metrics are not written, and forgotten between sessions
-        cleanup_tmp_directories=not is_read,
-        enable_async_checkpointing=not is_read,
-        read_only=is_read,
+        cleanup_tmp_directories=not read_only,
+        enable_async_checkpointing=not read_only,
+        read_only=read_only,
     )
     handlers = {"state": ocp.StandardCheckpointHandler(), "notes": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)

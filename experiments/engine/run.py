@@ -139,7 +139,7 @@ def newest(trainer: Trainer, run_dir: pathlib.Path) -> State:
     """
     if not (run_dir / "checkpoints").exists():
         raise ValueError(f"--run_dir={run_dir} has no checkpoint.")
-    with checkpoints.open_manager(run_dir / "checkpoints", is_read=True) as manager:
+    with checkpoints.open_manager(run_dir / "checkpoints", read_only=True) as manager:
         step = manager.latest_step()
         if step is None:
             raise ValueError(f"--run_dir={run_dir} has no checkpoint.")

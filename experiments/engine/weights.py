@@ -48,7 +48,7 @@ def masked(method: gj.Method) -> Family:
     )
 
 
-_MEASURE_EVERY = 10  # steps
+_MEASURE_EVERY = 10  # steps; counting the masks at each one would cost
 
 
 def thresholds(method: gj.reparam.Reparameterisation) -> Family:

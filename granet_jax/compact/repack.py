@@ -84,8 +84,8 @@ def relist(tree: PyTree, kernels: bool | None = None) -> PyTree:
     Args:
       tree: any tree with layouts inside, such as an optimizer state or a whole training state.
         Without lists as the result, its arrays may be abstract.
-      kernels: False = no lists; None = lists if the kernels run here. Layouts of blocks never have
-        lists.
+      kernels: False = no lists; otherwise lists if the kernels run here. Layouts of blocks never
+        have lists.
 
     Returns:
       The tree with other lists; all other arrays are those of ``tree``.

@@ -65,10 +65,10 @@ def compact(
     Returns:
       A :class:`Compact`. Outputs are those of ``apply_fn``, except that sums are added up in
       another order. ``apply`` replays the trace and works for any model, on inputs of the example's
-      shapes and dtypes; it raises a ValueError for others. If the model takes its
-      widths from its parameters (Flax NNX, Equinox, bare functions) and does not divide by a width
-      or the batch size, it also works with the new ``params`` itself, at any batch size. At least
-      one element of each axis stays.
+      shapes and dtypes; it raises a ValueError for others. If the model takes its widths from its
+      parameters (Flax NNX, Equinox, bare functions) and does not divide by a width or the batch
+      size, it also works with the new ``params`` itself, at any batch size. At least one element of
+      each axis stays.
 
     Raises:
       ValueError: a parameter that is not masked holds NaN, or a mask has no parameter of its shape.

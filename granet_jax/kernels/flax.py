@@ -79,9 +79,9 @@ def linear_in_blocks(
 
     It applies to layers whose kernel has a mask. Other layers do not change, as in
     :func:`dense_in_blocks`: subclasses, ``LinearGeneral``, attention, stacks of layers, and layers
-    with their own ``dot_general``, ``precision`` or ``preferred_element_type``. Enter it
-    inside the function that ``nnx.jit`` compiles, with model and masks as arguments; outside of it
-    each entry compiles the function again. Needs the package flax.
+    with their own ``dot_general``, ``precision`` or ``preferred_element_type``. Enter
+    it inside the function that ``nnx.jit`` compiles, with model and masks as arguments; outside of
+    it, each entry compiles the function again. Needs the package flax.
 
     Args:
       model: any ``nnx.Module``.
