@@ -42,10 +42,14 @@ def cubic(initial: Any, final: Any, begin_step: int, end_step: int) -> optax.Sch
       [0.0, 0.7875, 0.9, 0.9]
     """
     _check_order(begin_step, end_step)
-    unit = optax.polynomial_schedule(
-        _number(initial), _number(final), power=3, transition_steps=end_step - begin_step
-    )
-    return lambda step: unit(_elapsed(step, begin_step, end_step))
+    initial, final = _number(initial), _number(final)
+    curve = optax.polynomial_schedule(initial, final, 3, transition_steps=end_step - begin_step)
+
+    def schedule(step: Any) -> jax.Array:
+        value = curve(_elapsed(step, begin_step, end_step))
+        return jnp.where(jnp.asarray(step) >= end_step, final, value)  # exactly
+
+    return schedule
 
 
 def cosine(initial: Any, final: Any, end_step: int) -> optax.Schedule:

@@ -123,3 +123,15 @@ def test_stairs_end_exactly_under_jit_and_do_not_overflow(num_stairs):
     late = round(0.83 * end)
     expected = 1 - (late * (num_stairs - 1) // end + (num_stairs > 1)) / num_stairs
     assert float(curve(late)) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.usefixtures("compiled_well")
+@pytest.mark.parametrize("curve", ["cubic", "sigmoid", "cosine"])
+def test_curves_end_exactly_under_jit(curve):
+    """Weights times 1e-24 would not be masked."""
+    for begin, end in ((0, 10), (3, 46), (7, 999), (1, 3_000_000)):
+        if curve == "cosine":
+            schedule = gj.cosine(1.0, 0.0, end)
+        else:
+            schedule = getattr(gj.schedules, curve)(1.0, 0.0, begin, end)
+        assert jax.jit(jax.vmap(schedule))(jnp.array([end, end + 1])).tolist() == [0.0, 0.0]

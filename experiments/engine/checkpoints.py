@@ -38,9 +38,9 @@ def open_manager(folder: pathlib.Path, read_only: bool = False) -> ocp.Checkpoin
     options = ocp.CheckpointManagerOptions(
         preservation_policy=policy,
         best_fn=rank,  # without it metrics are not written, and forgotten between sessions
-        cleanup_tmp_directories=not read_only,
-        enable_async_checkpointing=not read_only,
-        read_only=read_only,
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+        read_only=read_only,  # removes nothing
     )
     handlers = {"state": ocp.StandardCheckpointHandler(), "notes": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
