@@ -40,14 +40,15 @@ def of_units(
     refuse_complex("A score", closed.out_avals, leaves)
     found = [pair for tree in given for pair in trees.paths(tree).items()]
     prunable = {x.path: x for x in leaves if x.prunable}
-    stacks = {
-        var: array.reshape(prunable[path].num_layers, *prunable[path].layer_shape)
+    whole = {
+        var: (array, prunable[path])
         for var, (path, array) in zip(closed.jaxpr.invars, found, strict=False)
         if path in prunable
     }
     read = list(itertools.compress(closed.jaxpr.invars, jaxprs.reads(closed)))
-    in_stacks = all(var in stacks for var in read)  # no masks, and no leaf that is dense
-    if in_stacks and _is_arithmetic(closed) and all(x.structure is None for x in leaves):
+    in_leaves = all(var in whole for var in read)  # no masks, and no leaf that is dense
+    if in_leaves and _is_arithmetic(closed) and all(x.structure is None for x in leaves):
+        stacks = {var: _stack(array, leaf) for var, (array, leaf) in whole.items()}
         return _later(closed, stacks)
     looks = not set(closed.jaxpr.invars[len(found) :]).isdisjoint(read)
     event = event._replace(masks=masks() if looks else None)
@@ -56,6 +57,10 @@ def of_units(
         assert event.key is not None  # the score has read it
         stored = structures.drawn(stored, event.key, leaves)
     return [selection.Scores(lambda inputs: inputs[0], [x]) for x in stored]
+
+
+def _stack(array: jax.Array, leaf: trees.Leaf) -> jax.Array:
+    return array.reshape(leaf.num_layers, *leaf.layer_shape)
 
 
 def _is_arithmetic(closed: Any) -> bool:
