@@ -17,7 +17,8 @@ from granet_jax.compact import native
 from granet_jax.compact.native import Window
 
 _NUMBERS = ("NHWC", "HWIO", "NHWC")
-_LEAST = 512  # images times places for which the kernel is faster
+_LEAST = 512  # images times places: with fewer, XLA is faster than our kernel
+_FEW = 4  # rows or columns of places: with no more, XLA is faster
 
 
 class How(NamedTuple):
@@ -113,7 +114,7 @@ def sample(how: How, x: jax.Array, y: jax.Array) -> jax.Array:
     if (
         how.kernels
         and _is_simple(window)
-        and min(window.result) > 2
+        and min(window.result) > _FEW
         and jaxprs.are_known(x.shape)
         and x.shape[0] * math.prod(window.result) >= _LEAST
         and _are_floats(x, y)
