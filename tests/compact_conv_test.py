@@ -277,6 +277,7 @@ DENSE = {
     "smaller than the window": worker.window(2, 5, 7),
     "one place": worker.window(1, 5, 7),
     "1x1": worker.window(8, 9, 13, size=1, pad=0),
+    "1x1, strides": worker.window(12, 9, 13, size=1, stride=2, pad=0),
     "edges cut off": worker.window(12, 5, 6, pad=-1),
 }
 
@@ -309,6 +310,12 @@ def test_gradients_of_dense_convolutions(name, images):
     assert ("granet_jax_sample_all" in text) == (is_large and min(window.result) > convolutions._FEW)
     all_weights = native.sample_all(window, x, y)
     np.testing.assert_array_less(np.abs(all_weights - wanted[2]), 2e-6 * sizes[2] + 1e-30)
+
+
+def test_inputs_that_no_output_reads_are_not_cut_off():
+    window = DENSE["1x1, strides"]  # reads places 0 to 10 of 12
+    assert convolutions._edges(window) == [(0, 0), (0, 0)]
+    assert convolutions._edges(DENSE["edges cut off"]) == [(-1, -1), (-1, -1)]
 
 
 def test_dense_convolutions_are_plain_where_they_are_read():
