@@ -307,7 +307,8 @@ def test_gradients_of_dense_convolutions(name, images):
         np.testing.assert_array_less(np.abs(one - right), 2e-6 * size + 1e-30)
     text = str(jax.make_jaxpr(lambda: run(compact.conv_general_dilated))())
     is_large = images * math.prod(window.result) >= convolutions._LEAST
-    assert ("granet_jax_sample_all" in text) == (is_large and min(window.result) > convolutions._FEW)
+    is_large = is_large and min(window.result) > convolutions._FEW
+    assert ("granet_jax_sample_all" in text) == is_large
     all_weights = native.sample_all(window, x, y)
     np.testing.assert_array_less(np.abs(all_weights - wanted[2]), 2e-6 * sizes[2] + 1e-30)
 

@@ -91,7 +91,7 @@ def tables(quick: bool) -> list[Table]:
     rival = (
         "One convolution of float32 and its two gradients, in ms. Dense is "
         "granet_jax.compact.conv_general_dilated, whose convolutions are those of XLA but for "
-        "windows larger than their image; its gradients of weights are its own from 5 x 5 places on."
+        "windows larger than their image; gradients of weights are its own from 5 x 5 places on."
     )
     return [
         Table("Dense convolutions", dense, rival),
