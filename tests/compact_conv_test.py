@@ -317,6 +317,9 @@ def test_inputs_that_no_output_reads_are_not_cut_off():
     window = DENSE["1x1, strides"]  # reads places 0 to 10 of 12
     assert convolutions._edges(window) == [(0, 0), (0, 0)]
     assert convolutions._edges(DENSE["edges cut off"]) == [(-1, -1), (-1, -1)]
+    x, w = jnp.ones((2, 1, 1, 3)), jnp.ones((1, 1, 3, 4))
+    none = {"padding": [(0, -1)] * 2, "window_strides": (2, 2), "dimension_numbers": NUMBERS}
+    chex.assert_shape(compact.conv_general_dilated(x, w, **none), (2, 0, 0, 4))
 
 
 def test_dense_convolutions_are_plain_where_they_are_read():

@@ -210,7 +210,8 @@ def _edges(window: Window) -> list[tuple[int, int]]:
         length = pad + max(0, (n - 1) * gap + 1)
         needed = (out - 1) * stride + (size - 1) * spread + 1
         rest = max(needed, 0) - length
-        edges.append((pad, 0 if -stride < rest < 0 else rest))  # cutting inputs off costs time
+        is_unread = out > 0 and -stride < rest < 0  # cutting these inputs off would cost time
+        edges.append((pad, 0 if is_unread else rest))
     return edges
 
 
